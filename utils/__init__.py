@@ -1,0 +1,1 @@
+"""What two scripts share, one concept a module."""

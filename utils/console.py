@@ -1,0 +1,79 @@
+"""What a person reads while a step runs: plain lines, colour only on a terminal."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+VERBOSITY = 1  # 0: errors, warnings and results only (-q); 1: the story; 2: details too (-v)
+
+
+def _paint(text: str, code: str, stream) -> str:
+    if stream.isatty() and "NO_COLOR" not in os.environ:
+        return f"\033[{code}m{text}\033[0m"
+    return text
+
+
+def say(text: str = "") -> None:
+    """A line of the step's story."""
+    if VERBOSITY >= 1:
+        print(text, flush=True)
+
+
+def detail(text: str) -> None:
+    """A line that only `-v` shows."""
+    if VERBOSITY >= 2:
+        print(text, flush=True)
+
+
+def result(text: str) -> None:
+    """A line that is shown even under `-q`."""
+    print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    print(_paint("warning: ", "33", sys.stderr) + text, file=sys.stderr, flush=True)
+
+
+def error(text: str) -> None:
+    print(_paint("error: ", "31;1", sys.stderr) + text, file=sys.stderr, flush=True)
+
+
+def next_command(command: str, what: str = "next") -> None:
+    """The command to paste now."""
+    say(f"\n{what}:\n  {_paint(command, '1', sys.stdout)}")
+
+
+def this_command() -> str:
+    """The command line that runs now, as one can paste it into a shell again."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def human_count(count: float) -> str:
+    for unit in ("", " k", " M", " G"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if unit == "" else f"{count:.2f}{unit}"
+        count /= 1000
+    return f"{count:.2f} T"
+
+
+def human_seconds(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,100 @@
+"""Files that are either whole or absent: temporary name in the same directory, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# Everything under such a name was left by a process that died; it may be deleted by the same step.
+TEMPORARY_PREFIX = ".tmp-"
+
+_COPY_BLOCK_BYTES = 8 << 20
+
+
+def temporary_sibling(path: str | os.PathLike) -> Path:
+    """A fresh name in the directory of `path`, so that renaming to `path` is atomic."""
+    path = Path(path)
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+
+
+def fsync_directory(directory: str | os.PathLike) -> None:
+    """Make renames inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a binary file that appears under `path` when the block ends without an error."""
+    path = Path(path)
+    temporary = temporary_sibling(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Atomic; sorted keys, so that equal values give equal bytes."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+
+def remove_temporaries(directory: str | os.PathLike) -> list[str]:
+    """Delete what an interrupted process left in `directory` (not below); returns the names."""
+    removed = []
+    for entry in os.scandir(directory):
+        if entry.name.startswith(TEMPORARY_PREFIX):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+            removed.append(entry.name)
+    return removed
+
+
+def publish_directory(temporary: str | os.PathLike, final: str | os.PathLike) -> None:
+    """Rename a finished directory to its name. Raises FileExistsError when the name is taken."""
+    final = Path(final)
+    for root, _, names in os.walk(temporary):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(root)
+    if final.exists():
+        raise FileExistsError(final)
+    os.rename(temporary, final)
+    fsync_directory(final.parent)
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """XXH3-128 of the file, as 32 hexadecimal digits."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_COPY_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def directory_bytes(directory: str | os.PathLike) -> int:
+    return sum(
+        os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names
+    )

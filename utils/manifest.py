@@ -1,0 +1,128 @@
+"""manifest.json: what made a directory, what is in it, and what that was made from.
+
+Every directory that a step publishes has one, written last: without it the directory does not exist
+for the next step. Its shape:
+
+    {
+      "schema_version": 1,
+      "kind": "tokens" | "dataset" | "checkpoint" | "export",
+      "made_by": {"script": "merge_files.py", "versions": {"litdata": "0.2.76", ..}},
+      "settings": {..},             what was asked for, as far as it shapes the result
+      "content": {..},              counts with units: documents, tokens, text_bytes, ..
+      "files": [{"name": .., "bytes": .., "xxh3_128": ..}, ..],
+      "inputs": [{..}, ..]          what it was made from: parquet files, or manifests of directories
+    }
+
+An input that is itself a published directory is embedded with its whole manifest but the list of files
+(`as_input`). So the manifest of an exported model leads back to the parquet files by itself, wherever
+it was copied to. Nothing that changes from run to run (time, host, number of workers) goes in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from utils.errors import UserError
+from utils.files import checksum, write_json
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+def made_by(script: str, *packages: str) -> dict[str, Any]:
+    """The script and the released versions of the packages that shaped its output."""
+    return {"script": script, "versions": {name: importlib.metadata.version(name) for name in sorted(packages)}}
+
+
+def write_manifest(directory: str | os.PathLike, manifest: dict[str, Any]) -> None:
+    """Write `directory`/manifest.json atomically; call it after everything else in the directory is on disk."""
+    write_json(Path(directory) / MANIFEST_NAME, {"schema_version": SCHEMA_VERSION, **manifest})
+
+
+def read_manifest(directory: str | os.PathLike, kind: str | None = None) -> dict[str, Any] | None:
+    """The manifest of `directory`, or None where it has none.
+
+    Raises:
+        UserError: the file is not a manifest that this version reads, or is of another kind.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}). Make the directory again.") from error
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        raise UserError(
+            f"{path}: schema_version is {version!r}, this toolkit reads {SCHEMA_VERSION}. "
+            "Use the toolkit's version that made the directory, or make it again."
+        )
+    wrong = [
+        key
+        for key, expected in (("kind", str), ("settings", dict), ("content", dict), ("files", list), ("inputs", list))
+        if not isinstance(manifest.get(key), expected)
+    ]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)} missing or of the wrong type. Make the directory again.")
+    if kind is not None and manifest["kind"] != kind:
+        raise UserError(f"{path}: this directory holds '{manifest['kind']}', expected '{kind}'.")
+    return manifest
+
+
+def as_input(directory: str | os.PathLike) -> dict[str, Any]:
+    """What a child's manifest says of the published directory that it was made from."""
+    path = Path(directory) / MANIFEST_NAME
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return {"path": str(directory), "manifest": None}
+    return {
+        "path": str(directory),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "manifest": {key: value for key, value in manifest.items() if key != "files"},
+    }
+
+
+def file_entry(directory: str | os.PathLike, name: str) -> dict[str, Any]:
+    path = Path(directory) / name
+    return {"name": name, "bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+
+
+def safe_member(directory: str | os.PathLike, name: Any) -> Path:
+    """The path of the file `name` of `directory`; raises UserError when the name leads out of it."""
+    directory = Path(directory)
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        raise UserError(f"{directory}: {name!r} is no file name.")
+    pure = PurePosixPath(name)
+    inside = not pure.is_absolute() and ".." not in pure.parts
+    if inside:
+        target = (directory / pure).resolve()
+        inside = target.is_relative_to(directory.resolve())
+    if not inside:
+        raise UserError(f"{directory}: the name {name!r} leads out of the directory; refused.")
+    return directory / pure
+
+
+def damaged_files(directory: str | os.PathLike, entries: list[dict[str, Any]], checksums: bool = True) -> list[str]:
+    """Compare files with their entries in a manifest; returns one line a difference, naming the file."""
+    problems = []
+    for entry in entries:
+        try:
+            path = safe_member(directory, entry.get("name") if isinstance(entry, dict) else entry)
+            size = path.stat().st_size
+        except UserError as error:
+            problems.extend(error.problems)
+            continue
+        except OSError:
+            problems.append(f"{Path(directory) / entry['name']}: missing")
+            continue
+        if size != entry.get("bytes"):
+            problems.append(f"{path}: {size} bytes, the manifest says {entry.get('bytes')}")
+        elif checksums and checksum(path) != entry.get("xxh3_128"):
+            problems.append(f"{path}: checksum differs from the manifest's")
+    return problems
