@@ -8,6 +8,7 @@ for the next step. Its shape:
       "kind": "tokens" | "dataset" | "checkpoint" | "export",
       "made_by": {"script": "merge_files.py", "versions": {"litdata": "0.2.76", ..}},
       "settings": {..},             what was asked for, as far as it shapes the result
+      "tokenizer": {"sha256": .., "vocab_size": .., "bos_id": .., "eos_id": ..},
       "content": {..},              counts with units: documents, tokens, text_bytes, ..
       "files": [{"name": .., "bytes": .., "xxh3_128": ..}, ..],
       "inputs": [{..}, ..]          what it was made from: parquet files, or manifests of directories

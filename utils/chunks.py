@@ -1,0 +1,205 @@
+"""litdata's TokensLoader chunk files and their index.json, written and read without litdata.
+
+A chunk of three documents, little-endian (litdata/streaming/writer.py and item_loader.py):
+
+    uint32       uint32[n + 1]               tokens, back to back
+    +---+----------------------------------+-------------+------+---------------+
+    | 3 | off[0] | off[1] | off[2] | off[3] | document 0  | doc1 | document 2    |
+    +---+----------------------------------+-------------+------+---------------+
+          |        '-------------------------------------^
+          '-------- absolute byte positions; the last one is the file's size, so it is below 4 GiB
+
+litdata's reader ignores the offsets: it cuts the tokens into blocks and drops the chunk's last, incomplete one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.manifest import safe_member
+
+INDEX_NAME = "index.json"
+MAX_CHUNK_BYTES = 2**32 - 1
+
+# litdata/constants.py, _TORCH_DTYPES_MAPPING
+CODE_OF_DTYPE = {"int32": 16, "int64": 18, "uint16": 20}
+DTYPE_OF_CODE = {15: "int32", **{code: dtype for dtype, code in CODE_OF_DTYPE.items()}, 17: "int64"}
+
+# torch's pytree of a single leaf, as litdata stores it.
+_SINGLE_LEAF = '[1, {"type": null, "context": null, "children_spec": []}]'
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """One chunk file as the index names it."""
+
+    name: str
+    """Path relative to the directory of the index, with '/'."""
+    documents: int
+    tokens: int
+    bytes: int
+    """Of the whole file, header included."""
+
+
+def header_bytes(num_documents: int) -> int:
+    return 4 * (num_documents + 2)
+
+
+def dtype_for_vocabulary(vocab_size: int) -> str:
+    """The narrowest type that litdata and litgpt both read and that holds every id below `vocab_size`."""
+    return "uint16" if vocab_size <= 2**16 else "int32"
+
+
+def chunk_header(document_tokens: np.ndarray, dtype: str) -> np.ndarray:
+    """The uint32 words before the tokens.
+
+    Args:
+        document_tokens: number of tokens of each document; shape (n,).
+        dtype: of the tokens.
+
+    Returns:
+        uint32 array of shape (n + 2,).
+
+    Raises:
+        ValueError: the chunk would be 4 GiB or larger.
+    """
+    n = len(document_tokens)
+    ends = np.cumsum(document_tokens, dtype=np.int64) * np.dtype(dtype).itemsize + header_bytes(n)
+    if n and ends[-1] > MAX_CHUNK_BYTES:
+        raise ValueError(f"a chunk of {ends[-1]} bytes does not fit the format's 32-bit offsets")
+    return np.concatenate(([n, header_bytes(n)], ends)).astype("<u4")
+
+
+def read_document_offsets(path: str | os.PathLike) -> np.ndarray:
+    """Byte positions of the documents of a chunk file; shape (n + 1,).
+
+    Raises:
+        ValueError: the header is not that of a TokensLoader chunk of this size.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        first = file.read(4)
+        n = int.from_bytes(first, "little")
+        if len(first) < 4 or header_bytes(n) > size:
+            raise ValueError(f"{path}: {size} bytes cannot hold the header of {n} documents")
+        offsets = np.frombuffer(file.read(4 * (n + 1)), dtype="<u4").astype(np.int64)
+    if offsets[0] != header_bytes(n) or offsets[-1] != size or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{path}: document offsets do not fit the file of {size} bytes")
+    return offsets
+
+
+def read_documents(path: str | os.PathLike, dtype: str) -> list[np.ndarray]:
+    """The documents of a chunk, each a view of shape (tokens,) of the memory-mapped file."""
+    offsets = read_document_offsets(path)
+    raw = np.memmap(path, mode="r")
+    return [raw[start:end].view(np.dtype(dtype).newbyteorder("<")) for start, end in zip(offsets, offsets[1:])]
+
+
+def make_index(chunks: Sequence[Chunk], dtype: str, chunk_tokens: int | None, fingerprint: str) -> dict[str, Any]:
+    """The content of index.json.
+
+    Args:
+        chunks: in the order in which the dataset is read.
+        dtype: of the tokens.
+        chunk_tokens: the size that chunks were cut at.
+        fingerprint: hexadecimal, changes with the content. litdata takes `updated_at` to tell whether its cache of
+            a remote directory is stale; a clock there would make equal datasets differ.
+    """
+    return {
+        "chunks": [
+            {"chunk_bytes": chunk.bytes, "chunk_size": chunk.documents, "dim": chunk.tokens, "filename": chunk.name}
+            for chunk in chunks
+        ],
+        "config": {
+            "chunk_bytes": None,
+            "chunk_size": chunk_tokens,
+            "compression": None,
+            "compression_batch_size": None,
+            "compression_level": None,
+            "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"],
+            "data_spec": _SINGLE_LEAF,
+            "encryption": None,
+            "ipc_compression": None,
+            "item_loader": "TokensLoader",
+            "types": "tensor",
+        },
+        "updated_at": str(int(fingerprint[:12], 16)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """index.json, checked."""
+
+    directory: Path
+    dtype: str
+    chunks: tuple[Chunk, ...]
+    chunk_tokens: int | None
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self.chunks)
+
+    @property
+    def documents(self) -> int:
+        return sum(chunk.documents for chunk in self.chunks)
+
+
+def read_index(directory: str | os.PathLike, flag: str) -> Index:
+    """Read and check `directory`/index.json, whoever wrote it.
+
+    Raises:
+        UserError: there is none, it is not litdata's, it does not hold tokens, or a name leads out of the directory.
+    """
+    directory = Path(directory)
+    path = directory / INDEX_NAME
+    if not directory.is_dir():
+        raise UserError(f"{flag}={directory}: no such directory. Give the output of the step before.")
+    if not path.is_file():
+        raise UserError(
+            f"{flag}={directory}: no {INDEX_NAME} in it. Give a directory of token chunks, made by optimize_dataset.py, "
+            "merge_files.py or litdata.optimize with TokensLoader."
+        )
+    try:
+        raw = json.loads(path.read_bytes())
+        config = raw["config"]
+        data_format = config["data_format"]
+        listed = raw["chunks"]
+        if not isinstance(listed, list) or not isinstance(config, dict):
+            raise TypeError("chunks is no list or config no object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({type(error).__name__}: {error}). Make the directory again."
+        ) from error
+
+    kind, _, code = str(data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else "").partition(":")
+    dtype = DTYPE_OF_CODE.get(int(code)) if code.isdecimal() else None
+    if config.get("item_loader") != "TokensLoader" or kind != "no_header_tensor" or dtype is None:
+        raise UserError(
+            f"{flag}={directory}: item_loader {config.get('item_loader')!r} with data_format {data_format!r} is no "
+            "dataset of tokens. Make it with optimize_dataset.py, or litdata.optimize(.., item_loader=TokensLoader())."
+        )
+    if config.get("compression") or config.get("encryption"):
+        raise UserError(f"{flag}={directory}: compressed or encrypted chunks cannot be read in place. Make it without.")
+
+    chunks = []
+    for entry in listed:
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        safe_member(directory, name)
+        counts = [entry.get(key) for key in ("chunk_size", "dim", "chunk_bytes")]
+        if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
+            raise UserError(f"{flag}={directory}: {INDEX_NAME} has no valid counts for {name!r}. Make the directory again.")
+        chunks.append(Chunk(name, *counts))
+    repeated = len(chunks) - len({chunk.name for chunk in chunks})
+    if repeated:
+        raise UserError(f"{flag}={directory}: {INDEX_NAME} names {repeated} chunks twice. Make the directory again.")
+    chunk_tokens = config.get("chunk_size")
+    return Index(directory, dtype, tuple(chunks), chunk_tokens if isinstance(chunk_tokens, int) else None)
