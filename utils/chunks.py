@@ -180,7 +180,9 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
             f"{flag}={directory}: {INDEX_NAME} is not litdata's ({type(error).__name__}: {error}). Make the directory again."
         ) from error
 
-    kind, _, code = str(data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else "").partition(":")
+    kind, _, code = str(data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else "").partition(
+        ":"
+    )
     dtype = DTYPE_OF_CODE.get(int(code)) if code.isdecimal() else None
     if config.get("item_loader") != "TokensLoader" or kind != "no_header_tensor" or dtype is None:
         raise UserError(
@@ -196,7 +198,9 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
         safe_member(directory, name)
         counts = [entry.get(key) for key in ("chunk_size", "dim", "chunk_bytes")]
         if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
-            raise UserError(f"{flag}={directory}: {INDEX_NAME} has no valid counts for {name!r}. Make the directory again.")
+            raise UserError(
+                f"{flag}={directory}: {INDEX_NAME} has no valid counts for {name!r}. Make the directory again."
+            )
         chunks.append(Chunk(name, *counts))
     repeated = len(chunks) - len({chunk.name for chunk in chunks})
     if repeated:

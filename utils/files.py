@@ -95,6 +95,4 @@ def checksum(path: str | os.PathLike) -> str:
 
 
 def directory_bytes(directory: str | os.PathLike) -> int:
-    return sum(
-        os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names
-    )
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)

@@ -1,0 +1,124 @@
+"""What the tests share: real text, a real tokenizer, a real Ray cluster, and scripts run as their users run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before anything imports torch or tokenizers: processes of one test must not fight over two cores.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def real_documents() -> list[str]:
+    """The Python language reference, as every Python ships it: some hundred texts of a few kB."""
+    from pydoc_data.topics import topics
+
+    documents = []
+    for name in sorted(topics):
+        paragraphs = topics[name].split("\n\n")
+        documents += ["\n\n".join(paragraphs[i : i + 8]) for i in range(0, len(paragraphs), 8)]
+    return list(dict.fromkeys(document for document in documents if len(document) > 200))
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    return real_documents()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory, documents) -> Path:
+    """A byte-level BPE tokenizer of 1,024 tokens that puts BOS before a text, as Llama 3's does."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A",
+        special_tokens=[("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))],
+    )
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|begin_of_text|>",
+                "eos_token": "<|end_of_text|>",
+                "model_max_length": 1024,
+            }
+        )
+    )
+    (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
+    return directory
+
+
+def write_parquet(path: Path, texts: list[str | None], row_group_size: int = 20, column: str = "text") -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(
+        {column: pa.array(texts, pa.string()), "id": pa.array([f"{path.stem}-{i}" for i in range(len(texts))])}
+    )
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+@pytest.fixture(scope="session")
+def parquet_dir(tmp_path_factory, documents) -> Path:
+    """Three files of unlike size with several row groups, one of them in a sub-folder."""
+    directory = tmp_path_factory.mktemp("parquet")
+    thirds = len(documents) // 6
+    write_parquet(directory / "000_00000.parquet", documents[:thirds])
+    write_parquet(directory / "000_00001.parquet", documents[thirds : 3 * thirds], row_group_size=50)
+    write_parquet(directory / "sub" / "001_00000.parquet", documents[3 * thirds :], row_group_size=200)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def ray_address():
+    """The address of a Ray cluster of one node with four logical CPUs, for `--address`."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture
+def run_script():
+    """Run a script as a user does; stdout and stderr are captured as text."""
+
+    def run(script: str, *arguments, env: dict | None = None, timeout: float = 300, check: bool = True, cwd=ROOT):
+        process = subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+        )
+        if check and process.returncode != 0:
+            pytest.fail(f"{script} left with {process.returncode}\n{process.stdout}\n{process.stderr}")
+        return process
+
+    return run
