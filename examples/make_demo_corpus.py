@@ -1,0 +1,480 @@
+"""Make a small corpus, and a tokenizer for it, out of text that every machine with Python has.
+
+    python examples/make_demo_corpus.py --output_dir=demo/parquet --tokenizer_dir=demo/tokenizer
+    python examples/make_demo_corpus.py --output_dir=/data/code --source=code --size=300MB
+
+Nothing is downloaded: the text is the documentation in the standard library and in the installed packages
+(docstrings, package descriptions, .rst, .md and .txt files), or, with `--source=code`, their source files. The
+parquet files have the columns of FineWeb. The tokenizer is a byte-level BPE with the pre-tokenizer of Llama 3.
+
+The same environment gives the same bytes, wherever it is installed; another set of packages gives another corpus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli, console, prose
+from utils.errors import Problems, UserError
+from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, write_json
+from utils.manifest import damaged_files, file_entry, made_by, read_manifest, write_manifest
+
+SCRIPT = "make_demo_corpus.py"
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+# Llama 3's, from its tokenizer.json.
+PRETOKENIZER_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# 40 MB hold enough words for 128,000 tokens; more text costs time and memory and moves few merges.
+TOKENIZER_SAMPLE_BYTES = 40_000_000
+
+PROSE_SUFFIXES = {".py", ".pyi", ".pyx", ".md", ".rst", ".txt", "METADATA"}
+CODE_SUFFIXES = set(".py .pyi .pyx .pxd .pxi .c .cc .cpp .cu .cuh .h .hpp .js .ts .md .rst".split())
+MIN_CODE_BYTES = 200
+MAX_FILE_BYTES = 2_000_000
+
+ROW_GROUPS_PER_FILE = 4
+# No date of the text is known, and a clock would make equal corpora differ.
+DATE = "2000-01-01T00:00:00Z"
+
+
+@dataclasses.dataclass
+class Settings:
+    output_dir: str
+    """Directory to make, for the parquet files."""
+
+    size: str = "10MB"
+    """Bytes of UTF-8 text to collect, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
+
+    source: Literal["prose", "code"] = "prose"
+    """prose: documentation only, cleaned; up to about 50 MB. code: whole source files; up to about 400 MB."""
+
+    num_files: int = 4
+    """Number of parquet files. They are of unlike size: the second is twice the first, the third three times, .."""
+
+    tokenizer_dir: str | None = None
+    """Directory to make, for a tokenizer trained on the corpus. Default: train none."""
+
+    vocab_size: int = 8192
+    """Tokens in the tokenizer's vocabulary, the two special tokens included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file of the environment that text is taken from."""
+
+    path: str
+    """Where it is on this machine; never written anywhere."""
+    name: str
+    """stdlib/.. or site-packages/.., the same wherever the environment is."""
+    package: str
+    """NAME@VERSION"""
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    text: str
+    source: SourceFile
+    part: int
+    """A long file gives several documents; counted from 0."""
+
+
+# ---------------------------------------------------------------------------- which files
+
+
+def list_source_files(suffixes: set[str]) -> list[SourceFile]:
+    """All files of the standard library and of the installed distributions with one of `suffixes`.
+
+    Files count as installed when the distribution's RECORD names them, so that caches and what a user has put beside
+    them stay out. The order is by a hash of the name: it mixes the packages and does not depend on the file system.
+    """
+    stdlib = sysconfig.get_path("stdlib")
+    python = f"python@{'.'.join(map(str, sys.version_info[:3]))}"
+    found = []
+    for root, directories, names in os.walk(stdlib):
+        directories[:] = [name for name in directories if name not in ("site-packages", "__pycache__", "config")]
+        for name in names:
+            relative = os.path.relpath(os.path.join(root, name), stdlib).replace(os.sep, "/")
+            found.append((os.path.join(root, name), f"stdlib/{relative}", python))
+    for site in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
+        for distribution in sorted(entry for entry in os.listdir(site) if entry.endswith(".dist-info")):
+            package = distribution.removesuffix(".dist-info").replace("-", "@")
+            try:
+                record = Path(site, distribution, "RECORD").read_text(encoding="utf-8")
+            except OSError:
+                continue  # installed by something other than pip
+            for line in record.splitlines():
+                relative = line.rsplit(",", 2)[0].strip('"')
+                if not relative.startswith(("..", "/")):
+                    found.append((os.path.join(site, relative), f"site-packages/{relative}", package))
+
+    files = []
+    for path, name, package in found:
+        suffix = "METADATA" if name.endswith("/METADATA") else os.path.splitext(name)[1]
+        if suffix not in suffixes or _is_machine_made(name):
+            continue
+        try:
+            size = os.path.getsize(path)
+        except OSError:
+            continue
+        if 0 < size <= MAX_FILE_BYTES:
+            files.append(SourceFile(path, name, package, size))
+    files.sort(key=lambda file: hashlib.blake2b(file.name.encode(), digest_size=8).digest())
+    return files
+
+
+def _is_machine_made(name: str) -> bool:
+    """Files that tell of the machine, not of the package."""
+    base = name.rsplit("/", 1)[-1]
+    return base.startswith("_sysconfigdata") or base in ("RECORD", "direct_url.json") or "/__pycache__/" in name
+
+
+# ---------------------------------------------------------------------------- documents
+
+
+def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
+    """Documents of `size_bytes` of text in all, no two the same.
+
+    Raises:
+        UserError: the environment does not hold as much.
+    """
+    files = list_source_files(PROSE_SUFFIXES if settings.source == "prose" else CODE_SUFFIXES)
+    here = machine_paths()
+    documents: list[Document] = []
+    seen: set[bytes] = set()
+    repetition = prose.Repetition()
+    total = 0
+    for file in files:
+        try:
+            with open(file.path, "rb") as opened:
+                content = opened.read().decode("utf-8").replace("\r\n", "\n")
+        except (OSError, UnicodeDecodeError):
+            continue
+        texts: Iterable[str]
+        texts = prose.documents_of(file.name, content, repetition) if settings.source == "prose" else [content]
+        for part, text in enumerate(texts):
+            if settings.source == "code" and len(text) < MIN_CODE_BYTES or "\0" in text:
+                continue
+            if any(path in text for path in here):
+                continue
+            digest = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=12).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+            documents.append(Document(text, file, part))
+            total += len(text.encode())
+            if total >= size_bytes:
+                return documents
+    other = " Or take whole source files: --source=code." if settings.source == "prose" else ""
+    raise UserError(
+        f"--size={settings.size}: this environment holds only {console.human_bytes(total)} of such text. Ask for less."
+        + other
+    )
+
+
+def machine_paths() -> list[str]:
+    """Text with one of these speaks of this machine and stays out."""
+    candidates = (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path.home()))
+    return sorted({path for path in candidates if path.count("/") >= 2})
+
+
+# ---------------------------------------------------------------------------- parquet
+
+
+def split_by_weight(documents: list[Document], num_files: int) -> Iterator[list[Document]]:
+    """Consecutive runs of documents of which the i-th (from 1) holds about i parts of the text."""
+    lengths = [len(document.text) for document in documents]
+    total, parts = sum(lengths), num_files * (num_files + 1) // 2
+    start = done = 0
+    for i in range(1, num_files + 1):
+        end = start
+        goal = total * (i * (i + 1) // 2) / parts
+        while end < len(documents) and (i == num_files or done < goal or end == start):
+            done += lengths[end]
+            end += 1
+        yield documents[start:end]
+        start = end
+
+
+def write_parquet(path: Path, documents: list[Document], compression: str) -> None:
+    """One file with FineWeb's columns, in several row groups."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [document.text for document in documents]
+    table = pa.table(
+        {
+            "text": texts,
+            "id": [f"<urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, text)}>" for text in texts],
+            "dump": [document.source.package.partition("@")[0] for document in documents],
+            "url": [
+                # Package URL, https://github.com/package-url/purl-spec
+                f"pkg:pypi/{document.source.package}#{document.source.name.partition('/')[2]}?part={document.part}"
+                for document in documents
+            ],
+            "date": pa.array([DATE] * len(texts), pa.string()),
+            "file_path": [document.source.name for document in documents],
+            "language": pa.array(["en"] * len(texts), pa.string()),
+            "language_score": pa.array([1.0] * len(texts), pa.float64()),
+            # An estimate, as nothing has been tokenized yet: four bytes a token.
+            "token_count": pa.array([len(text.encode()) // 4 for text in texts], pa.int64()),
+        }
+    )
+    row_group_size = max(1, -(-len(texts) // ROW_GROUPS_PER_FILE))
+    pq.write_table(table, path, row_group_size=row_group_size, compression=compression)
+
+
+def make_corpus(settings: Settings, size_bytes: int) -> None:
+    final = Path(settings.output_dir)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    documents = collect_documents(settings, size_bytes)
+    names = []
+    with publishing(final) as temporary:
+        for i, group in enumerate(split_by_weight(documents, settings.num_files)):
+            names.append(f"{i:03d}_00000.parquet")
+            # Both that one meets in the wild.
+            write_parquet(temporary / names[-1], group, compression="zstd" if i % 2 == 0 else "snappy")
+        write_manifest(
+            temporary,
+            {
+                "kind": "corpus",
+                "made_by": made_by(SCRIPT, "pyarrow"),
+                "settings": corpus_settings(settings, size_bytes),
+                "content": {
+                    "documents": len(documents),
+                    "text_bytes": sum(len(document.text.encode()) for document in documents),
+                },
+                "files": [file_entry(temporary, name) for name in names],
+                "inputs": [],
+            },
+        )
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+
+def read_texts(corpus_dir: Path, limit_bytes: int) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    total = 0
+    for path in sorted(corpus_dir.glob("*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+            for text in batch.column("text").to_pylist():
+                yield text
+                total += len(text.encode())
+                if total >= limit_bytes:
+                    return
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Byte-level BPE of `vocab_size` tokens; BOS and EOS have the last two ids, as in Llama 3."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        # Without a limit, rulers such as "-----" of every length become tokens.
+        max_token_length=24,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS)])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+            ),
+        ]
+    )
+    return tokenizer
+
+
+def make_tokenizer(settings: Settings) -> None:
+    corpus, final = Path(settings.output_dir), Path(settings.tokenizer_dir)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(read_texts(corpus, TOKENIZER_SAMPLE_BYTES), settings.vocab_size)
+    if tokenizer.get_vocab_size() != settings.vocab_size:
+        raise UserError(
+            f"--vocab_size={settings.vocab_size}: the corpus has words for {tokenizer.get_vocab_size()} tokens only. "
+            "Ask for fewer, or raise --size."
+        )
+    with publishing(final) as temporary:
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        write_json(
+            temporary / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": BOS,
+                "eos_token": EOS,
+                "add_bos_token": True,
+                "add_eos_token": False,
+                "clean_up_tokenization_spaces": False,
+                "model_input_names": ["input_ids", "attention_mask"],
+            },
+        )
+        write_json(
+            temporary / "generation_config.json",
+            {"bos_token_id": tokenizer.token_to_id(BOS), "eos_token_id": tokenizer.token_to_id(EOS)},
+        )
+        write_manifest(
+            temporary,
+            {
+                "kind": "tokenizer",
+                "made_by": made_by(SCRIPT, "tokenizers"),
+                "settings": tokenizer_settings(settings),
+                "content": {"vocab_size": tokenizer.get_vocab_size()},
+                "files": [
+                    file_entry(temporary, name)
+                    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+                ],
+                "inputs": [],
+            },
+        )
+
+
+# ---------------------------------------------------------------------------- the step
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "10MB", "1.5 GB", "2000"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|B|kB|MB|GB)\s*", text, re.IGNORECASE)
+    unit_bytes = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    size = int(float(match[1]) * unit_bytes[match[2].lower()]) if match else 0
+    if size <= 0:
+        raise UserError(f"--size={text}: no size. Give bytes with a unit, such as 10MB.")
+    return size
+
+
+def corpus_settings(settings: Settings, size_bytes: int) -> dict[str, Any]:
+    return {"size_bytes": size_bytes, "source": settings.source, "num_files": settings.num_files}
+
+
+def tokenizer_settings(settings: Settings) -> dict[str, Any]:
+    corpus = read_manifest(settings.output_dir)
+    content = json.dumps(corpus["files"], sort_keys=True).encode()
+    return {"vocab_size": settings.vocab_size, "corpus": hashlib.sha256(content).hexdigest()}
+
+
+def is_made(directory: Path, flag: str, kind: str, wanted: dict[str, Any]) -> bool:
+    """Whether `directory` already is what is asked for.
+
+    Raises:
+        UserError: it is something else, which is not overwritten.
+    """
+    if not directory.exists() or directory.is_dir() and not any(directory.iterdir()):
+        return False
+    manifest = read_manifest(directory, kind) if directory.is_dir() else None
+    if manifest is None:
+        raise UserError(f"{flag}={directory}: exists and was not made by this script. Give another name.")
+    made = manifest["settings"]
+    differences = [
+        f"{key} is {made.get(key)}, asked for {value}" for key, value in wanted.items() if made.get(key) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{flag}={directory}: was made with other settings ({'; '.join(differences)}). Delete it, or give another "
+            "name."
+        )
+    damaged = damaged_files(directory, manifest["files"], checksums=False)
+    if damaged:
+        raise UserError(f"{flag}={directory}: is damaged ({'; '.join(damaged)}). Delete it and run again.")
+    return True
+
+
+@contextlib.contextmanager
+def publishing(final: Path) -> Iterator[Path]:
+    """A new directory to fill, which takes the name `final` when the block ends without an error."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in final.parent.glob(f"{TEMPORARY_PREFIX}{final.name}-*"):
+        shutil.rmtree(left_over)
+    temporary = temporary_sibling(final)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if final.is_dir():
+            final.rmdir()  # only an empty one comes this far
+        publish_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def report_corpus(directory: Path, seconds: float | None) -> None:
+    content = read_manifest(directory)["content"]
+    how = "nothing to do" if seconds is None else f"made in {console.human_seconds(seconds)}"
+    console.say(
+        f"corpus {directory}: {content['documents']:,} documents, {console.human_bytes(content['text_bytes'])} of "
+        f"text, {len(read_manifest(directory)['files'])} parquet files; {how}"
+    )
+
+
+def report_tokenizer(directory: Path, seconds: float | None) -> None:
+    how = "nothing to do" if seconds is None else f"trained in {console.human_seconds(seconds)}"
+    console.say(f"tokenizer {directory}: {read_manifest(directory)['content']['vocab_size']:,} tokens; {how}")
+
+
+def main(settings: Settings) -> None:
+    problems = Problems()
+    size_bytes = problems.collect(parse_size, settings.size)
+    if not 1 <= settings.num_files <= 1000:
+        problems.add(f"--num_files={settings.num_files}: give 1 to 1000.")
+    if not 260 <= settings.vocab_size <= 2**20:
+        problems.add(f"--vocab_size={settings.vocab_size}: give at least 260: 256 bytes, BOS, EOS and some merges.")
+    problems.raise_if_any()
+
+    corpus = Path(settings.output_dir)
+    corpus_is_made = is_made(corpus, "--output_dir", "corpus", corpus_settings(settings, size_bytes))
+    tokenizer = Path(settings.tokenizer_dir) if settings.tokenizer_dir else None
+    if tokenizer and not corpus_is_made and tokenizer.exists() and any(tokenizer.iterdir()):
+        raise UserError(f"--tokenizer_dir={tokenizer}: exists, but the corpus it was trained on does not. Delete it.")
+    tokenizer_is_made = (
+        tokenizer is not None
+        and corpus_is_made
+        and is_made(tokenizer, "--tokenizer_dir", "tokenizer", tokenizer_settings(settings))
+    )
+
+    start = time.monotonic()
+    if not corpus_is_made:
+        make_corpus(settings, size_bytes)
+    report_corpus(corpus, None if corpus_is_made else time.monotonic() - start)
+
+    if tokenizer:
+        start = time.monotonic()
+        if not tokenizer_is_made:
+            make_tokenizer(settings)
+        report_tokenizer(tokenizer, None if tokenizer_is_made else time.monotonic() - start)
+        console.next_command(
+            f"python optimize_dataset.py --input_dir={corpus} --tokenizer_dir={tokenizer} "
+            f"--output_dir={corpus.parent / 'tokens'}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
