@@ -46,7 +46,7 @@ PRETOKENIZER_PATTERN = (
 TOKENIZER_SAMPLE_BYTES = 40_000_000
 
 PROSE_SUFFIXES = {".py", ".pyi", ".pyx", ".md", ".rst", ".txt", "METADATA"}
-CODE_SUFFIXES = set(".py .pyi .pyx .pxd .pxi .c .cc .cpp .cu .cuh .h .hpp .js .ts .md .rst".split())
+CODE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".js", ".ts"}
 MIN_CODE_BYTES = 200
 MAX_FILE_BYTES = 2_000_000
 
@@ -171,7 +171,7 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
         texts: Iterable[str]
         texts = prose.documents_of(file.name, content, repetition) if settings.source == "prose" else [content]
         for part, text in enumerate(texts):
-            if settings.source == "code" and len(text) < MIN_CODE_BYTES or "\0" in text:
+            if (settings.source == "code" and len(text) < MIN_CODE_BYTES) or "\0" in text:
                 continue
             if any(path in text for path in here):
                 continue
@@ -388,7 +388,7 @@ def is_made(directory: Path, flag: str, kind: str, wanted: dict[str, Any]) -> bo
     Raises:
         UserError: it is something else, which is not overwritten.
     """
-    if not directory.exists() or directory.is_dir() and not any(directory.iterdir()):
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     manifest = read_manifest(directory, kind) if directory.is_dir() else None
     if manifest is None:

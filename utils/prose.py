@@ -19,10 +19,12 @@ _STRING = re.compile(r"(?P<prefix>[a-zA-Z]*)(?P<quote>\"\"\"|''')(?P<body>.*?)(?
 _DEFINITION = re.compile(r"^[ \t]*(?:async[ ]+def|def|class)[ ]+(\w+)", re.MULTILINE)
 
 # In documentation about a tenth of the words are these; in code and tables hardly any.
-_COMMON_WORDS = frozenset(
-    "the of and to is in for that be with this are it as by if on or not an from can which when will you "
-    "has may should have was used at".split()
-)
+# fmt: off
+_COMMON_WORDS = frozenset((
+    "the", "of", "and", "to", "is", "in", "for", "that", "be", "with", "this", "are", "it", "as", "by", "if", "on",
+    "or", "not", "an", "from", "can", "which", "when", "will", "you", "has", "may", "should", "have", "was", "used",
+    "at",
+))
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 
 _NOT_DOCUMENTATION = re.compile(
@@ -92,27 +94,52 @@ def docstrings(source: str) -> Iterator[tuple[str, str]]:
 
 _DROPPED_DIRECTIVE = re.compile(
     r"^(?P<indent>[ \t]*)\.\. +(?:versionadded|versionchanged|deprecated|index|(?:current)?module|auto\w+|toctree|plot|"
-    r"test\w+|image|figure|highlight|contents|raw|include|math|_[^\n]*|\|[^\n]*|\[\w+\]|rubric|tabularcolumns|only|ipython|meta)\b[^\n]*\n"
+    r"test\w+|image|figure|highlight|contents|raw|include|math|_[^\n]*|\|[^\n]*|rubric|tabularcolumns|only|ipython|meta)\b[^\n]*\n"
     r"(?:[ \t]*\n|(?P=indent)[ \t]+[^\n]*\n)*",
     re.MULTILINE,
 )
 _ROLE = re.compile(r":(?:[a-zA-Z]+:){0,2}[a-zA-Z]+:`~?!?([^`<]*?)(?: *<[^`]*>)?`")
-_BADGE_OR_HTML = re.compile(r"!?\[!\[[^\n]*|!\[[^\]]*\]\([^)]*\)|<!--.*?-->|</?[a-zA-Z][^<>\n]{0,300}>", re.DOTALL)
+_BADGE = re.compile(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)|!\[[^\]]*\]\([^)]*\)")
+_HTML = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>\n]{0,300}>", re.DOTALL)
 _LINK = re.compile(r"\[([^\][]+)\]\([^)\s]*\)")
-_RST_LINK = re.compile(r"`([^`<]+?) *<[^`>]+>`_{1,2}")
+_RST_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]+>`_{1,2}")
+_ADMONITION = re.compile(r"^([ \t]*)(?:\.\. +(\w+) ?::|!!! +(\w+))(?: +\"([^\"\n]*)\")?[ \t]*", re.MULTILINE)
+_LITERAL_BLOCK_MARK = re.compile(r"(?<=\w)::[ \t]*$|^[ \t]*::[ \t]*\n", re.MULTILINE)
+# Code blocks keep their code: only the line that announces it goes. A footnote keeps its number.
+_MARKER_LINE = re.compile(
+    r"^[ \t]*(?:\.\. +(?:code|code-block|sourcecode|parsed-literal) *::|\[[^\]\n]+\]: +)[^\n]*\n", re.MULTILINE
+)
+_FOOTNOTE = re.compile(r"^([ \t]*)\.\. (?=\[)", re.MULTILINE)
+_LINTER_MARK = re.compile(r"[ \t]*# (?:noqa|type: ignore|pylint:|fmt:)[^\n]*")
 _UNDERLINE = re.compile(r"^[ \t]*([=\-~^\"'*#+`.:_])\1{2,}[ \t]*\n", re.MULTILINE)
 _FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n.*?(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n[ \t]*\n(?:[ \t]*\n)+")
+
+_ADMONITION_TITLES = {
+    "note": "Note:",
+    "tip": "Tip:",
+    "hint": "Hint:",
+    "warning": "Warning:",
+    "caution": "Warning:",
+    "important": "Important:",
+    "seealso": "See also:",
+    "todo": "To do:",
+}
 
 
 def clean_markup(text: str) -> str:
     """Plain text: no doctests, code blocks, badges, directives; roles and links become their words."""
     text = text.expandtabs(4) + "\n"
     text = _FENCE.sub("", text)
-    text = _BADGE_OR_HTML.sub("", text)
     text = _DROPPED_DIRECTIVE.sub("", text)
+    text = _BADGE.sub("", text)
     text = _ROLE.sub(r"\1", text)
     text = _RST_LINK.sub(r"\1", _LINK.sub(r"\1", text))
+    text = _HTML.sub("", text)
+    text = _FOOTNOTE.sub(r"\1", _MARKER_LINE.sub("", text))
+    text = _ADMONITION.sub(lambda m: f"{m[1]}{m[4] or _ADMONITION_TITLES.get(m[2] or m[3], '')} ", text)
+    text = _LITERAL_BLOCK_MARK.sub(lambda m: ":" if m[0].startswith("::") else "", text)
+    text = _LINTER_MARK.sub("", text)
     text = text.replace("``", "`")
     text = _UNDERLINE.sub("", text)
     return _BLANK_LINES.sub("\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip()
@@ -133,31 +160,44 @@ def _is_code(paragraph: str) -> bool:
     return any(line.lstrip().startswith(_CODE_LINE_STARTS) for line in paragraph.split("\n"))
 
 
-def _paragraphs(text: str, repetition: Repetition) -> str:
-    """The paragraphs that are neither code nor known already; "" when most of them are known."""
-    kept, old_chars, new_chars = [], 0, 0
+def _without_code(text: str) -> str:
+    """The paragraphs that are no doctests, without headings that are left with nothing under them."""
+    kept: list[str] = []
+    after_code = False
     for paragraph in text.split("\n\n"):
-        if _is_code(paragraph):
-            continue
-        if repetition.is_new(paragraph):
-            new_chars += len(paragraph)
+        # The output of an example is often a paragraph of its own, indented or with no sentence in it.
+        is_code = _is_code(paragraph) or (after_code and not is_prose(paragraph) and not paragraph[:1].isupper())
+        if not is_code:
+            if after_code and _is_heading(paragraph):
+                _drop_headings(kept)
             kept.append(paragraph)
-        else:
-            old_chars += len(paragraph)
-    if old_chars > new_chars:
-        return ""
-    # A heading with nothing under it is left over where its examples were dropped.
-    while kept and len(kept[-1]) < 30 and not kept[-1].rstrip().endswith("."):
-        kept.pop()
+        after_code = is_code
+    _drop_headings(kept)
     return "\n\n".join(kept)
+
+
+def _is_heading(paragraph: str) -> bool:
+    one_line = len(paragraph) < 40 and "\n" not in paragraph
+    return one_line and (paragraph[:1] in "#_" or (paragraph[:1].isupper() and paragraph[-1].isalnum()))
+
+
+def _drop_headings(paragraphs: list[str]) -> None:
+    while paragraphs and _is_heading(paragraphs[-1]):
+        paragraphs.pop()
+
+
+def _is_mostly_known(text: str, repetition: Repetition) -> bool:
+    """Whether over 40% of the text stands in paragraphs that came before."""
+    known = sum(len(paragraph) for paragraph in text.split("\n\n") if not repetition.is_new(paragraph))
+    return known > 0.4 * len(text)
 
 
 def _join(passages: Iterator[tuple[str, str]], repetition: Repetition) -> Iterator[str]:
     parts: list[str] = []
     length = 0
     for name, text in passages:
-        text = _paragraphs(text, repetition)
-        if len(text) < MIN_PASSAGE_CHARS or not is_prose(text):
+        text = _without_code(text)
+        if len(text) < MIN_PASSAGE_CHARS or not is_prose(text) or _is_mostly_known(text, repetition):
             continue
         parts.append(f"{name}\n\n{text}" if name else text)
         length += len(parts[-1])
