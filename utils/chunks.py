@@ -15,6 +15,7 @@ litdata's reader ignores the offsets: it cuts the tokens into blocks and drops t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def read_documents(path: str | os.PathLike, dtype: str) -> list[np.ndarray]:
     """The documents of a chunk, each a view of shape (tokens,) of the memory-mapped file."""
     offsets = read_document_offsets(path)
     raw = np.memmap(path, mode="r")
-    return [raw[start:end].view(np.dtype(dtype).newbyteorder("<")) for start, end in zip(offsets, offsets[1:])]
+    return [raw[start:end].view(np.dtype(dtype).newbyteorder("<")) for start, end in itertools.pairwise(offsets)]
 
 
 def make_index(chunks: Sequence[Chunk], dtype: str, chunk_tokens: int | None, fingerprint: str) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Before the work: does every node of the Ray cluster run the same software and see the same files?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from utils.errors import UserError
+
+
+def _inspect_node(paths: list[str], packages: tuple[str, ...]) -> dict[str, Any]:
+    import os
+
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"versions": versions, "missing": [path for path in paths if not os.path.exists(path)]}
+
+
+def check_nodes(paths: dict[str, str], packages: tuple[str, ...], timeout_s: float = 120) -> list[dict[str, str]]:
+    """Compare every node with this process.
+
+    Args:
+        paths: flag -> local path that each node must see, as on a shared file system.
+        packages: distributions whose versions must be equal everywhere.
+        timeout_s: how long a node may take to answer.
+
+    Returns:
+        The nodes that are alive, in a fixed order: {"id": .., "address": ..}.
+
+    Raises:
+        UserError: naming each node that differs, and how.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = sorted(
+        ({"id": node["NodeID"], "address": node["NodeManagerAddress"]} for node in ray.nodes() if node["Alive"]),
+        key=lambda node: (node["address"], node["id"]),
+    )
+    if len(nodes) == 1 and nodes[0]["address"] == ray.util.get_node_ip_address():
+        return nodes  # this machine, this environment: nothing to compare
+    inspect = ray.remote(num_cpus=0, max_retries=0)(_inspect_node)
+    answers = {
+        node["id"]: inspect.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)).remote(
+            list(paths.values()), packages
+        )
+        for node in nodes
+    }
+    here = _inspect_node([], packages)["versions"]
+    problems = []
+    for node in nodes:
+        name = f"node {node['address']} ({node['id'][:8]})"
+        try:
+            found = ray.get(answers[node["id"]], timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            problems.append(f"{name}: no answer within {timeout_s:.0f} s. Look at `ray status`, or remove the node.")
+            continue
+        except ray.exceptions.RayError as error:
+            problems.append(f"{name}: the check failed there ({error}). Is the checkout at the same path on it?")
+            continue
+        for package, version in found["versions"].items():
+            if version != here[package]:
+                problems.append(
+                    f"{name}: {package} {version}, here {here[package]}. Install requirements.txt of this checkout there."
+                )
+        for flag, path in paths.items():
+            if path in found["missing"]:
+                problems.append(f"{name}: does not see {flag}={path}. Put it on a file system that all nodes mount.")
+    if problems:
+        raise UserError(problems)
+    return nodes

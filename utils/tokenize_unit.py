@@ -1,0 +1,375 @@
+"""One unit of parquet text to finished chunk files: what a Ray task does.
+
+Per batch of a few MB, and never per document or token in Python where numpy can do it:
+
+    read (Arrow) -> drop null and empty -> hash, which decides train or val -> encode (gigatoken)
+                 -> put BOS and EOS between the documents -> cut into chunks -> write, fsync, rename
+
+The text hash is the one thing that costs a call a document; xxhash takes 0.3 us for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.chunks import MAX_CHUNK_BYTES, Chunk, chunk_header, header_bytes
+from utils.encoding import Encoder, arrow_text_buffers
+from utils.files import atomic_write
+from utils.parquet_input import CorruptRowGroup, stream_texts
+from utils.units import Unit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SPLITS = ("train", "val")
+HASH_RANGE = 1 << 64
+
+# Documents of a unit that are encoded by the reference too: the first batch's, spread over it. The reference is a
+# hundred times slower, so this little is what a few percent of the time buys.
+CHECKED_DOCUMENTS = 8
+CHECKED_BYTES = 16 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is the same for all units of a run."""
+
+    input_dir: str
+    paths: tuple[str, ...]
+    """Of the input files, relative to input_dir."""
+    output_dir: str
+    text_column: str
+    tokenizer_sha256: str
+    dtype: str
+    chunk_tokens: int
+    bos_id: int | None
+    """Put before every document; None: no BOS."""
+    eos_id: int | None
+    val_threshold: int
+    """A document whose text hash is below it is validation data."""
+    parse_special_tokens: bool
+    shuffle_seed: int | None
+    """Shuffle the documents inside a unit; None: keep their order."""
+    quarantine: bool
+    """Leave out row groups that cannot be read, instead of failing."""
+
+
+@dataclasses.dataclass
+class SplitRecord:
+    """What a unit put into one split."""
+
+    chunks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """name, documents, tokens, bytes, xxh3_128 of each chunk file."""
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    """UTF-8 bytes of the documents, before tokenization."""
+
+
+@dataclasses.dataclass
+class UnitRecord:
+    """The result of a unit; as JSON, a line of progress.jsonl."""
+
+    unit: int
+    folder: str
+    """Sub-folder of train/ and val/ that the chunks are in: the node that did the work."""
+    train: SplitRecord
+    val: SplitRecord
+    skipped_null: int = 0
+    skipped_empty: int = 0
+    min_hash: int = HASH_RANGE
+    """Smallest text hash of the unit: the document that becomes val if no hash is below the threshold."""
+    checked_documents: int = 0
+    quarantined: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    encoder: str = ""
+    """Library that encoded: gigatoken or tokenizers."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Spent in read, hash, encode, check, assemble, write."""
+    peak_bytes: int = 0
+    """Largest resident memory of the worker process so far."""
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> UnitRecord:
+        splits = {split: SplitRecord(**record.pop(split)) for split in SPLITS}
+        return cls(**splits, **record)
+
+    @property
+    def documents(self) -> int:
+        return self.train.documents + self.val.documents
+
+    @property
+    def tokens(self) -> int:
+        return self.train.tokens + self.val.tokens
+
+
+class ChunkWriter:
+    """Collects the documents of a unit and split, and writes a chunk file when it is full.
+
+    A chunk is cut after the document with which it reaches `chunk_tokens`.
+    """
+
+    def __init__(self, directory: Path, name_of: Callable[[int], str], dtype: str, chunk_tokens: int):
+        self._directory, self._name_of, self._dtype, self._chunk_tokens = directory, name_of, dtype, chunk_tokens
+        self._pieces: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+        self._tokens = 0
+        self._documents = 0
+        self.chunks: list[dict[str, Any]] = []
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents that lie one after the other.
+
+        Args:
+            tokens: shape (sum of lengths,); kept by reference until the chunk is written.
+            lengths: tokens of each document, shape (n,).
+        """
+        ends = np.cumsum(lengths)
+        first, begin = 0, 0
+        while first < len(lengths):
+            # the first document with which the chunk is full, or the last one there is
+            last = int(np.searchsorted(ends, begin + self._chunk_tokens - self._tokens)) + 1
+            last = min(last, len(lengths))
+            end = int(ends[last - 1])
+            self._pieces.append(tokens[begin:end])
+            self._lengths.append(lengths[first:last])
+            self._tokens += end - begin
+            self._documents += last - first
+            first, begin = last, end
+            if self._tokens >= self._chunk_tokens:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what was collected as a chunk file, whole or not at all."""
+        if not self._documents:
+            return
+        import xxhash
+
+        path = self._directory / self._name_of(len(self.chunks))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = chunk_header(np.concatenate(self._lengths), self._dtype)
+        digest = xxhash.xxh3_128()
+        with atomic_write(path) as file:
+            for piece in (header, *self._pieces):
+                view = memoryview(np.ascontiguousarray(piece)).cast("B")
+                digest.update(view)
+                file.write(view)
+        chunk = Chunk(
+            name=path.name,
+            documents=self._documents,
+            tokens=self._tokens,
+            bytes=header.nbytes + self._tokens * np.dtype(self._dtype).itemsize,
+        )
+        self.chunks.append({**dataclasses.asdict(chunk), "xxh3_128": digest.hexdigest()})
+        self._pieces, self._lengths, self._tokens, self._documents = [], [], 0, 0
+
+
+def chunk_name(unit: int, chunk: int) -> str:
+    return f"chunk-{unit:07d}-{chunk}.bin"
+
+
+def text_hashes(texts: pa.Array) -> np.ndarray:
+    """XXH3-64 of each text's UTF-8 bytes, shape (n,), uint64."""
+    import xxhash
+
+    offsets, data = arrow_text_buffers(texts)
+    view, bounds = memoryview(data), offsets.tolist()
+    digest = xxhash.xxh3_64_intdigest
+    return np.fromiter((digest(view[a:b]) for a, b in itertools.pairwise(bounds)), np.uint64, len(texts))
+
+
+def assemble(
+    ids: np.ndarray, ends: np.ndarray, bos_id: int | None, eos_id: int | None, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put BOS before and EOS after every document.
+
+    Args:
+        ids: token ids of n documents, back to back, shape (tokens,).
+        ends: offsets of the documents into them, shape (n + 1,).
+
+    Returns:
+        tokens, shape (tokens + n * specials,), and the length of each document in them, shape (n,).
+    """
+    specials = (bos_id is not None) + (eos_id is not None)
+    lengths = np.diff(ends) + specials
+    out = np.empty(len(ids) + specials * len(lengths), dtype)
+    stops = np.cumsum(lengths)
+    is_text = np.ones(len(out), bool)
+    if bos_id is not None:
+        out[stops - lengths] = bos_id
+        is_text[stops - lengths] = False
+    if eos_id is not None:
+        out[stops - 1] = eos_id
+        is_text[stops - 1] = False
+    out[is_text] = ids
+    return out, lengths
+
+
+def runs(is_val: np.ndarray) -> Iterator[tuple[str, int, int]]:
+    """Stretches of consecutive documents of one split: (split, first, last + 1)."""
+    bounds = [0, *(np.flatnonzero(np.diff(is_val)) + 1).tolist(), len(is_val)]
+    for first, last in itertools.pairwise(bounds):
+        if first < last:
+            yield SPLITS[int(is_val[first])], first, last
+
+
+def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRecord:
+    """Tokenize `unit` into chunk files below `job.output_dir`/{train,val}/`folder`.
+
+    Doing it again, anywhere, writes the same bytes under the same names.
+
+    Raises:
+        CorruptRowGroup: a page cannot be decoded, and `job.quarantine` is off.
+        EncodingMismatch: the encoder does not agree with `tokenizers`.
+        OSError: from writing, for example when the disk is full.
+    """
+    excluded: dict[tuple[int, int], str] = {}
+    while True:
+        try:
+            record = _tokenize_once(job, unit, folder, encoder, excluded)
+        except CorruptRowGroup as error:
+            if not job.quarantine:
+                raise
+            # From the start without it: what a row group gave before its bad page must not depend on batch sizes.
+            excluded[error.file_index, error.row_group] = error.reason
+        else:
+            record.quarantined = [
+                {"path": job.paths[file], "row_group": group, "reason": reason}
+                for (file, group), reason in sorted(excluded.items())
+            ]
+            return record
+
+
+class _Stopwatch:
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def _tokenize_once(
+    job: Job, unit: Unit, folder: str, encoder: Encoder, excluded: dict[tuple[int, int], str]
+) -> UnitRecord:
+    record = UnitRecord(unit.index, folder, SplitRecord(), SplitRecord())
+    writers = {
+        split: ChunkWriter(
+            Path(job.output_dir) / split / folder,
+            lambda i: chunk_name(unit.index, i),
+            job.dtype,
+            job.chunk_tokens,
+        )
+        for split in SPLITS
+    }
+    held: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    watch = _Stopwatch()
+
+    for texts in _texts_of(job, unit, excluded, record):
+        watch.lap("read")
+        hashes = text_hashes(texts)
+        is_val = hashes < np.uint64(job.val_threshold) if job.val_threshold < HASH_RANGE else np.ones(len(texts), bool)
+        record.min_hash = min(record.min_hash, int(hashes.min()))
+        watch.lap("hash")
+        ids, ends = encoder.encode(texts)
+        watch.lap("encode")
+        if not record.checked_documents:
+            rows = np.linspace(0, len(texts) - 1, min(CHECKED_DOCUMENTS, len(texts))).astype(int).tolist()
+            record.checked_documents = encoder.check(texts, ids, ends, rows, CHECKED_BYTES)
+            watch.lap("check")
+        tokens, lengths = assemble(ids, ends, job.bos_id, job.eos_id, job.dtype)
+        stops = np.concatenate(([0], np.cumsum(lengths)))
+        text_offsets = arrow_text_buffers(texts)[0]
+        watch.lap("assemble")
+        for split, first, last in runs(is_val):
+            counts: SplitRecord = getattr(record, split)
+            counts.documents += last - first
+            counts.tokens += int(stops[last] - stops[first])
+            counts.text_bytes += int(text_offsets[last] - text_offsets[first])
+            if job.shuffle_seed is None:
+                writers[split].add(tokens[stops[first] : stops[last]], lengths[first:last])
+            else:
+                held[split].extend(np.split(tokens[stops[first] : stops[last]], stops[first + 1 : last] - stops[first]))
+        watch.lap("write")
+
+    for split, writer in writers.items():
+        if job.shuffle_seed is not None:
+            order = np.random.default_rng([job.shuffle_seed, unit.index]).permutation(len(held[split]))
+            for i in order.tolist():
+                writer.add(held[split][i], np.array([len(held[split][i])]))
+        writer.flush()
+        getattr(record, split).chunks = writer.chunks
+    watch.lap("write")
+    record.encoder, record.peak_bytes = encoder.backend, peak_resident_bytes()
+    record.seconds = {phase: round(seconds, 4) for phase, seconds in watch.seconds.items()}
+    return record
+
+
+def _texts_of(job: Job, unit: Unit, excluded: dict[tuple[int, int], str], record: UnitRecord) -> Iterator[pa.Array]:
+    """The unit's non-empty texts, batch by batch; counts what is skipped."""
+    import pyarrow.compute as pc
+
+    rows_left = unit.rows if unit.max_rows is None else unit.max_rows
+    for piece in unit.ranges:
+        groups = [group for group in range(piece.first, piece.last) if (piece.file_index, group) not in excluded]
+        for begin, end in _consecutive(groups):
+            path = job.paths[piece.file_index]
+            for _, texts in stream_texts(job.input_dir, path, piece.file_index, range(begin, end), job.text_column):
+                texts = texts[:rows_left]
+                if not len(texts):
+                    return
+                rows_left -= len(texts)
+                record.skipped_null += texts.null_count
+                if texts.null_count:
+                    texts = texts.drop_null()
+                is_text = pc.greater(pc.binary_length(texts), 0)
+                empty = len(texts) - (pc.sum(is_text).as_py() or 0)
+                record.skipped_empty += empty
+                if empty:
+                    texts = texts.filter(is_text)
+                if len(texts):
+                    yield texts
+
+
+def _consecutive(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    first = None
+    for i, number in enumerate(numbers):
+        if first is None:
+            first = number
+        if i + 1 == len(numbers) or numbers[i + 1] != number + 1:
+            yield first, number + 1
+            first = None
+
+
+def largest_chunk_tokens(dtype: str) -> int:
+    """Tokens that surely fit a chunk file besides a header of as many documents."""
+    return (MAX_CHUNK_BYTES - header_bytes(0)) // (np.dtype(dtype).itemsize + 4)
+
+
+# One encoder a worker process: its cache of pretokens is what makes the next unit fast.
+_encoders: dict[tuple[str, bool], Encoder] = {}
+
+
+def process_encoder(job: Job, load_tokenizer_json: Callable[[], bytes]) -> Encoder:
+    """This process's encoder for `job`, loaded when it is needed first."""
+    key = (job.tokenizer_sha256, job.parse_special_tokens)
+    if key not in _encoders:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _encoders.clear()
+        _encoders[key] = Encoder(load_tokenizer_json(), job.parse_special_tokens)
+    return _encoders[key]
+
+
+def peak_resident_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
