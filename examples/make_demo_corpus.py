@@ -191,9 +191,12 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
 
 
 def machine_paths() -> list[str]:
-    """Text with one of these speaks of this machine and stays out."""
-    candidates = (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(Path.home()))
-    return sorted({path for path in candidates if path.count("/") >= 2})
+    """Text with one of these speaks of this machine and stays out (packages that were built here may hold such).
+
+    Whole paths only: documentation rightly speaks of /usr/local, which is many a Python's prefix.
+    """
+    candidates = {*(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")), str(Path.home())}
+    return sorted(path for path in candidates if path.count("/") >= 2)
 
 
 # ---------------------------------------------------------------------------- parquet
