@@ -7,10 +7,12 @@ flags on the command line win over it. Only jsonargparse is imported here, so `-
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 import traceback
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jsonargparse
@@ -71,7 +73,7 @@ def make_parser(settings_class: type, description: str, positional: bool = False
 def parse_settings(settings_class: type, description: str, argv: list[str] | None = None, positional: bool = False):
     """Settings from the command line; raises UserError, naming the config file if the fault is there."""
     parser = make_parser(settings_class, description, positional)
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _spell_out_switches(settings_class, sys.argv[1:] if argv is None else argv)
     parser.config_file = _config_file(argv)
     arguments = parser.parse_args(argv)
     if arguments.quiet or arguments.verbose:
@@ -79,6 +81,25 @@ def parse_settings(settings_class: type, description: str, argv: list[str] | Non
     for name in ("config", "quiet", "verbose"):
         arguments.pop(name, None)
     return settings_class(**parser.instantiate_classes(arguments).as_dict())
+
+
+def _switches(settings_class: type, prefix: str = "--") -> Iterator[str]:
+    """The flags of all bool settings, nested ones too."""
+    types = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        if types[field.name] is bool:
+            yield prefix + field.name
+        elif dataclasses.is_dataclass(types[field.name]):
+            yield from _switches(types[field.name], f"{prefix}{field.name}.")
+
+
+def _spell_out_switches(settings_class: type, argv: list[str]) -> list[str]:
+    """`--dry_run` alone means `--dry_run=true`; jsonargparse asks for the value."""
+    switches = set(_switches(settings_class))
+    return [
+        f"{flag}=true" if flag in switches and following not in ("true", "false", "True", "False") else flag
+        for flag, following in zip(argv, [*argv[1:], None])
+    ]
 
 
 def _config_file(argv: list[str]) -> str | None:

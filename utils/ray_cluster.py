@@ -11,26 +11,22 @@ from utils.errors import UserError
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[None]:
+def ray_session(address: str | None) -> Iterator[None]:
     """Connect to Ray for the length of the block; what was started here is stopped at its end.
 
     Args:
-        address: of a running cluster ("auto", "HOST:6379"); None: RAY_ADDRESS or the cluster that runs on
-            this machine, else a local one of this process's own.
-        num_cpus: size of the local one; None: all cores.
+        address: of a running cluster ("auto", "HOST:6379"); None: RAY_ADDRESS or the one that `ray start` started on
+            this machine, else a local one of this process's own, on all cores.
     """
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    # Without these a local cluster phones home and shows a banner; neither belongs to a batch step.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would phone home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    options = {"logging_level": logging.WARNING, "log_to_driver": True, "include_dashboard": False}
+    # Says at every start that tokens guard the cluster, as they should.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
-        if address in (None, "") and not os.environ.get("RAY_ADDRESS") and not _local_cluster_runs():
-            ray.init(address="local", num_cpus=num_cpus, **options)
-        else:
-            ray.init(address=address or "auto", logging_level=logging.WARNING, log_to_driver=True)
+        # Without an address Ray itself takes RAY_ADDRESS, or what `ray start` started here, or starts a local cluster.
+        ray.init(address=address or None, include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"--address={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, give "
@@ -40,9 +36,3 @@ def ray_session(address: str | None, num_cpus: int | None = None) -> Iterator[No
         yield
     finally:
         ray.shutdown()
-
-
-def _local_cluster_runs() -> bool:
-    from ray._private.services import find_gcs_addresses
-
-    return bool(find_gcs_addresses())

@@ -361,6 +361,10 @@ _encoders: dict[tuple[str, bool], Encoder] = {}
 
 def process_encoder(job: Job, load_tokenizer_json: Callable[[], bytes]) -> Encoder:
     """This process's encoder for `job`, loaded when it is needed first."""
+    import awkward  # noqa: F401
+    import pyarrow.compute  # noqa: F401
+    import pyarrow.parquet  # noqa: F401  seconds of a fresh process that belong to its start, not to its first unit
+
     key = (job.tokenizer_sha256, job.parse_special_tokens)
     if key not in _encoders:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

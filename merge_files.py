@@ -1,0 +1,474 @@
+"""Step 2: merge the folders that the nodes wrote into one dataset. Moves no bytes where it can.
+
+    python merge_files.py --source_dir=OUT/train --target_dir=DATA/train
+    python merge_files.py --source_dir=OUT/val   --target_dir=DATA/val
+
+DATA/train then holds the chunk files, one index.json that litdata and litgpt read, and a manifest.json. Their order
+is that of the input text, so the dataset is the same whichever nodes tokenized it. Run again after a crash to finish.
+
+--mode=link   hard links, no bytes copied; a verified copy where source and target lie on different file systems
+--mode=copy   a verified copy
+--mode=move   like link, and the sources' names of the linked files are removed when the dataset is published
+--mode=index  no files: --target_dir must be --source_dir, which gets one index.json that names the sub-folders
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import errno
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from utils import cli, console
+from utils.errors import Problems, UserError
+
+# Up to so much, reading everything once to compare checksums is a matter of a minute.
+AUTO_VERIFY_BYTES = 64 << 30
+THREADS = 8
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings."""
+
+    source_dir: str
+    """Directory whose sub-folders hold chunks and an index.json each, for example OUT/train."""
+    target_dir: str
+    """Directory to write the merged dataset to."""
+    mode: Literal["link", "copy", "move", "index"] = "link"
+    """How the chunk files get there; see above."""
+    verify: Literal["auto", "checksums", "headers"] = "auto"
+    """Compare the content of every chunk with its checksum, or only sizes and document offsets; auto: checksums up to
+    64 GiB, and always where bytes are copied."""
+    dry_run: bool = False
+    """Check everything, print the plan, and stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceChunk:
+    """A chunk file, where it lies and what it is called in the merged dataset."""
+
+    path: Path
+    name: str
+    """In the merged dataset."""
+    documents: int
+    tokens: int
+    bytes: int
+    xxh3_128: str | None
+    """None where the source has no manifest, until the file was read."""
+
+
+@dataclasses.dataclass
+class Plan:
+    """The merged dataset, before it exists."""
+
+    chunks: list[SourceChunk]
+    """In the order of the merged dataset."""
+    dtype: str
+    chunk_tokens: int | None
+    manifest: dict[str, Any] | None
+    """Of the source directory; None for folders that litdata itself wrote."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(chunk.bytes for chunk in self.chunks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+def natural_key(name: str) -> list[Any]:
+    """'10' after '9'."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Read and check every index and manifest; raises UserError with all problems that were found."""
+    from utils.chunks import INDEX_NAME, read_index
+    from utils.manifest import read_manifest
+
+    source, target = Path(settings.source_dir), Path(settings.target_dir)
+    problems = Problems()
+    if not source.is_dir():
+        raise UserError(
+            f"--source_dir={source}: no such directory. Give the output of optimize_dataset.py, for example OUT/train."
+        )
+    in_place = source.resolve() == target.resolve()
+    if in_place != (settings.mode == "index"):
+        problems.add(
+            f"--target_dir={target}: --mode=index writes its index.json into --source_dir={source}, so give that directory."
+            if settings.mode == "index"
+            else f"--target_dir={target}: is --source_dir itself. Give another directory, or --mode=index."
+        )
+    elif source.resolve() in target.resolve().parents:
+        problems.add(f"--target_dir={target}: lies inside --source_dir={source}. Give a directory outside of it.")
+
+    folders = sorted(
+        (path for path in source.iterdir() if path.is_dir() and (path / INDEX_NAME).exists()),
+        key=lambda path: natural_key(path.name),
+    )
+    if not folders:
+        if (source / INDEX_NAME).exists() and settings.mode != "index":
+            folders = [source]
+        else:
+            raise UserError(
+                f"--source_dir={source}: no sub-folder with an {INDEX_NAME} in it. Give the directory above the nodes' "
+                "folders, for example OUT/train; if optimize_dataset.py has not finished, run it again."
+            )
+    indexes = [problems.collect(read_index, folder, "--source_dir") for folder in folders]
+    manifests = [problems.collect(read_manifest, folder) for folder in folders]
+    above = problems.collect(read_manifest, source, "tokens") if folders != [source] else None
+    problems.raise_if_any()
+
+    check_same(folders, [index.dtype for index in indexes], "dtype of the tokens", problems)
+    if any(manifests) or above:
+        check_manifests(source, folders, indexes, manifests, above, problems)
+    else:
+        console.warn(
+            f"{source}: no manifest.json, so the folders were not made by optimize_dataset.py. Tokenizers and checksums "
+            "cannot be compared, and the dataset cannot be traced back to its text."
+        )
+    problems.raise_if_any()
+
+    chunks = named_chunks(folders, indexes, manifests, settings.mode == "index")
+    if not chunks:
+        raise UserError(f"--source_dir={source}: its {len(folders)} folders hold no chunks. Tokenize again.")
+    sizes = [index.chunk_tokens for index in indexes if index.chunk_tokens]
+    return Plan(chunks, indexes[0].dtype, max(sizes, default=None), above or manifests[0])
+
+
+def check_same(folders: list[Path], values: list[Any], what: str, problems: Problems) -> None:
+    for folder, value in zip(folders[1:], values[1:]):
+        if value != values[0]:
+            problems.add(
+                f"{folders[0]} and {folder} differ in the {what}: {values[0]!r} and {value!r}. "
+                "Merge only folders of one run."
+            )
+
+
+def check_manifests(
+    source: Path,
+    folders: list[Path],
+    indexes: list[Any],
+    manifests: list[dict[str, Any] | None],
+    above: dict[str, Any] | None,
+    problems: Problems,
+) -> None:
+    """Counts must agree between indexes and manifests, and the folders must come from one run, and be all of it."""
+    for folder, index, manifest in zip(folders, indexes, manifests):
+        if manifest is None:
+            problems.add(f"{folder}: no manifest.json, unlike its neighbours. Remove the folder or make it again.")
+            continue
+        listed = {chunk.name: (chunk.documents, chunk.tokens, chunk.bytes) for chunk in index.chunks}
+        try:
+            recorded = {file["name"]: (file["documents"], file["tokens"], file["bytes"]) for file in manifest["files"]}
+        except (KeyError, TypeError):
+            recorded = None
+        if listed != recorded:
+            problems.add(f"{folder}: index.json and manifest.json do not name the same chunks. Make the folder again.")
+    if problems.found:
+        return
+    check_same(folders, [m["tokenizer"]["sha256"] for m in manifests], "tokenizer", problems)
+    if problems.found:
+        return
+    check_same(folders, [m.get("fingerprint") for m in manifests], "settings or input files", problems)
+    if problems.found or above is None:
+        if above is None and folders != [source]:
+            problems.add(f"{source}: no manifest.json beside its folders. Run optimize_dataset.py to its end.")
+        return
+    if above.get("fingerprint") != manifests[0].get("fingerprint"):
+        problems.add(f"{source} and {folders[0]} differ in the settings or input files. Tokenize into a new directory.")
+    for key in ("documents", "tokens", "chunks", "text_bytes"):
+        found = sum(manifest["content"][key] for manifest in manifests)
+        expected = above["content"][key]
+        if found != expected:
+            missing = sorted(set(above.get("folders", [])) - {folder.name for folder in folders})
+            problems.add(
+                f"--source_dir={source}: its folders hold {found:,} {key}, its manifest says {expected:,}"
+                + (f"; missing: {', '.join(missing)}" if missing else "")
+                + ". Bring all folders back, or tokenize again."
+            )
+
+
+def named_chunks(folders: list[Path], indexes: list[Any], manifests: list[Any], in_place: bool) -> list[SourceChunk]:
+    """All chunks in their final order, by unit and not by node, under names that are unique."""
+    chunks = []
+    for folder, index, manifest in zip(folders, indexes, manifests):
+        checksums = {file["name"]: file["xxh3_128"] for file in manifest["files"]} if manifest else {}
+        for chunk in index.chunks:
+            name = f"{folder.name}/{chunk.name}" if in_place else chunk.name
+            path = folder / chunk.name
+            chunks.append(
+                SourceChunk(path, name, chunk.documents, chunk.tokens, chunk.bytes, checksums.get(chunk.name))
+            )
+    if all(manifests):
+        return sorted(chunks, key=lambda chunk: natural_key(chunk.path.name))
+    if in_place:
+        return chunks
+    # litdata calls the first chunk of every node chunk-0-0.bin: keep the folders' order, and number anew.
+    return [dataclasses.replace(chunk, name=f"chunk-{i:07d}-0.bin") for i, chunk in enumerate(chunks)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work
+
+
+def verify_chunk(chunk: SourceChunk, checksums: bool) -> SourceChunk:
+    """Compare a chunk file with its index entry; raises UserError. Returns it with its checksum, if that was read."""
+    from utils.chunks import read_document_offsets
+    from utils.files import checksum
+
+    try:
+        size = chunk.path.stat().st_size
+        if size != chunk.bytes:
+            raise ValueError(f"{chunk.path}: {size:,} bytes, the index says {chunk.bytes:,}")
+        documents = len(read_document_offsets(chunk.path)) - 1
+        if documents != chunk.documents:
+            raise ValueError(f"{chunk.path}: holds {documents:,} documents, the index says {chunk.documents:,}")
+        if not checksums:
+            return chunk
+        found = checksum(chunk.path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--source_dir: {error}. Tokenize again, or bring the file back.") from error
+    if chunk.xxh3_128 is not None and found != chunk.xxh3_128:
+        raise UserError(f"--source_dir: {chunk.path}: its content differs from its checksum. Tokenize again.")
+    return dataclasses.replace(chunk, xxh3_128=found)
+
+
+def same_file_system(chunks: list[SourceChunk], target: Path) -> bool:
+    """Whether a hard link from the first chunk into `target` works; that is the only sure test."""
+    from utils.files import temporary_sibling
+
+    probe = temporary_sibling(target / "probe")
+    try:
+        os.link(chunks[0].path, probe)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            return False
+        raise
+    probe.unlink()
+    return True
+
+
+def place_chunk(chunk: SourceChunk, target: Path, link: bool) -> SourceChunk:
+    """Put the file under its name in `target`, unless an interrupted run has done so. Never overwrites another file."""
+    from utils.files import checksum
+
+    path = target / chunk.name
+    if path.exists():
+        if path.samefile(chunk.path):
+            return chunk
+        if path.stat().st_size == chunk.bytes and checksum(path) == (chunk.xxh3_128 or checksum(chunk.path)):
+            return chunk
+        raise UserError(
+            f"--target_dir={target}: {chunk.name} is there already and is another file. Give a new directory."
+        )
+    if link:
+        os.link(chunk.path, path)
+        return chunk
+    return copy_verified(chunk, path)
+
+
+def copy_verified(chunk: SourceChunk, path: Path) -> SourceChunk:
+    """Copy, then compare what was read with the checksum; raises UserError and leaves nothing if they differ."""
+    import xxhash
+
+    from utils.files import atomic_write
+
+    digest = xxhash.xxh3_128()
+    with atomic_write(path) as target, open(chunk.path, "rb", buffering=0) as source:
+        while block := source.read(8 << 20):
+            digest.update(block)
+            target.write(block)
+        found = digest.hexdigest()
+        if chunk.xxh3_128 is not None and found != chunk.xxh3_128:
+            raise UserError(f"--source_dir: {chunk.path}: its content differs from its checksum. Tokenize again.")
+    return dataclasses.replace(chunk, xxh3_128=found)
+
+
+def in_parallel(work: Any, chunks: list[SourceChunk], label: str) -> list[SourceChunk]:
+    """Apply `work` to every chunk on a few threads, in order, with a progress bar; all user errors at once."""
+    from utils.progress import Progress
+
+    problems = Problems()
+    done = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+        Progress(label, sum(chunk.bytes for chunk in chunks)) as progress,
+    ):
+        futures: collections.deque = collections.deque()
+        for chunk in chunks:
+            futures.append(pool.submit(work, chunk))
+            if len(futures) > 4 * THREADS:
+                done.append(problems.collect(futures.popleft().result))
+            progress.advance(chunk.bytes if len(done) else 0, f"{len(done):,} of {len(chunks):,} chunks")
+        for future in futures:
+            done.append(problems.collect(future.result))
+    problems.raise_if_any()
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Publish
+
+
+def fingerprint_of(chunks: list[SourceChunk]) -> str:
+    """Changes when the merged dataset changes; from checksums where they are known, else from names and counts."""
+    parts = [f"{chunk.name} {chunk.xxh3_128 or (chunk.documents, chunk.tokens, chunk.bytes)}" for chunk in chunks]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def merged_manifest(plan: Plan, chunks: list[SourceChunk]) -> dict[str, Any]:
+    from utils.manifest import made_by
+
+    inherited = plan.manifest or {}
+    content = {
+        "documents": sum(chunk.documents for chunk in chunks),
+        "tokens": sum(chunk.tokens for chunk in chunks),
+        "text_bytes": inherited.get("content", {}).get("text_bytes"),
+        "chunks": len(chunks),
+        "dtype": plan.dtype,
+    }
+    return {
+        "kind": "dataset",
+        "made_by": made_by("merge_files.py", "litdata"),
+        "tokenized_by": inherited.get("made_by"),
+        "split": inherited.get("split"),
+        "settings": inherited.get("settings", {}),
+        "tokenizer": inherited.get("tokenizer"),
+        "fingerprint": fingerprint_of(chunks),
+        "content": content,
+        "files": [
+            {"name": c.name, "documents": c.documents, "tokens": c.tokens, "bytes": c.bytes, "xxh3_128": c.xxh3_128}
+            for c in chunks
+        ],
+        "inputs": inherited.get("inputs", []),
+    }
+
+
+def publish(plan: Plan, chunks: list[SourceChunk], target: Path) -> dict[str, Any]:
+    """index.json, then manifest.json."""
+    from utils.chunks import INDEX_NAME, Chunk, make_index
+    from utils.files import fsync_directory, write_json
+    from utils.manifest import write_manifest
+
+    fsync_directory(target)
+    manifest = merged_manifest(plan, chunks)
+    entries = [Chunk(chunk.name, chunk.documents, chunk.tokens, chunk.bytes) for chunk in chunks]
+    write_json(target / INDEX_NAME, make_index(entries, plan.dtype, plan.chunk_tokens, manifest["fingerprint"]))
+    write_manifest(target, manifest)
+    return manifest
+
+
+def check_target(target: Path, chunks: list[SourceChunk]) -> None:
+    """Refuse a directory with anything in it but an interrupted merge of the same chunks."""
+    from utils.chunks import INDEX_NAME
+    from utils.files import TEMPORARY_PREFIX, remove_temporaries
+
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--target_dir={target}: is a file. Give a directory that is new or empty.")
+    if not target.exists():
+        return
+    names = {name for name in os.listdir(target) if not name.startswith(TEMPORARY_PREFIX)}
+    foreign = sorted(names - {chunk.name for chunk in chunks} - {INDEX_NAME})
+    if foreign or (INDEX_NAME in names and len(names) <= len(chunks)):
+        shown = ", ".join((foreign or [INDEX_NAME])[:5])
+        raise UserError(
+            f"--target_dir={target}: holds what is not part of this dataset ({shown}); nothing was touched. "
+            "Give a directory that is new or empty."
+        )
+    remove_temporaries(target)
+
+
+def finished_manifest(settings: Settings) -> dict[str, Any] | None:
+    """The manifest of a target that an earlier run published, whatever has become of the source since.
+
+    Raises:
+        UserError: the target is another dataset than the source makes.
+    """
+    from utils.chunks import read_index
+    from utils.manifest import read_manifest
+
+    target, source = Path(settings.target_dir), Path(settings.source_dir)
+    published = read_manifest(target)
+    if published is None or published["kind"] != "dataset":
+        return None
+    read_index(target, "--target_dir")
+    above = read_manifest(source) if source.is_dir() and source.resolve() != target.resolve() else None
+    if above is not None:
+        for key in ("tokenizer", "settings", "inputs"):
+            if above.get(key) != published.get(key):
+                raise UserError(
+                    f"--target_dir={target}: holds a dataset with other {key} than --source_dir={source} has; nothing "
+                    "was touched. Give a new directory."
+                )
+    return published
+
+
+def remove_sources(source: Path, target: Path, names: list[str]) -> None:
+    """After a published move: drop the sources' names, if the same file now has its name in the target.
+
+    Where bytes were copied the sources stay: they are other files, and deleting them is for their owner.
+    """
+    for folder in source.iterdir():
+        for name in names if folder.is_dir() else ():
+            path = folder / name
+            if path.exists() and path.samefile(target / name):
+                path.unlink()
+
+
+def say_result(manifest: dict[str, Any], target: Path) -> None:
+    content = manifest["content"]
+    console.result(
+        f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {content['chunks']:,} chunks"
+    )
+
+
+def main(settings: Settings) -> None:
+    source, target = Path(settings.source_dir), Path(settings.target_dir)
+    published = finished_manifest(settings)
+    if published is not None:
+        if settings.mode == "move" and source.is_dir():
+            remove_sources(source, target, [file["name"] for file in published["files"]])
+        say_result(published, target)
+        console.result("merged already, nothing to do")
+        return
+    plan = make_plan(settings)
+    check_target(target, plan.chunks) if settings.mode != "index" else None
+    console.say(
+        f"source: {len(plan.chunks):,} chunks, {console.human_bytes(plan.bytes)}, "
+        f"{sum(chunk.tokens for chunk in plan.chunks):,} tokens of {plan.dtype} in {source}"
+    )
+    if settings.dry_run:
+        console.result(f"would {settings.mode} them to {target}")
+        return
+
+    by_checksum = settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
+    console.say(f"verify: sizes and document offsets{' and checksums' if by_checksum else ''}")
+    chunks = in_parallel(lambda chunk: verify_chunk(chunk, by_checksum), plan.chunks, "verify")
+    if settings.mode != "index":
+        target.mkdir(parents=True, exist_ok=True)
+        link = settings.mode in ("link", "move") and same_file_system(chunks, target)
+        if settings.mode in ("link", "move") and not link:
+            console.say("source and target lie on different file systems: copying")
+        chunks = in_parallel(lambda chunk: place_chunk(chunk, target, link), chunks, "link" if link else "copy")
+    manifest = publish(plan, chunks, target)
+    if settings.mode == "move":
+        remove_sources(source, target, [chunk.name for chunk in chunks])
+    say_result(manifest, target)
+    console.next_command(
+        "python distributed_pretrain.py --config config_hub/llama3-8b.yaml --dataset_path="
+        f"{os.path.dirname(os.path.abspath(target))}"
+        if manifest["split"] == "val"
+        else f"python merge_files.py --source_dir={source.parent / 'val'} --target_dir={target.parent / 'val'}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
