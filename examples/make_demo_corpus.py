@@ -50,7 +50,8 @@ CODE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".cc", ".cpp", ".c
 MIN_CODE_BYTES = 200
 MAX_FILE_BYTES = 2_000_000
 
-ROW_GROUPS_PER_FILE = 4
+MIN_ROW_GROUPS_PER_FILE = 4
+MAX_ROW_GROUP_ROWS = 1000  # FineWeb's
 # No date of the text is known, and a clock would make equal corpora differ.
 DATE = "2000-01-01T00:00:00Z"
 
@@ -241,7 +242,7 @@ def write_parquet(path: Path, documents: list[Document], compression: str) -> No
             "token_count": pa.array([len(text.encode()) // 4 for text in texts], pa.int64()),
         }
     )
-    row_group_size = max(1, -(-len(texts) // ROW_GROUPS_PER_FILE))
+    row_group_size = min(MAX_ROW_GROUP_ROWS, max(1, -(-len(texts) // MIN_ROW_GROUPS_PER_FILE)))
     pq.write_table(table, path, row_group_size=row_group_size, compression=compression)
 
 

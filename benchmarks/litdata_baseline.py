@@ -1,0 +1,43 @@
+"""What people do now: litdata.optimize over parquet files with litgpt's Tokenizer.
+
+    python benchmarks/litdata_baseline.py INPUT_DIR TOKENIZER_DIR OUTPUT_DIR NUM_WORKERS TIMES.jsonl
+
+After litgpt's own litgpt/data/prepare_starcoder.py: a worker takes a file, reads batches of rows, and yields the ids
+of one text at a time. Each file's first and last moment go to TIMES.jsonl, so that start-up can be told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from litdata import TokensLoader, optimize
+from litgpt.tokenizer import Tokenizer
+
+
+def tokenize(path: str, tokenizer: Tokenizer, times: str):
+    begin, num_tokens = time.time(), 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=8192, columns=["text"]):
+        for text in batch.to_pandas()["text"]:
+            ids = tokenizer.encode(text)
+            num_tokens += len(ids)
+            yield ids
+    line = json.dumps({"path": path, "tokens": num_tokens, "begin": begin, "end": time.time()})
+    with open(times, "a") as file:
+        file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    input_dir, tokenizer_dir, output_dir, num_workers, times = sys.argv[1:]
+    optimize(
+        fn=partial(tokenize, tokenizer=Tokenizer(tokenizer_dir), times=times),
+        inputs=sorted(str(path) for path in Path(input_dir).rglob("*.parquet")),
+        output_dir=output_dir,
+        chunk_size=2049 * 8012,
+        item_loader=TokensLoader(),
+        num_workers=int(num_workers),
+    )

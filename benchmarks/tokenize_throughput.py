@@ -1,0 +1,392 @@
+"""Measure step 1 beside what people run instead, on the same files, in one run on this machine.
+
+    python benchmarks/tokenize_throughput.py --size=450MB --vocab_size=128000
+    python benchmarks/tokenize_throughput.py --size=20MB --vocab_size=8192 --num_repeats=1        # a minute
+
+a) litdata.optimize with litgpt's Tokenizer (benchmarks/litdata_baseline.py), the same number of processes
+b) tokenizers.encode_batch_fast alone, text in memory
+c) gigatoken alone, text in memory: the limit of d
+d) python optimize_dataset.py
+
+Prints a table in Markdown. Sustained is tokens a second and core without start-up; each figure is the best of the
+repeats, for all sides alike. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils import cli, console
+from utils.errors import UserError
+from utils.manifest import read_manifest
+
+NUM_FILES = 8  # of equal size, so that the baseline, which gives a worker whole files, is as well balanced as we are
+BATCH_BYTES = 4 << 20
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings."""
+
+    size: str = "450MB"
+    """Text to tokenize, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
+    source: Literal["prose", "code"] = "code"
+    """Kind of text; see examples/make_demo_corpus.py. There are about 40 MB of prose."""
+    vocab_size: int = 128000
+    """Tokens in the tokenizer's vocabulary; Llama 3 has 128,000."""
+    baseline_share: float = 1.0
+    """Share of the files that the baseline gets, being slow: 1/8 to 1. Ours is run on the same share beside it."""
+    num_workers: int = 2
+    """Processes that tokenize, for all sides."""
+    num_repeats: int = 2
+    """Runs of everything; the best counts."""
+    random_words_size: str = "200MB"
+    """Text of random words, on which a worker's memory is measured; 0MB: do not."""
+    work_dir: str | None = None
+    """Directory for corpus, tokenizer and results, kept for the next run; null: a temporary one."""
+    output: str | None = None
+    """File to write the table to, too; null: none."""
+
+
+@dataclasses.dataclass
+class Measured:
+    """One side of the comparison."""
+
+    tokens: int
+    sustained: float
+    """Tokens a second and core, start-up apart."""
+    whole_s: float | None = None
+    """Seconds of the whole command, from the shell's view."""
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is tokenized
+
+
+def prepare_corpus(settings: Settings, work: Path) -> tuple[Path, Path, int]:
+    """(directory of NUM_FILES equal parquet files, tokenizer directory, bytes of text)"""
+    name = f"{settings.source}-{settings.size}"
+    made, tokenizer = work / f"made-{name}", work / f"tokenizer-{name}-{settings.vocab_size}"
+    run(
+        "examples/make_demo_corpus.py",
+        f"--output_dir={made}",
+        f"--tokenizer_dir={tokenizer}",
+        f"--size={settings.size}",
+        f"--source={settings.source}",
+        f"--vocab_size={settings.vocab_size}",
+    )
+    corpus = work / f"corpus-{name}"
+    if not corpus.exists():
+        write_equal_files(made, corpus)
+    return corpus, tokenizer, read_manifest(made)["content"]["text_bytes"]
+
+
+def write_equal_files(made: Path, corpus: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pa.concat_tables(pq.read_table(path) for path in sorted(made.glob("*.parquet")))
+    position = pc.cumulative_sum(pc.cast(pc.binary_length(table["text"]), pa.int64())).to_numpy()
+    temporary = corpus.with_name(corpus.name + ".part")
+    temporary.mkdir(exist_ok=True)
+    file_of_row = (position - 1) * NUM_FILES // position[-1]
+    for i in range(NUM_FILES):
+        part = table.filter(pa.array(file_of_row == i))
+        pq.write_table(part, temporary / f"{i:03d}_00000.parquet", row_group_size=1000, compression="snappy")
+    temporary.rename(corpus)
+
+
+def write_random_words(directory: Path, size_bytes: int) -> None:
+    """Text in which hardly a word comes twice: the worst case of a cache of words."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    schema = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(directory / "000_00000.parquet", schema) as writer:
+        written = 0
+        while written < size_bytes:
+            letters = rng.integers(97, 123, 4_000_000, dtype=np.uint8)
+            letters[np.cumsum(rng.integers(4, 12, 500_000))[:400_000] % 4_000_000] = 32
+            texts = [letters[i : i + 4000].tobytes().decode() for i in range(0, 4_000_000, 4000)]
+            writer.write_table(pa.table({"text": texts}, schema))
+            written += 4_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four sides
+
+
+def measure_baseline(corpus: Path, tokenizer: Path, num_workers: int, work: Path) -> Measured:
+    out, times = work / "baseline", work / "times.jsonl"
+    shutil.rmtree(out, ignore_errors=True)
+    times.unlink(missing_ok=True)
+    # litdata keeps temporary chunks in a cache of the machine; one of our own leaves other runs alone.
+    env = {"DATA_OPTIMIZER_CACHE_FOLDER": str(work / "litdata-cache"), "TOKENIZERS_PARALLELISM": "false"}
+    whole_s = run("benchmarks/litdata_baseline.py", corpus, tokenizer, out, num_workers, times, env=env)
+    lines = [json.loads(line) for line in times.read_text().splitlines()]
+    tokens = sum(line["tokens"] for line in lines)
+    return Measured(tokens, tokens / sum(line["end"] - line["begin"] for line in lines), whole_s)
+
+
+def measure_ours(corpus: Path, tokenizer: Path, num_workers: int, work: Path) -> Measured:
+    out = work / "ours"
+    shutil.rmtree(out, ignore_errors=True)
+    whole_s = run(
+        "optimize_dataset.py",
+        f"--input_dir={corpus}",
+        f"--tokenizer_dir={tokenizer}",
+        f"--output_dir={out}",
+        f"--num_workers={num_workers}",
+        "--address=local",
+    )
+    records = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
+    tokens = sum(record[split]["tokens"] for record in records for split in ("train", "val"))
+    phases: dict[str, float] = {}
+    for record in records:
+        for phase, seconds in record["seconds"].items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    content = read_manifest(out, "tokens")["content"]
+    if content["train"]["tokens"] + content["val"]["tokens"] != tokens:
+        raise RuntimeError(f"{out}: the manifest and the records disagree on the number of tokens")
+    busy_s = sum(phases.values())
+    details = {
+        "phases": {phase: seconds / busy_s for phase, seconds in phases.items()},
+        "units": len(records),
+        "worker_peak_bytes": max(record["peak_bytes"] for record in records),
+    }
+    return Measured(tokens, tokens / busy_s, whole_s, details)
+
+
+def measure_in_memory(function: Callable, corpus: Path, tokenizer: Path, num_workers: int) -> Measured:
+    """Run `function` in `num_workers` processes at a time, each on its share of the files, one core each."""
+    files = sorted(corpus.glob("*.parquet"))
+    shares = [(files[i::num_workers], tokenizer) for i in range(num_workers)]
+    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+        results = pool.starmap(function, shares, chunksize=1)
+    tokens = sum(tokens for tokens, _ in results)
+    return Measured(tokens, tokens / sum(seconds for _, seconds in results))
+
+
+def read_batches(files: list[Path]) -> list:
+    """String arrays of about BATCH_BYTES, in memory."""
+    import pyarrow.parquet as pq
+
+    batches = []
+    for path in files:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
+            batches.append(batch.column(0))
+    return batches
+
+
+def encode_with_tokenizers(files: list[Path], tokenizer_dir: Path) -> tuple[int, float]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    batches = [batch.to_pylist() for batch in read_batches(files)]
+    begin, tokens = time.perf_counter(), 0
+    for texts in batches:
+        tokens += sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
+    return tokens, time.perf_counter() - begin
+
+
+def encode_with_gigatoken(files: list[Path], tokenizer_dir: Path) -> tuple[int, float]:
+    import awkward as ak
+    import gigatoken
+
+    tokenizer = gigatoken.Tokenizer(str(tokenizer_dir / "tokenizer.json"))
+    batches = [ak.from_arrow(batch.cast("large_string")) for batch in read_batches(files)]
+    batches = [ak.drop_none(batch) for batch in batches]
+    begin, tokens = time.perf_counter(), 0
+    for texts in batches:
+        tokens += ak.count(tokenizer.encode_batch(texts, parallel=False), axis=None)
+    seconds = time.perf_counter() - begin
+    return int(tokens) + sum(map(len, batches)), seconds  # one BOS a document, as the other sides count it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def run(script: str, *arguments, env: dict[str, str] | None = None) -> float:
+    """Seconds that `python script arguments` takes; its output is shown only when it fails."""
+    begin = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if process.returncode != 0:
+        raise UserError(f"{script} left with {process.returncode}:\n{process.stdout[-5000:]}")
+    return time.perf_counter() - begin
+
+
+def best(measured: list[Measured]) -> Measured:
+    chosen = max(measured, key=lambda m: m.sustained)
+    whole = [m.whole_s for m in measured if m.whole_s is not None]
+    return dataclasses.replace(chosen, whole_s=min(whole, default=None))
+
+
+def share_of(corpus: Path, share: float, work: Path) -> Path:
+    """A directory with the first files of `corpus`."""
+    if share >= 1:
+        return corpus
+    part = work / f"{corpus.name}-{share:g}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for path in sorted(corpus.glob("*.parquet"))[: max(1, round(share * NUM_FILES))]:
+        os.link(path, part / path.name)
+    return part
+
+
+def measure_all(settings: Settings, work: Path) -> str:
+    from examples.make_demo_corpus import parse_size
+
+    corpus, tokenizer, text_bytes = prepare_corpus(settings, work)
+    small = share_of(corpus, settings.baseline_share, work)
+    sides: dict[str, list[Measured]] = {}
+
+    def note(name: str, measured: Measured) -> None:
+        sides.setdefault(name, []).append(measured)
+        whole = f", whole command {measured.whole_s:.1f} s" if measured.whole_s else ""
+        console.say(f"{name}: {measured.tokens:,} tokens, {measured.sustained:,.0f} tokens/s per core{whole}")
+
+    n = settings.num_workers
+    for _ in range(settings.num_repeats):
+        note("ours", measure_ours(corpus, tokenizer, n, work))
+        if n > 1:
+            note("ours, one worker", measure_ours(corpus, tokenizer, 1, work))
+        note("gigatoken", measure_in_memory(encode_with_gigatoken, corpus, tokenizer, n))
+        note("tokenizers", measure_in_memory(encode_with_tokenizers, small, tokenizer, n))
+        if small != corpus:
+            note("ours, baseline's files", measure_ours(small, tokenizer, n, work))
+        note("baseline", measure_baseline(small, tokenizer, n, work))
+    result = {name: best(measured) for name, measured in sides.items()}
+    same_files = result.get("ours, baseline's files", result["ours"])
+    if same_files.tokens != result["baseline"].tokens or result["gigatoken"].tokens != result["ours"].tokens:
+        raise RuntimeError(f"the sides do not agree on the number of tokens: {result}")
+
+    random_peak = None
+    random_bytes = parse_size(settings.random_words_size) if not settings.random_words_size.startswith("0") else 0
+    if random_bytes:
+        words = work / f"random-{settings.random_words_size}"
+        if not words.exists():
+            write_random_words(words, random_bytes)
+        random_peak = measure_ours(words, tokenizer, n, work).details["worker_peak_bytes"]
+    return table(settings, result, same_files, text_bytes, random_peak)
+
+
+def table(
+    settings: Settings, result: dict[str, Measured], same_files: Measured, text_bytes: int, random_peak: int | None
+) -> str:
+    ours, baseline = result["ours"], result["baseline"]
+    gigatoken, tokenizers = result["gigatoken"], result["tokenizers"]
+    one = result.get("ours, one worker")
+    part = "" if settings.baseline_share >= 1 else f", on {settings.baseline_share:g} of the text"
+
+    def million(rate: float) -> str:
+        return f"{rate / 1e6:.2f} M"
+
+    def row(name: str, measured: Measured, whole_ratio: str) -> str:
+        whole = f"{measured.whole_s:.1f} s" if measured.whole_s else "-"
+        ratio = measured.sustained / baseline.sustained
+        return f"| {name} | {million(measured.sustained)} | {ratio:.1f} x | {whole} | {whole_ratio} |"
+
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("litdata", "litgpt", "tokenizers", "gigatoken", "ray", "pyarrow")
+    )
+    lines = [
+        f"Text: {console.human_bytes(text_bytes)} of {settings.source} ({ours.tokens:,} tokens), vocabulary of "
+        f"{settings.vocab_size:,}; {settings.num_workers} processes for every side; best of {settings.num_repeats}. "
+        f"Machine: {machine()}. {versions}, Python {platform.python_version()}. "
+        f"{datetime.date.today().isoformat()}.",
+        "",
+        "| | sustained, tokens/s per core | ratio | whole command | ratio |",
+        "|---|---:|---:|---:|---:|",
+        row(f"litdata.optimize + litgpt's Tokenizer{part}", baseline, "1.0 x"),
+        row(f"tokenizers.encode_batch_fast alone, text in memory{part}", tokenizers, "-"),
+        row("gigatoken alone, text in memory: the limit", gigatoken, "-"),
+        row("**optimize_dataset.py**", ours, f"{baseline.whole_s / same_files.whole_s:.1f} x" if not part else "-"),
+    ]
+    if part:
+        ratio = f"{baseline.whole_s / same_files.whole_s:.1f} x"
+        lines.append(row("**optimize_dataset.py**, on the baseline's files", same_files, ratio))
+    if one:
+        lines.append(row("optimize_dataset.py, one worker", one, "-"))
+    phases = ", ".join(
+        f"{phase} {100 * share:.0f}%" for phase, share in sorted(ours.details["phases"].items(), key=lambda kv: -kv[1])
+    )
+    lines += [
+        "",
+        f"- The whole step reaches {100 * ours.sustained / gigatoken.sustained:.0f}% of the limit. A core's time: {phases}.",
+        f"- Largest worker: {console.human_bytes(ours.details['worker_peak_bytes'])}"
+        + (
+            f"; on {settings.random_words_size} of random words {console.human_bytes(random_peak)}."
+            if random_peak
+            else "."
+        ),
+    ]
+    if one:
+        work_ratio = settings.num_workers * ours.sustained / one.sustained
+        lines.append(
+            f"- {settings.num_workers} workers give {work_ratio:.2f} times one, sustained "
+            f"(whole command: {one.whole_s / ours.whole_s:.2f} times)."
+        )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{os.cpu_count()} cores of {model}, {memory / 2**30:.0f} GiB, no GPU used"
+
+
+def main(settings: Settings) -> None:
+    if not 1 / NUM_FILES <= settings.baseline_share <= 1:
+        raise UserError(f"--baseline_share={settings.baseline_share}: give a share from {1 / NUM_FILES} to 1.")
+    if settings.work_dir:
+        Path(settings.work_dir).mkdir(parents=True, exist_ok=True)
+        text = measure_all(settings, Path(settings.work_dir))
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            text = measure_all(settings, Path(work))
+    console.result(text)
+    if settings.output:
+        Path(settings.output).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
