@@ -211,15 +211,17 @@ def _load_without_data(file) -> Any:
     return torch.load(file, map_location="meta", weights_only=True)
 
 
+def first_data_byte(file, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record begin in an uncompressed archive."""
+    file.seek(info.header_offset + 26)
+    name_bytes, extra_bytes = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return info.header_offset + 30 + name_bytes + extra_bytes
+
+
 def _checksums_by_offset(file) -> dict[int, tuple[int, int]]:
     """For each record of the archive, by the place of its bytes: (how many, CRC-32)."""
-    checksums = {}
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            file.seek(info.header_offset + 26)
-            name_bytes, extra_bytes = (int.from_bytes(file.read(2), "little") for _ in range(2))
-            checksums[info.header_offset + 30 + name_bytes + extra_bytes] = (info.file_size, info.CRC)
-    return checksums
+        return {first_data_byte(file, info): (info.file_size, info.CRC) for info in archive.infolist()}
 
 
 def _whole_piece(path: Path, name: str, tensor, base_bytes: int, checksums: dict[int, tuple[int, int]]) -> Piece:
@@ -242,30 +244,31 @@ def _whole_piece(path: Path, name: str, tensor, base_bytes: int, checksums: dict
 # Shards of torch.distributed.checkpoint -------------------------------------------------------------------------------
 
 
+_METADATA_TYPES = {
+    "torch": {"Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"}
+    | {"strided", "contiguous_format", "preserve_format"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+}
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows what DCP itself puts into `.metadata`; anything else could run code."""
 
-    _ALLOWED = {
-        "torch": {"Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"}
-        | {"strided", "contiguous_format", "preserve_format"},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "collections": {"OrderedDict"},
-        "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-    }
-
     def find_class(self, module: str, name: str) -> Any:
-        if name in self._ALLOWED.get(module, ()):
+        if name in _METADATA_TYPES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
@@ -330,7 +333,9 @@ def _stored_tensor(directory: Path, name: str, stored, chunks: list) -> StoredTe
         pieces.append(_read_chunk_header(path, name, info, size, dtype, next_row))
         next_row += size[0]
     if next_row != shape[0]:
-        raise UserError(f"{directory}: '{name}' has {shape[0]} rows, the shards hold {next_row}. Take another checkpoint.")
+        raise UserError(
+            f"{directory}: '{name}' has {shape[0]} rows, the shards hold {next_row}. Take another checkpoint."
+        )
     return StoredTensor(name, shape, dtype, tuple(pieces))
 
 

@@ -1,0 +1,275 @@
+"""Steps 4 to 6: turn a checkpoint of a pretraining run into a model that litgpt and transformers load.
+
+    python convert_pretrained_checkpoint.py RUN/final EXPORT
+    python convert_pretrained_checkpoint.py RUN/step-00010000 EXPORT --dtype bfloat16 --formats hf
+
+It reads the sharded checkpoint itself: weights only, a few rows at a time, on a machine of any size. A file that was
+consolidated first, and a checkpoint of litgpt's own, work too. EXPORT then holds
+
+    lit_model.pth, model_config.yaml                            for `litgpt chat EXPORT`, `litgpt evaluate EXPORT` ..
+    model*.safetensors, config.json, generation_config.json     for AutoModelForCausalLM.from_pretrained("EXPORT") ..
+    tokenizer files, README.md (the model card), manifest.json  for both
+
+It appears when it is complete and proven: every weight is read again and compared, and both models give the same logits
+for the same tokens. The same command again does nothing, or goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from utils import cli, console
+from utils.errors import UserError
+from utils.export_plan import ExportPlan, make_plan
+from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, write_json
+from utils.manifest import as_input, damaged_files, file_entry, made_by, read_manifest, write_manifest
+from utils.tokenizer import copy_tokenizer_files
+
+SCRIPT = "convert_pretrained_checkpoint.py"
+_SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass
+class Settings:
+    """Export a checkpoint."""
+
+    checkpoint_dir: str
+    """Checkpoint to export: a run's `final` or `step-..` directory, or any directory with litgpt's lit_model.pth."""
+
+    export_dir: str
+    """Directory to make. It appears when it is complete; an existing one is never mixed into."""
+
+    formats: Literal["all", "litgpt", "hf"] = "all"
+    """litgpt: only lit_model.pth; hf: only safetensors and config.json; all: both."""
+
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
+    """Number type of the stored weights; same: as in the checkpoint."""
+
+    max_shard_size: str = "5GB"
+    """Largest safetensors file, as 5GB or 500MB (GiB and MiB too). A larger tensor gets a file of its own."""
+
+    verify: Literal["logits", "weights", "off"] = "logits"
+    """What must hold before anything is published. weights: every stored value equals the checkpoint's; logits: that,
+    and litgpt and transformers give the same logits, layer by layer in bounded memory; off: nothing is checked."""
+
+    def max_shard_bytes(self) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", self.max_shard_size.strip(), re.IGNORECASE)
+        size = round(float(match[1]) * _SIZE_UNITS[match[2].upper()]) if match else 0
+        if size <= 0:
+            raise UserError(f"--max_shard_size={self.max_shard_size}: not a size. Write it as 5GB or 500MB.")
+        return size
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps: the settings that shape the result."""
+        return {
+            "formats": self.formats,
+            "dtype": self.dtype,
+            "max_shard_bytes": self.max_shard_bytes(),
+            "verify": self.verify,
+        }
+
+
+# Before the work ------------------------------------------------------------------------------------------------------
+
+
+def is_finished(settings: Settings) -> bool:
+    """Whether `export_dir` is what this command makes, whole.
+
+    Raises:
+        UserError: there is something else under that name.
+    """
+    export_dir = Path(settings.export_dir)
+    if not export_dir.exists() or (export_dir.is_dir() and not any(export_dir.iterdir())):
+        return False
+    remedy = "Give another directory, or delete this one."
+    manifest = read_manifest(export_dir) if export_dir.is_dir() else None
+    if manifest is None or manifest["kind"] != "export":
+        raise UserError(f"export_dir={export_dir}: exists, and no export of this script is in it. {remedy}")
+    if manifest["settings"] != settings.record():
+        different = [
+            f"--{k}: {manifest['settings'].get(k)!r}, now {v!r}"
+            for k, v in settings.record().items()
+            if manifest["settings"].get(k) != v
+        ]
+        raise UserError(f"export_dir={export_dir}: was made with other settings ({'; '.join(different)}). {remedy}")
+    if _identity(manifest["inputs"][0]) != _identity(input_record(Path(settings.checkpoint_dir))):
+        raise UserError(f"export_dir={export_dir}: was made from another checkpoint. {remedy}")
+    damaged = damaged_files(export_dir, manifest["files"], checksums=False)
+    if damaged:
+        raise UserError(f"export_dir={export_dir}: damaged: {'; '.join(damaged)}. Delete it and run this again.")
+    return True
+
+
+def input_record(checkpoint_dir: Path) -> dict[str, Any]:
+    """What the export's manifest says of the checkpoint; one without manifest is known by its files' sizes."""
+    record = as_input(checkpoint_dir)
+    if record["manifest"] is None:
+        files = sorted(path for path in checkpoint_dir.rglob("*") if path.is_file())
+        record["files"] = [{"name": str(f.relative_to(checkpoint_dir)), "bytes": f.stat().st_size} for f in files]
+    return record
+
+
+def _identity(record: dict[str, Any]) -> Any:
+    return record.get("sha256") or record.get("files")
+
+
+# The work -------------------------------------------------------------------------------------------------------------
+
+
+def write_small_files(plan: ExportPlan, directory: Path) -> None:
+    """Configurations and tokenizer; litgpt's evaluation and tokenizer read generation_config.json too."""
+    from utils.hf_config import generation_config, hf_config
+
+    shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
+    bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
+    if plan.tokenizer:
+        copy_tokenizer_files(plan.checkpoint_dir, directory)
+    write_json(directory / "generation_config.json", generation_config(bos_id, eos_id))
+    if plan.layout:
+        write_json(directory / "config.json", hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id))
+
+
+def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
+    """One pass over the checkpoint's weights; each block of rows goes to its places in both formats."""
+    from utils.weight_files import TensorSpec, lay_out_safetensors, lay_out_torch_file
+
+    lit = hf = None
+    if settings.formats != "hf":
+        specs = [TensorSpec(name, tensor.shape, plan.dtypes[name]) for name, tensor in plan.weights.items()]
+        lit = lay_out_torch_file(directory / "lit_model.pth", specs)
+    if plan.layout:
+        dtypes = {r.target: plan.dtypes[name] for name, found in plan.layout.ranges.items() for r in found}
+        specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in plan.layout.shapes.items()]
+        hf = lay_out_safetensors(directory, specs, settings.max_shard_bytes())
+
+    for name, tensor in plan.weights.items():
+        for start, block in tensor.blocks():
+            block = block.to(plan.dtypes[name])
+            if lit:
+                lit.write_rows(name, start, block)
+            for part in plan.layout.ranges.get(name, ()) if hf else ():
+                for source_row, target_row, num_rows in part.overlap(start, len(block)):
+                    hf.write_rows(part.target, target_row, block[source_row - start : source_row - start + num_rows])
+    for writer in (lit, hf):
+        if writer:
+            writer.finish()
+
+
+def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, Any]:
+    """Check the written files as `--verify` asks; returns what the manifest keeps of it.
+
+    Raises:
+        UserError: the export is not right; it will not be published.
+    """
+    if settings.verify == "off":
+        console.warn("--verify=off: the export has not been checked.")
+        return {"mode": "off"}
+    from utils.checkpoint_reader import find_in_torch_file
+    from utils.export_proof import KL_TOLERANCE, compare_logits, compare_weights
+    from utils.weight_files import find_in_safetensors
+
+    lit = find_in_torch_file(directory / "lit_model.pth") if settings.formats != "hf" else None
+    hf = find_in_safetensors(directory) if plan.layout else None
+    num_values = compare_weights(plan.weights, plan.dtypes, lit, hf, plan.layout)
+    console.say(f"verified: {console.human_count(num_values)} stored values equal the checkpoint's")
+    record = {"mode": settings.verify, "compared_values": num_values}
+    if settings.verify == "weights" or not hf:
+        return record
+
+    comparison = compare_logits(plan.config, lit or plan.weights, directory, hf)
+    console.result(
+        f"verified: litgpt and transformers on {comparison.num_tokens} random tokens: logits differ by at most "
+        f"{comparison.max_abs_difference:.2g} (allowed: {comparison.tolerance:.2g}), KL divergence "
+        f"{comparison.kl_divergence_nats:.2g} nats (allowed: {KL_TOLERANCE:.2g})"
+    )
+    if not comparison.passed:
+        raise UserError(
+            f"{plan.checkpoint_dir}: litgpt and transformers do not agree on the exported model: logits differ by up to "
+            f"{comparison.max_abs_difference:.3g}, allowed are {comparison.tolerance:.3g}. Nothing was published. If the "
+            "weights hold NaN or infinity, take an earlier checkpoint; else please report this model_config.yaml."
+        )
+    return record | {
+        "tokens": comparison.num_tokens,
+        "max_abs_logit_difference": comparison.max_abs_difference,
+        "kl_divergence_nats": comparison.kl_divergence_nats,
+    }
+
+
+def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
+    trained = plan.checkpoint["content"] if plan.checkpoint else {}
+    write_manifest(
+        directory,
+        {
+            "kind": "export",
+            "made_by": made_by(SCRIPT, "litgpt", "torch", "transformers"),
+            "settings": settings.record(),
+            "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
+            "content": {
+                "model": plan.config.name,
+                "parameters": plan.num_parameters,
+                "dtype": plan.dtype_name,
+                "tied_embeddings": plan.tied,
+                "training": trained,
+                "verification": proof,
+            },
+            "files": [file_entry(directory, path.name) for path in sorted(directory.iterdir())],
+            "inputs": [input_record(plan.checkpoint_dir)],
+        },
+    )
+
+
+def remove_interrupted(export_dir: Path) -> None:
+    """Delete what an earlier, killed run of this command left beside `export_dir`."""
+    for left in export_dir.parent.glob(f"{TEMPORARY_PREFIX}{export_dir.name}-*"):
+        console.detail(f"removing {left}, left by an interrupted run")
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def export(plan: ExportPlan, settings: Settings) -> None:
+    """Write, prove and publish."""
+    export_dir = Path(settings.export_dir).absolute()
+    export_dir.parent.mkdir(parents=True, exist_ok=True)
+    remove_interrupted(export_dir)
+    temporary = temporary_sibling(export_dir)
+    temporary.mkdir()
+    try:
+        write_small_files(plan, temporary)
+        write_weights(plan, settings, temporary)
+        proof = prove(plan, settings, temporary)
+        write_export_manifest(plan, settings, temporary, proof)
+        if export_dir.is_dir():
+            export_dir.rmdir()  # an empty one; any other was refused
+        publish_directory(temporary, export_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def main(settings: Settings) -> None:
+    if is_finished(settings):
+        console.result(f"nothing to do: {settings.export_dir} is a finished export of {settings.checkpoint_dir}")
+        return
+    settings.max_shard_bytes()
+    start = time.perf_counter()
+    plan = make_plan(Path(settings.checkpoint_dir), for_hf=settings.formats != "litgpt", dtype=settings.dtype)
+    console.say(
+        f"{plan.checkpoint_dir}: {plan.config.name}, {console.human_count(plan.num_parameters)} parameters, "
+        f"{plan.dtype_name}{', tied embeddings' if plan.tied else ''}"
+    )
+    export(plan, settings)
+    console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
+    if settings.formats != "hf":
+        console.next_command(f"litgpt chat {settings.export_dir}", "talk to it")
+    if plan.layout:
+        console.next_command(
+            f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__, positional=True)
