@@ -30,13 +30,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, console
 from utils.errors import UserError
 from utils.manifest import read_manifest
 
+ROOT = Path(__file__).resolve().parent.parent
 NUM_FILES = 8  # of equal size, so that the baseline, which gives a worker whole files, is as well balanced as we are
 BATCH_BYTES = 4 << 20
 
@@ -288,7 +288,9 @@ def measure_all(settings: Settings, work: Path) -> str:
         note("baseline", measure_baseline(small, tokenizer, n, work))
     result = {name: best(measured) for name, measured in sides.items()}
     same_files = result.get("ours, baseline's files", result["ours"])
-    if same_files.tokens != result["baseline"].tokens or result["gigatoken"].tokens != result["ours"].tokens:
+    # Source code spells a special token here and there: text to us by default, one id to the others.
+    pairs = ((same_files.tokens, result["baseline"].tokens), (result["ours"].tokens, result["gigatoken"].tokens))
+    if any(abs(a - b) > 1e-5 * b for a, b in pairs):
         raise RuntimeError(f"the sides do not agree on the number of tokens: {result}")
 
     random_peak = None
