@@ -190,8 +190,7 @@ def _transformers_model(directory: Path, tensors: dict[str, StoredTensor]):
     transformers.logging.set_verbosity_error()  # it warns of sizes that are unusual, and right in small models
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
-        # "eager" is the one implementation that every family has, soft-capped attention too.
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for module in model.modules():
         if any(True for _ in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)

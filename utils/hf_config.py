@@ -77,7 +77,10 @@ def _layer_types(config: Config) -> list[str]:
 
 
 def _gemma_2_and_3(config: Config) -> dict[str, Any]:
+    # transformers' default attention leaves the soft cap out (the logits of a small model then differ by 0.03).
+    capped = {"_attn_implementation": "eager"} if config.attention_logit_softcapping is not None else {}
     return {
+        **capped,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": config.attention_scores_scalar or config.head_size,
         "attn_logit_softcapping": config.attention_logit_softcapping,

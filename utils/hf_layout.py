@@ -50,6 +50,12 @@ def _converter(family: str, config: Config):
         return lambda into, weights: function(config, into, weights, **kwargs)
 
     # `untie_weights` drops lm_head; whether it is dropped is decided here from the weights, not from the family.
+    def copy_olmo2(into, weights):
+        # litgpt 0.5.13 gives Hugging Face's post_attention_layernorm the name norm_2 on the way out, which its own
+        # model does not have, and post_attention_norm on the way in, which it does.
+        weights = {name.replace(".post_attention_norm.", ".norm_2."): weight for name, weight in weights.items()}
+        litgpt.copy_weights_olmo2(config, into, weights)
+
     return {
         "llama": lambda: copy(litgpt.copy_weights_llama, untie_weights=False),
         "mistral": lambda: copy(litgpt.copy_weights_llama, untie_weights=False),
@@ -58,7 +64,7 @@ def _converter(family: str, config: Config):
         "gemma3_text": lambda: copy(litgpt.copy_weights_gemma_3, untie_weights=False),
         "qwen2": lambda: copy(litgpt.copy_weights_qwen_2_5),
         "qwen3": lambda: copy(litgpt.copy_weights_qwen_3),
-        "olmo2": lambda: copy(litgpt.copy_weights_olmo2),
+        "olmo2": lambda: copy_olmo2,
         "phi3": lambda: copy(litgpt.copy_weights_phi),
         "gpt_neox": lambda: copy(litgpt.copy_weights_gpt_neox),
     }[family]()
