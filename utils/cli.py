@@ -55,7 +55,8 @@ def make_parser(settings_class: type, description: str, positional: bool = False
     Args:
         settings_class: dataclass; nested dataclasses become dotted flags (`--train.global_batch_size`).
         description: the script's docstring, shown as it is written.
-        positional: whether settings without default are positional arguments.
+        positional: whether settings without default are positional arguments. A list of words is a field with
+            metadata {"nargs": "+", "help": ..}.
     """
     parser = _Parser(
         prog=sys.argv[0],
@@ -66,7 +67,10 @@ def make_parser(settings_class: type, description: str, positional: bool = False
     parser.add_argument("--config", action="config", help="YAML file with settings; flags win over it.")
     parser.add_argument("-q", "--quiet", action="store_true", help="Only results, warnings and errors.")
     parser.add_argument("-v", "--verbose", action="store_true", help="Details too, and tracebacks.")
-    parser.add_class_arguments(settings_class, as_positional=positional)
+    several = [field for field in dataclasses.fields(settings_class) if "nargs" in field.metadata]
+    for field in several:  # jsonargparse wants lists as one word, [A,B]; shells make several of A B
+        parser.add_argument(field.name, nargs=field.metadata["nargs"], help=field.metadata["help"])
+    parser.add_class_arguments(settings_class, as_positional=positional, skip={field.name for field in several})
     return parser
 
 
