@@ -26,9 +26,9 @@ from typing import Any, Literal
 from utils import cli, console
 from utils.errors import UserError
 from utils.export_plan import ExportPlan, make_plan
+from utils.export_tokenizer import write_tokenizer
 from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, write_json
 from utils.manifest import as_input, damaged_files, file_entry, made_by, read_manifest, write_manifest
-from utils.tokenizer import copy_tokenizer_files
 
 SCRIPT = "convert_pretrained_checkpoint.py"
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -127,11 +127,11 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
 
     shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
-    if plan.tokenizer:
-        copy_tokenizer_files(plan.checkpoint_dir, directory)
     write_json(directory / "generation_config.json", generation_config(bos_id, eos_id))
     if plan.layout:
         write_json(directory / "config.json", hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id))
+    if plan.tokenizer:
+        write_tokenizer(plan.tokenizer, directory, check=plan.layout is not None)
 
 
 def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
