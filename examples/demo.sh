@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# `make demo`: every step on text that each Python installation brings, on two CPU processes.
+set -euo pipefail
+
+demo=${DEMO_DIR:-demo}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+printf '$ python examples/make_demo_corpus.py --output_dir=%s --tokenizer_dir=%s\n' "$demo/parquet" "$demo/tokenizer"
+python examples/make_demo_corpus.py "--output_dir=$demo/parquet" "--tokenizer_dir=$demo/tokenizer" "--size=${DEMO_SIZE:-10MB}"
+
+PARQUET=$demo/parquet TOKENIZER=$demo/tokenizer WORK=$demo CONFIG=config_hub/demo-cpu.yaml \
+    OPTIMIZE_FLAGS="--val_fraction=0.02" TRAIN_FLAGS=${DEMO_TRAIN_FLAGS:-} bash pipeline.sh
+
+printf '\n$ python examples/show_demo.py %s\n' "$demo"
+python examples/show_demo.py "$demo"

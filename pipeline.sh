@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# From parquet text to a model that litgpt, transformers and lm-eval load. Copy this file, edit the settings, run it.
+#
+# Every step can be killed at any moment: run this file again and it goes on from what is finished.
+set -euo pipefail
+
+# ---- settings: edit here, or give them in the environment -----------------------------------------------------------
+PARQUET=${PARQUET:-data/fineweb-10bt}                 # parquet files: a directory, or s3://, gs://, hf://datasets/..
+TOKENIZER=${TOKENIZER:-checkpoints/meta-llama/Meta-Llama-3-8B}   # directory with tokenizer.json
+WORK=${WORK:-data/llama3-8b}                          # everything is made below this; all nodes must see it
+CONFIG=${CONFIG:-config_hub/llama3-8b.yaml}           # model, batch, learning rate, number of nodes
+OPTIMIZE_FLAGS=${OPTIMIZE_FLAGS:-}                    # more flags for optimize_dataset.py
+TRAIN_FLAGS=${TRAIN_FLAGS:-}                          # more flags for distributed_pretrain.py
+EXPORT_FLAGS=${EXPORT_FLAGS:-}                        # more flags for convert_pretrained_checkpoint.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+run() {
+    printf '\n$ python %s\n' "$*"
+    python "$here/$1" "${@:2}"
+}
+
+# The flags are words for the shell to split.
+# shellcheck disable=SC2086
+{
+    run optimize_dataset.py "--input_dir=$PARQUET" "--tokenizer_dir=$TOKENIZER" "--output_dir=$WORK/tokens" $OPTIMIZE_FLAGS
+    run merge_files.py "--source_dir=$WORK/tokens/train" "--target_dir=$WORK/dataset/train"
+    run merge_files.py "--source_dir=$WORK/tokens/val" "--target_dir=$WORK/dataset/val"
+    run distributed_pretrain.py --config "$CONFIG" "--dataset_path=$WORK/dataset" "--tokenizer_dir=$TOKENIZER" \
+        "--out_dir=$WORK/run" $TRAIN_FLAGS
+    run convert_pretrained_checkpoint.py "$WORK/run/final" "$WORK/export" $EXPORT_FLAGS
+}
