@@ -31,6 +31,7 @@ from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, 
 from utils.manifest import as_input, damaged_files, file_entry, made_by, read_manifest, write_manifest
 
 SCRIPT = "convert_pretrained_checkpoint.py"
+PACKAGES = ("litgpt", "torch", "transformers")
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -200,13 +201,38 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
     }
 
 
+def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
+    from utils.hf_config import FAMILIES, family_of
+    from utils.model_card import read_run_metrics, write_model_card
+
+    model_type = family_of(plan.config) if plan.layout else None
+    step = plan.checkpoint["content"].get("step") if plan.checkpoint else None
+    write_model_card(
+        directory,
+        {
+            "name": Path(settings.export_dir).absolute().name,
+            "config": plan.config,
+            "model_type": model_type,
+            "architecture": FAMILIES[model_type].architecture if model_type else None,
+            "litgpt": settings.formats != "hf",
+            "parameters": plan.num_parameters,
+            "tied": plan.tied,
+            "dtype": plan.dtype_name,
+            "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
+            "verification": proof,
+            "made_by": made_by(SCRIPT, *PACKAGES),
+        },
+        plan.checkpoint,
+        read_run_metrics(plan.checkpoint_dir, step),
+    )
+
+
 def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
-    trained = plan.checkpoint["content"] if plan.checkpoint else {}
     write_manifest(
         directory,
         {
             "kind": "export",
-            "made_by": made_by(SCRIPT, "litgpt", "torch", "transformers"),
+            "made_by": made_by(SCRIPT, *PACKAGES),
             "settings": settings.record(),
             "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
             "content": {
@@ -214,7 +240,7 @@ def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path,
                 "parameters": plan.num_parameters,
                 "dtype": plan.dtype_name,
                 "tied_embeddings": plan.tied,
-                "training": trained,
+                "training": plan.checkpoint["content"] if plan.checkpoint else {},
                 "verification": proof,
             },
             "files": [file_entry(directory, path.name) for path in sorted(directory.iterdir())],
@@ -241,6 +267,7 @@ def export(plan: ExportPlan, settings: Settings) -> None:
         write_small_files(plan, temporary)
         write_weights(plan, settings, temporary)
         proof = prove(plan, settings, temporary)
+        write_card(plan, settings, temporary, proof)
         write_export_manifest(plan, settings, temporary, proof)
         if export_dir.is_dir():
             export_dir.rmdir()  # an empty one; any other was refused
