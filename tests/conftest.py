@@ -104,21 +104,21 @@ def ray_address():
     cluster.shutdown()
 
 
+def run_a_script(script: str, *arguments, env: dict | None = None, timeout: float = 300, check: bool = True, cwd=ROOT):
+    """Run a script as a user does; stdout and stderr are captured as text."""
+    process = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+    )
+    if check and process.returncode != 0:
+        pytest.fail(f"{script} left with {process.returncode}\n{process.stdout}\n{process.stderr}")
+    return process
+
+
 @pytest.fixture
 def run_script():
-    """Run a script as a user does; stdout and stderr are captured as text."""
-
-    def run(script: str, *arguments, env: dict | None = None, timeout: float = 300, check: bool = True, cwd=ROOT):
-        process = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-        )
-        if check and process.returncode != 0:
-            pytest.fail(f"{script} left with {process.returncode}\n{process.stdout}\n{process.stderr}")
-        return process
-
-    return run
+    return run_a_script
