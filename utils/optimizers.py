@@ -1,0 +1,101 @@
+"""Optimizers from torch.optim, which parameters decay, and the global gradient norm."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from utils.training_settings import OptimizerSettings
+
+
+def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """One optimizer, or two for muon.
+
+    Matrices decay. The embedding does not (a row that is not seen would only shrink), nor does an output layer that shares
+    its weights, nor norms and biases.
+    """
+    table = model.transformer.wte.weight
+    decayed, plain, hidden = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or parameter is table:
+            plain.append(parameter)
+        elif settings.name == "muon" and name.startswith("transformer.h.") and parameter.ndim == 2:
+            hidden.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.lr,
+            betas=tuple(settings.betas),
+            eps=settings.eps,
+            fused=True,
+        )
+    ]
+    if hidden:
+        # With this scaling Muon's updates have the size of AdamW's, so one learning rate serves both (arXiv:2502.16982).
+        optimizers.append(
+            torch.optim.Muon(
+                hidden,
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                momentum=settings.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+@torch.no_grad()
+def global_gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of the whole gradient, equal on every process; a float32 scalar.
+
+    Squares are summed over each process's pieces, then over the processes that hold different pieces. Parameters may lie
+    on different meshes (those under tensor parallelism do), which torch.nn.utils.clip_grad_norm_ cannot mix.
+    """
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    pieces: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            groups = tuple(
+                mesh.get_group(dimension) for dimension, how in enumerate(gradient.placements) if how.is_shard()
+            )
+            pieces[groups].append(gradient.to_local())
+        else:
+            pieces[()].append(gradient)
+    total = torch.zeros((), dtype=torch.float64)
+    for groups, gradients in pieces.items():
+        norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], 2, dtype=torch.float32)
+        device = gradients[0].device
+        squares = (
+            torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+        )
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        total = total.to(device) + squares
+    return total.sqrt().float()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: list[torch.nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their global norm is at most max_norm."""
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)

@@ -1,0 +1,188 @@
+"""The settings of distributed_pretrain.py, in litgpt's vocabulary where litgpt has a word for it.
+
+Each field is a flag and a YAML key; its docstring is the help text, with unit and off value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class TrainSettings:
+    """How long, in what batches, at what learning rate."""
+
+    global_batch_size: int = 512
+    """Sequences between two optimizer steps, over all processes. Accumulation follows from it, from
+    train.micro_batch_size and from the number of processes."""
+    micro_batch_size: int = 4
+    """Sequences that one process computes at a time."""
+    max_tokens: int | None = None
+    """Tokens to train on (null: no limit). The run ends at the smallest of the given limits."""
+    max_steps: int | None = None
+    """Optimizer steps to run (null: no limit)."""
+    epochs: float | None = None
+    """Passes over the training data (null: no limit)."""
+    max_time: float | None = None
+    """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
+    max_seq_length: int | None = None
+    """Tokens of a sequence, the context (null: the model's block_size)."""
+    save_interval: int | None = 1000
+    """Optimizer steps between checkpoints (null: only the final one)."""
+    log_interval: int = 1
+    """Optimizer steps between log records."""
+    lr_schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    lr_warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up (null: see the next two, else 0)."""
+    lr_warmup_tokens: int | None = None
+    """Warm-up, in tokens (null: off)."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up, as a fraction of all steps, 0 to 1 (null: off)."""
+    lr_decay_fraction: float = 0.2
+    """For wsd: the fraction of all steps, at the end, over which the rate falls."""
+    min_lr: float = 4e-5
+    """Learning rate at the end of the decay."""
+    max_norm: float | None = 1.0
+    """Gradients are scaled down to this global 2-norm (null: no clipping)."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition function, which keeps logits small; 1e-4 is usual (0: off)."""
+    tie_embeddings: bool = False
+    """Whether the output layer shares the embedding's weights."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row with a loss or gradient norm that is not finite, after which the run stops. Such a step
+    updates nothing."""
+
+
+@dataclass
+class EvalSettings:
+    """Validation, on the same blocks every time."""
+
+    interval: int | None = 1000
+    """Optimizer steps between validations (null: only those at start and end)."""
+    max_iters: int = 100
+    """Batches of train.global_batch_size sequences to validate on, as far as the data reaches."""
+    initial_validation: bool = True
+    """Whether to validate before the first step."""
+    final_validation: bool = True
+    """Whether to validate after the last step."""
+
+
+@dataclass
+class LogSettings:
+    """For wandb."""
+
+    project: str | None = None
+    """wandb project (null: 'pretrain')."""
+    run: str | None = None
+    """wandb run name (null: name of out_dir)."""
+    group: str | None = None
+    """wandb group (null: none)."""
+
+
+@dataclass
+class OptimizerSettings:
+    """The optimizer; weights that are matrices decay, embeddings, norms and biases do not."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon: Muon for the matrices inside blocks, AdamW for the rest."""
+    lr: float = 4e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices (0: off)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+
+
+@dataclass
+class ParallelSettings:
+    """How the model is spread over processes, and what is recomputed or compiled."""
+
+    sharding: Literal["full", "hybrid", "replicate"] = "full"
+    """full: FSDP2 over all processes; hybrid: sharded within a node, replicated across nodes; replicate: every process
+    holds the whole model (for small models)."""
+    tensor_parallel_size: int = 1
+    """Processes of a node that split each MLP's matrices between them (1: off)."""
+    reshard_after_forward: bool = True
+    """Free the gathered weights of a block after its forward pass and gather them again for the backward pass. false: more
+    memory, less communication."""
+    reduce_every_micro_batch: bool = False
+    """Reduce gradients after every micro-batch instead of once a step: less memory (no unsharded gradients kept), more
+    communication."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
+    product."""
+    compile: bool = False
+    """torch.compile each block."""
+    loss: Literal["auto", "full", "fused", "chunked"] = "auto"
+    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy; chunked: chunk by chunk, recomputed in
+    the backward pass. auto: full for small logits, else fused, or chunked with z-loss or soft-capping."""
+    loss_chunk_tokens: int = 1024
+    """Tokens whose logits are held at once by the fused and the chunked loss."""
+    cpu_threads: int | None = None
+    """Threads of a CPU process (null: cores of the machine divided by its processes)."""
+
+
+@dataclass
+class CheckpointSettings:
+    """What is kept, and what happens when saving fails."""
+
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    keep_last: int | None = 3
+    """Newest checkpoints to keep (null: all)."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of so many steps are kept for good (null: none)."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """How files are compared with their manifest before they are loaded."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written (disk full, no permission)."""
+
+
+@dataclass
+class Settings:
+    dataset_path: str | None = None
+    """Directory with train/ and val/, made by merge_files.py."""
+    data_mixture: dict[str, float] | None = None
+    """Several such directories with their weights, instead of dataset_path: {DIRECTORY: WEIGHT, ..}."""
+    out_dir: str = "out/pretrain"
+    """Directory for checkpoints and metrics.jsonl, seen by every node."""
+    model_name: str | None = None
+    """Name of a model that litgpt knows; 'list' prints all of them."""
+    model_config: dict | None = None
+    """Sizes of one's own: keys of litgpt's Config, over those of model_name if both are given."""
+    tokenizer_dir: str | None = None
+    """Tokenizer directory; checked against the dataset, and copied into every checkpoint."""
+    initial_checkpoint_dir: str | None = None
+    """Start from these weights: an exported or litgpt directory, or a checkpoint of this script."""
+    num_nodes: int = 1
+    """Nodes of the Ray cluster to train on."""
+    num_devices: int | None = None
+    """Processes on each node (null: one a GPU; without a GPU, one CPU process)."""
+    address: str | None = None
+    """Ray cluster: 'auto' or HOST:PORT (null: RAY_ADDRESS or the cluster on this machine, else a local one of our own)."""
+    accelerator: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where the cluster has GPUs."""
+    precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
+    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on cpu)."""
+    seed: int = 42
+    """Decides initial weights and the order of the data."""
+    max_failures: int = 0
+    """How often Ray Train restarts the workers after one died (0: never, -1: always)."""
+    logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """Where metrics go besides metrics.jsonl."""
+    dry_run: bool = False
+    """Check everything, print the plan, and stop."""
+    profile_steps: int = 0
+    """Write a trace of so many steps, from the third on, to out_dir/profile (0: off)."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
