@@ -141,16 +141,15 @@ def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None
 
     lit = hf = None
     if settings.formats != "hf":
-        specs = [TensorSpec(name, tensor.shape, plan.dtypes[name]) for name, tensor in plan.weights.items()]
+        specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in plan.weights.items()]
         lit = lay_out_torch_file(directory / "lit_model.pth", specs)
     if plan.layout:
-        dtypes = {r.target: plan.dtypes[name] for name, found in plan.layout.ranges.items() for r in found}
+        dtypes = {r.target: plan.weights[name].dtype for name, found in plan.layout.ranges.items() for r in found}
         specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in plan.layout.shapes.items()]
         hf = lay_out_safetensors(directory, specs, settings.max_shard_bytes())
 
     for name, tensor in plan.weights.items():
         for start, block in tensor.blocks():
-            block = block.to(plan.dtypes[name])
             if lit:
                 lit.write_rows(name, start, block)
             for part in plan.layout.ranges.get(name, ()) if hf else ():
@@ -176,7 +175,7 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
 
     lit = find_in_torch_file(directory / "lit_model.pth") if settings.formats != "hf" else None
     hf = find_in_safetensors(directory) if plan.layout else None
-    num_values = compare_weights(plan.weights, plan.dtypes, lit, hf, plan.layout)
+    num_values = compare_weights(plan.weights, lit, hf, plan.layout)
     console.say(f"verified: {console.human_count(num_values)} stored values equal the checkpoint's")
     record = {"mode": settings.verify, "compared_values": num_values}
     if settings.verify == "weights" or not hf:

@@ -61,9 +61,16 @@ class Piece:
 class StoredTensor:
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    stored_dtype: torch.dtype
     pieces: tuple[Piece, ...]
     """In the order of rows, then columns; they cover the tensor without gap or overlap."""
+    rounded_dtype: torch.dtype | None = None
+    """Rows are converted to it when they are read; None: as they are stored."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that are read."""
+        return self.rounded_dtype or self.stored_dtype
 
     @property
     def num_rows(self) -> int:
@@ -71,11 +78,7 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_rows * self.row_bytes
+        return math.prod(self.shape[1:]) * self.stored_dtype.itemsize
 
     def blocks(self, max_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
         """All rows in order, as (first row, tensor of (rows, *shape[1:])); checks checksums on the way.
@@ -125,7 +128,7 @@ class _PieceReader:
     def __init__(self, tensor: StoredTensor, piece: Piece):
         self._tensor, self._piece = tensor, piece
         self._row_shape = tensor.shape[1:] if piece.num_columns is None else (piece.num_columns,)
-        self._row_bytes = math.prod(self._row_shape) * tensor.dtype.itemsize
+        self._row_bytes = math.prod(self._row_shape) * tensor.stored_dtype.itemsize
         self._crc32 = 0
 
     def __enter__(self):
@@ -139,7 +142,7 @@ class _PieceReader:
         """Rows start .. of the piece. With checksum: all of them must be read, in order."""
         import torch
 
-        block = torch.empty((num_rows, *self._row_shape), dtype=self._tensor.dtype)
+        block = torch.empty((num_rows, *self._row_shape), dtype=self._tensor.stored_dtype)
         raw = memoryview(block.view(-1).view(torch.uint8).numpy())
         self._file.seek(self._piece.first_byte + start * self._row_bytes)
         filled = 0
@@ -152,7 +155,7 @@ class _PieceReader:
             filled += count
         if with_checksum and self._piece.crc32 is not None:
             self._crc32 = zlib.crc32(raw, self._crc32)
-        return block
+        return block.to(self._tensor.dtype)
 
     def check_checksum(self) -> None:
         if self._piece.crc32 is not None and self._crc32 != self._piece.crc32:

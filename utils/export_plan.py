@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from utils import console
 from utils.errors import Problems, UserError
-from utils.manifest import MANIFEST_NAME, read_manifest
+from utils.manifest import MANIFEST_NAME, damaged_files, read_manifest
 from utils.tokenizer import TokenizerInfo, read_tokenizer_info
 
 if TYPE_CHECKING:
-    import torch
     from litgpt import Config
 
     from utils.checkpoint_reader import StoredTensor
@@ -30,9 +29,7 @@ class ExportPlan:
     config: Config
     tokenizer: TokenizerInfo | None
     weights: dict[str, StoredTensor]
-    """By litgpt name, in the model's order."""
-    dtypes: dict[str, torch.dtype]
-    """Of the exported weights."""
+    """By litgpt name, in the model's order; their dtype is that of the export."""
     tied: bool
     layout: HfLayout | None
     """None without Hugging Face's format."""
@@ -48,7 +45,7 @@ class ExportPlan:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtypes["transformer.wte.weight"]).removeprefix("torch.")
+        return str(self.weights["transformer.wte.weight"].dtype).removeprefix("torch.")
 
 
 def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
@@ -67,7 +64,11 @@ def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
             f"{checkpoint_dir} has no {MANIFEST_NAME}: what it was trained on, and whether its files are the ones that "
             "were written, cannot be checked."
         )
+    for problem in changed_files(checkpoint_dir, checkpoint) if checkpoint else []:
+        problems.add(f"{problem}. Copy the checkpoint again, or take an earlier one.")
     problems.raise_if_any()
+
+    import torch
 
     from utils.checkpoint_reader import find_weights
 
@@ -77,15 +78,25 @@ def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
     problems.raise_if_any()
 
     weights = check_weights_fit(found, config, checkpoint_dir)
-    dtypes = {name: export_dtype(tensor, dtype) for name, tensor in weights.items()}
     tied = is_tied(weights)
+    if dtype != "same":
+        rounded = getattr(torch, dtype)
+        weights = {name: dataclasses.replace(tensor, rounded_dtype=rounded) for name, tensor in weights.items()}
     layout = None
     if for_hf:
         from utils.hf_config import family_of
         from utils.hf_layout import hf_layout
 
         layout = hf_layout(family_of(config), config, weights, tied)
-    return ExportPlan(checkpoint_dir, checkpoint, config, tokenizer, weights, dtypes, tied, layout)
+    return ExportPlan(checkpoint_dir, checkpoint, config, tokenizer, weights, tied, layout)
+
+
+def changed_files(checkpoint_dir: Path, checkpoint: dict[str, Any]) -> list[str]:
+    """Files whose size is not the manifest's; the weights' own checksums are checked while they are read."""
+    entries = checkpoint["files"]
+    if (checkpoint_dir / "lit_model.pth").is_file():  # consolidated: the shards are elsewhere now
+        entries = [entry for entry in entries if not str(entry.get("name")).startswith("lit_model.pth/")]
+    return damaged_files(checkpoint_dir, entries, checksums=False)
 
 
 def read_model_config(checkpoint_dir: Path, for_hf: bool) -> Config:
@@ -154,12 +165,6 @@ def check_weights_fit(found: dict[str, StoredTensor], config: Config, checkpoint
             "Copy model_config.yaml from the run that made the weights."
         )
     return {name: found[name] for name in expected}
-
-
-def export_dtype(tensor: StoredTensor, dtype: str) -> torch.dtype:
-    import torch
-
-    return tensor.dtype if dtype == "same" else getattr(torch, dtype)
 
 
 def is_tied(weights: dict[str, StoredTensor]) -> bool:

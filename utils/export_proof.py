@@ -54,7 +54,6 @@ class LogitsComparison:
 
 def compare_weights(
     source: dict[str, StoredTensor],
-    dtype_of: dict[str, torch.dtype],
     lit: dict[str, StoredTensor] | None,
     hf: dict[str, StoredTensor] | None,
     layout: HfLayout | None,
@@ -85,7 +84,6 @@ def compare_weights(
             raise UserError(f"exported files hold other tensors than planned: {sorted(set(files) ^ set(shapes))[:5]}")
     for name, tensor in source.items():
         for start, block in tensor.blocks():
-            block = block.to(dtype_of[name])
             if lit is not None:
                 compare(name, start, block, lit[name])
             for part in layout.ranges.get(name, ()) if hf is not None else ():
