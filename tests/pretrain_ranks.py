@@ -1,0 +1,126 @@
+"""Run the trainer in real processes over gloo without Ray, whose start would cost each test half a minute.
+
+As a script it is one rank: it trains each run of a job file, one after the other, in the same process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def settings_of(config: Path, dataset: Path, out_dir: Path, num_devices: int, **changes):
+    """Settings as the command line would make them; `changes` are flags with '.' written as '__'."""
+    from utils.cli import parse_settings
+    from utils.training_settings import Settings
+
+    flags = [f"--{name.replace('__', '.')}={value}" for name, value in changes.items()]
+    settings = parse_settings(
+        Settings,
+        "",
+        [
+            f"--config={config}",
+            f"--dataset_path={dataset}",
+            f"--out_dir={out_dir}",
+            f"--num_devices={num_devices}",
+            "--accelerator=cpu",
+            *([] if "precision" in changes else ["--precision=32-true"]),
+            *flags,
+        ],
+    )
+    return settings
+
+
+def start_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = None) -> list[subprocess.Popen]:
+    """Start `num_ranks` processes that train every one of `runs` (Settings)."""
+    from utils.training_plan import make_plan
+
+    directory.mkdir(parents=True, exist_ok=True)
+    job = directory / "job.pickle"
+    job.write_bytes(pickle.dumps([(settings, make_plan(settings)) for settings in runs]))
+    for settings in runs:
+        Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    processes = []
+    for rank in range(num_ranks):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            **(env or {}),
+        }
+        log = open(directory / f"rank-{rank}.log", "w")  # noqa: SIM115
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, str(job)], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
+            )
+        )
+    return processes
+
+
+def run_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = None, check: bool = True) -> list[int]:
+    """Start them and wait; returns the exit codes."""
+    processes = start_ranks(runs, num_ranks, directory, env)
+    codes = [process.wait(timeout=240) for process in processes]
+    if check and any(codes):
+        logs = "\n".join(
+            f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(directory.glob("rank-*.log"))
+        )
+        raise AssertionError(f"exit codes {codes}\n{logs}")
+    return codes
+
+
+def metrics_of(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics_of(out_dir) if "loss" in record]
+
+
+def digests_of(out_dir: Path) -> list[str]:
+    return [record["batch_digest"] for record in metrics_of(out_dir) if "batch_digest" in record]
+
+
+def weights_of(checkpoint: Path) -> dict:
+    """Full tensors by name, as Lightning's consolidation reads them."""
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+    return _load_distributed_checkpoint(checkpoint / "lit_model.pth")
+
+
+def train_one_rank(job: Path) -> None:
+    import torch
+
+    from utils.trainer import Trainer
+
+    for settings, plan in pickle.loads(job.read_bytes()):
+        trainer = Trainer(settings, plan)
+        trainer.resume_or_initialise()
+        trainer.run()
+    with contextlib.suppress(Exception):
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train_one_rank(Path(sys.argv[1]))
