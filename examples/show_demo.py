@@ -1,0 +1,102 @@
+"""Show what the demo made: losses, a picture of them, text that the model writes, files, and what to try next.
+
+python examples/show_demo.py demo
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli, console
+from utils.errors import UserError
+
+PROMPTS = ("Return a new", "This function", "The module")
+NEW_TOKENS = 40
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings."""
+
+    demo_dir: str
+    """Directory that `make demo` wrote."""
+
+
+def show_training(run_dir: Path) -> None:
+    from utils.plots import draw_curves, read_records
+    from utils.training_log import read_metrics
+
+    records = read_metrics(run_dir)
+    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    validations = [(record["step"], record["val_loss"]) for record in records if record.get("val_loss") is not None]
+    if not losses or not validations:
+        raise UserError(f"{run_dir}: no losses in metrics.jsonl. Run `make demo` to its end.")
+    speeds = [record["tokens_per_s"] for record in records if record.get("tokens_per_s")]
+    console.result("loss (nats a token)        first        last")
+    for name, values in (("  training", losses), ("  validation", validations)):
+        first, last = values[0], values[-1]
+        change = 100 * (last[1] / first[1] - 1)
+        console.result(f"{name:22} {first[1]:9.3f} -> {last[1]:9.3f}   {change:+.0f}% in {last[0]} steps")
+    if speeds:
+        console.result(f"speed: {statistics.median(speeds):,.0f} tokens/s (median over the steps)")
+    picture = run_dir / "curves.png"
+    draw_curves({"demo": read_records(run_dir)}, picture)
+    console.result(f"picture: {picture}")
+
+
+def show_generation(export_dir: Path) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    model = AutoModelForCausalLM.from_pretrained(export_dir)
+    console.result(f"\nthe model writes (transformers, {sum(p.numel() for p in model.parameters()):,} parameters):")
+    for prompt in PROMPTS:
+        torch.manual_seed(0)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, top_k=40)
+        text = tokenizer.decode(output[0], skip_special_tokens=True)
+        console.result("  > " + " ".join(text.split()))
+
+
+def show_tree(directory: Path, depth: int = 2, indent: str = "") -> None:
+    from utils.files import directory_bytes
+
+    if not indent:
+        console.result(f"\n{directory}/ ({console.human_bytes(directory_bytes(directory))})")
+    for path in sorted(directory.iterdir()):
+        size = directory_bytes(path) if path.is_dir() else path.lstat().st_size
+        name = path.name + ("/" if path.is_dir() else "")
+        console.result(f"  {indent}{name:<{38 - len(indent)}} {console.human_bytes(size):>10}")
+        if path.is_dir() and depth > 1:
+            show_tree(path, depth - 1, indent + "  ")
+
+
+def main(settings: Settings) -> None:
+    demo = Path(settings.demo_dir)
+    if not (demo / "export").is_dir():
+        raise UserError(f"{demo}: no export/ in it. Run `make demo` to its end.")
+    show_training(demo / "run")
+    show_generation(demo / "export")
+    show_tree(demo)
+    console.next_command(
+        f"source .venv/bin/activate\n"
+        f"  litgpt chat {demo}/export\n"
+        f"  litgpt generate {demo}/export --prompt 'Return a new'\n"
+        f"  lm_eval --model hf --model_args pretrained={demo}/export --tasks hellaswag --limit 20   # needs the network",
+        what="try",
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__, positional=True)
