@@ -20,11 +20,15 @@ TINY = {
 }
 
 
-def write_sharded_checkpoint(directory: Path, model: str, sizes: dict[str, Any], tensor_parallel_size: int = 1) -> None:
-    """Train two steps with AdamW on two processes and save as Lightning Fabric does.
+def write_sharded_checkpoint(directory: Path, model: str, sizes: dict[str, Any]) -> None:
+    write_sharded_checkpoints({directory: (model, sizes)})
+
+
+def write_sharded_checkpoints(models: dict[Path, tuple[str, dict[str, Any]]], tensor_parallel_size: int = 1) -> None:
+    """Train each model two steps with AdamW on two processes and save it as Lightning Fabric does.
 
     Args:
-        model: a name that litgpt knows; `sizes` change its configuration.
+        models: directory to a name that litgpt knows, and changes of its configuration.
         tensor_parallel_size: 2 splits the MLPs in columns and rows.
     """
     import torch.multiprocessing
@@ -32,16 +36,13 @@ def write_sharded_checkpoint(directory: Path, model: str, sizes: dict[str, Any],
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    directory.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_train, (port, directory, model, sizes, tensor_parallel_size), nprocs=2)
+    torch.multiprocessing.spawn(_train_all, (port, models, tensor_parallel_size), nprocs=2)
 
 
-def _train(rank: int, port: int, directory: Path, name: str, sizes: dict[str, Any], tensor_parallel_size: int) -> None:
+def _train_all(rank: int, port: int, models: dict[Path, tuple[str, dict[str, Any]]], tensor_parallel_size: int) -> None:
     import lightning
     import torch
     from lightning.fabric.strategies import ModelParallelStrategy
-    from litgpt import GPT, Config
-    from litgpt.utils import save_config
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -67,10 +68,21 @@ def _train(rank: int, port: int, directory: Path, name: str, sizes: dict[str, An
     )
     fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
+    for directory, (name, sizes) in models.items():
+        _train(fabric, directory, name, sizes)
+
+
+def _train(fabric, directory: Path, name: str, sizes: dict[str, Any]) -> None:
+    import torch
+    from litgpt import GPT, Config
+    from litgpt.utils import save_config
+
+    directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = Config.from_name(name, **sizes)
     model = GPT(config)
-    model.apply(model._init_weights)
+    for parameter in model.parameters():  # norms too: a norm of ones would hide that it is not applied
+        torch.nn.init.normal_(parameter, std=0.15)
     model = fabric.setup(model)
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2))
     for _ in range(2):
@@ -80,7 +92,7 @@ def _train(rank: int, port: int, directory: Path, name: str, sizes: dict[str, An
         optimizer.step()
         optimizer.zero_grad()
     fabric.save(directory / "lit_model.pth", {"model": model, "optimizer": optimizer, "step": 2})
-    if rank == 0:
+    if fabric.global_rank == 0:
         save_config(config, directory)
 
 

@@ -1,0 +1,291 @@
+"""Measure the export beside Lightning's consolidation and litgpt's conversions, on the same checkpoint, in one run.
+
+    python benchmarks/export_streaming.py --work_dir /scratch/export
+    python benchmarks/export_streaming.py --work_dir /scratch/export --compare 100M --sizes '[100M]'      # a few minutes
+
+1. `compare`: a model with AdamW state, sharded over two processes. Theirs, to the same outputs as ours:
+       python -m lightning.fabric.utilities.consolidate_checkpoint  (keeps the key `model` that litgpt's next command wants)
+       litgpt convert_pretrained_checkpoint                         -> lit_model.pth
+       litgpt convert_from_litgpt, then safetensors' save_file      -> model.safetensors
+   Ours: python convert_pretrained_checkpoint.py, proof included.
+2. `sizes`: ours alone on models of several sizes (weights only), at the same --max_shard_size.
+
+Time is wall clock of the commands. Memory is the peak resident set of the largest process, as the kernel counts it
+(ru_maxrss: mapped files count too). Each command is a process of its own; files are in the page cache for both sides.
+Prints Markdown. Run it on a machine that does nothing else, with 30 GB of disk and 12 GB of memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli, console
+from utils.errors import UserError
+from utils.files import directory_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = {  # Llamas with an untied head; changes of litgpt's tiny-llama-1.1b
+    "100M": {"n_layer": 10, "n_embd": 768, "n_head": 12, "n_query_groups": 12, "intermediate_size": 2048},
+    "400M": {"n_layer": 25, "n_embd": 1024, "n_head": 16, "n_query_groups": 16, "intermediate_size": 2816},
+    "1.4B": {"n_layer": 25, "n_embd": 2048, "n_head": 16, "n_query_groups": 16, "intermediate_size": 5504},
+}
+SAVE_SAFETENSORS = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "state = torch.load(sys.argv[1], mmap=True, weights_only=False); "
+    "save_file({k: v.contiguous() for k, v in state.items()}, sys.argv[2], metadata={'format': 'pt'})"
+)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings."""
+
+    work_dir: str
+    """Directory for checkpoints and exports; checkpoints are kept for the next run."""
+    compare: str = "400M"
+    """Model for the comparison: 100M, 400M or 1.4B; none: leave it out."""
+    sizes: list[str] = dataclasses.field(default_factory=lambda: ["100M", "400M", "1.4B"])
+    """Models on which ours runs alone."""
+    max_shard_size: str = "500MB"
+    """For ours."""
+    num_repeats: int = 2
+    """Runs of everything; the best time and the smallest memory count, for both sides alike."""
+    output: str | None = None
+    """File to write the tables to, too; null: none."""
+
+
+@dataclasses.dataclass
+class Measured:
+    seconds: float
+    peak_bytes: int
+
+
+def measure(*command: str | Path) -> Measured:
+    """Run a command to its end; raises when it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise UserError(f"{' '.join(map(str, command))} left with {process.returncode}:\n{output.decode()[-3000:]}")
+    return Measured(seconds, usage.ru_maxrss * 1024)
+
+
+def make_checkpoint(directory: Path, size: str, with_optimizer: bool) -> None:
+    """Two processes over gloo, FSDP2, one AdamW step, saved by Lightning Fabric."""
+    import torch.multiprocessing
+
+    if (directory / "model_config.yaml").is_file():
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_train, (port, directory, MODELS[size], with_optimizer), nprocs=2)
+
+
+def _train(rank: int, port: int, directory: Path, sizes: dict[str, int], with_optimizer: bool) -> None:
+    import lightning
+    import torch
+    from lightning.fabric.strategies import ModelParallelStrategy
+    from litgpt import GPT, Config
+    from litgpt.utils import save_config
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE="2", GROUP_RANK="0", TORCHELASTIC_RUN_ID="export",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+
+    def shard(model, mesh):
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(model, mesh=mesh["data_parallel"])
+        model.to_empty(device="cpu")
+        model.reset_parameters()
+        for parameter in model.parameters():
+            parameter.to_local().normal_(std=0.02) if parameter.ndim > 1 else parameter.to_local().fill_(1.0)
+        return model
+
+    strategy = ModelParallelStrategy(
+        shard,
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        process_group_backend="gloo",
+        timeout=datetime.timedelta(hours=1),
+    )
+    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    torch.manual_seed(rank)
+    config = Config.from_name("tiny-llama-1.1b", **sizes)
+    with torch.device("meta"):
+        model = GPT(config)
+    with torch.no_grad():
+        model = fabric.setup(model)
+    state: dict[str, Any] = {"model": model, "step": 1}
+    if with_optimizer:
+        state["optimizer"] = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-4))
+        tokens = torch.randint(0, config.vocab_size, (1, 9))
+        fabric.backward(torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
+        state["optimizer"].step()
+    fabric.save(directory / "lit_model.pth", state)
+    if rank == 0:
+        save_config(config, directory)
+
+
+def theirs(checkpoint: Path, work: Path) -> list[tuple[str, Measured]]:
+    litgpt = Path(sys.executable).parent / "litgpt"
+    shutil.rmtree(work, ignore_errors=True)
+    (consolidated := work / "consolidated").mkdir(parents=True)
+    shutil.copy(checkpoint / "model_config.yaml", consolidated)
+    python = sys.executable
+    module = "lightning.fabric.utilities.consolidate_checkpoint"
+    file = consolidated / "lit_model.pth"
+    steps = [
+        ("consolidate", (python, "-m", module, checkpoint / "lit_model.pth", "--output_file", file)),
+        ("litgpt convert_pretrained_checkpoint", (litgpt, "convert_pretrained_checkpoint", consolidated, work / "lit")),
+        ("litgpt convert_from_litgpt", (litgpt, "convert_from_litgpt", work / "lit", work / "hf")),
+        ("save_file", (python, "-c", SAVE_SAFETENSORS, work / "hf" / "model.pth", work / "hf" / "model.safetensors")),
+    ]
+    return [(name, measure(*command)) for name, command in steps]
+
+
+def ours(checkpoint: Path, work: Path, settings: Settings, *flags: str) -> Measured:
+    shutil.rmtree(work, ignore_errors=True)
+    script = ROOT / "convert_pretrained_checkpoint.py"
+    return measure(sys.executable, script, checkpoint, work, f"--max_shard_size={settings.max_shard_size}", *flags)
+
+
+def check_equal(their_work: Path, our_export: Path) -> None:
+    """Both sides must have made the same tensors, or the comparison is void."""
+    import torch
+
+    from utils.checkpoint_reader import find_in_torch_file
+    from utils.weight_files import find_in_safetensors
+
+    pairs = [
+        (find_in_torch_file(their_work / "lit" / "lit_model.pth"), find_in_torch_file(our_export / "lit_model.pth")),
+        (find_in_safetensors(their_work / "hf"), find_in_safetensors(our_export)),
+    ]
+    for their_tensors, our_tensors in pairs:
+        if set(their_tensors) != set(our_tensors):
+            raise UserError("the two sides made different tensors")
+        for name, tensor in their_tensors.items():
+            for start, block in tensor.blocks():
+                if not torch.equal(block, our_tensors[name].rows(start, start + len(block))):
+                    raise UserError(f"the two sides made different values of {name}")
+
+
+def best(runs: list[Measured]) -> Measured:
+    return Measured(min(run.seconds for run in runs), min(run.peak_bytes for run in runs))
+
+
+def row(name: str, measured: Measured) -> str:
+    return f"| {name} | {measured.seconds:.1f} s | {console.human_bytes(measured.peak_bytes)} |"
+
+
+def compare(settings: Settings, work: Path) -> list[str]:
+    checkpoint = work / f"checkpoint-{settings.compare}-adamw"
+    make_checkpoint(checkpoint, settings.compare, with_optimizer=True)
+    size = directory_bytes(checkpoint)
+    their_runs, our_runs = [], []
+    for _ in range(settings.num_repeats):
+        their_runs.append(theirs(checkpoint, work / "theirs"))
+        our_runs.append(ours(checkpoint, work / "ours", settings))
+    check_equal(work / "theirs", work / "ours")
+    shutil.rmtree(work / "theirs")
+    steps = [(runs[0][0], best([measured for _, measured in runs])) for runs in zip(*their_runs)]
+    their_sum = Measured(
+        min(sum(m.seconds for _, m in run) for run in their_runs), max(measured.peak_bytes for _, measured in steps)
+    )
+    our_best = best(our_runs)
+    return [
+        f"{settings.compare} with AdamW state, two shards, {console.human_bytes(size)}; both sides made equal tensors.",
+        "",
+        "| | time | peak memory |",
+        "|---|---|---|",
+        *[row(name, measured) for name, measured in steps],
+        row("**theirs in all**", their_sum),
+        row("**ours**, proof included", our_best),
+        "",
+        f"Ours takes {our_best.seconds / their_sum.seconds:.0%} of the time and {our_best.peak_bytes / their_sum.peak_bytes:.0%} "
+        "of the memory.",
+        "",
+    ]
+
+
+def by_size(settings: Settings, work: Path) -> list[str]:
+    lines = ["Ours by size of the model, weights only, float32:", ""]
+    lines += [
+        "| model | checkpoint | time, proof included | peak memory | --verify=off | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size in settings.sizes:
+        checkpoint = work / f"checkpoint-{size}"
+        make_checkpoint(checkpoint, size, with_optimizer=False)
+        runs = {
+            verify: best(
+                [ours(checkpoint, work / "ours", settings, f"--verify={verify}") for _ in range(settings.num_repeats)]
+            )
+            for verify in ("logits", "off")
+        }
+        parameters = json.loads((work / "ours" / "manifest.json").read_text())["content"]["parameters"]
+        cells = [f"{m.seconds:.1f} s | {console.human_bytes(m.peak_bytes)}" for m in runs.values()]
+        size_bytes = console.human_bytes(directory_bytes(checkpoint))
+        lines.append(f"| {size} ({parameters:,}) | {size_bytes} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def environment() -> list[str]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "litgpt", "transformers")}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        names = [
+            line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0].strip() if names else cpu
+    return [
+        f"{datetime.date.today()}, {os.cpu_count()} x {cpu}, {console.human_bytes(memory)} of memory, Python "
+        f"{platform.python_version()}, {', '.join(f'{name} {version}' for name, version in versions.items())}",
+        "",
+    ]
+
+
+def main(settings: Settings) -> None:
+    unknown = {settings.compare, *settings.sizes} - {"none", *MODELS}
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no such model. Give {', '.join(MODELS)}.")
+    work = Path(settings.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    lines = environment()
+    if settings.compare != "none":
+        lines += compare(settings, work)
+    if settings.sizes:
+        lines += by_size(settings, work)
+    shutil.rmtree(work / "ours", ignore_errors=True)
+    console.result("\n".join(lines))
+    if settings.output:
+        Path(settings.output).write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
