@@ -118,8 +118,42 @@ def train_one_rank(job: Path) -> None:
         trainer = Trainer(settings, plan)
         trainer.resume_or_initialise()
         trainer.run()
+        if settings.log.run == "measure memory":
+            measure_memory(trainer)
     with contextlib.suppress(Exception):
         torch.distributed.destroy_process_group()
+
+
+def measure_memory(trainer) -> None:
+    """Write what this process really holds, in bytes, to out_dir/allocated-RANK.json."""
+    import torch
+
+    from utils.memory_plan import kept_tensors
+
+    def held(tensors) -> int:
+        """Bytes of the distinct storages: FSDP2 reduces the gradients of a block into one."""
+        local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+        return sum(
+            {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in local}.values()
+        )
+
+    size, context = trainer.settings.train.micro_batch_size, trainer.plan.context_tokens
+    tokens = torch.zeros(size, context, dtype=torch.int64)
+    trainer.optimizers[0].zero_grad()
+    with trainer.fabric.no_backward_sync(trainer.wrapped, enabled=False):
+        with kept_tensors(trainer.model) as kept:
+            _, objective = trainer.wrapped(tokens, tokens)
+        activations = sum(kept.values())
+        trainer.fabric.backward(objective)
+    allocated = {
+        "parameters": held(trainer.parameters),
+        "gradients": held([p.grad for p in trainer.parameters]),
+        "optimizer": held(
+            [value for o in trainer.optimizers for state in o.state.values() for value in state.values()]
+        ),
+        "activations": activations,
+    }
+    (trainer.out_dir / f"allocated-{trainer.rank}.json").write_text(json.dumps(allocated))
 
 
 if __name__ == "__main__":

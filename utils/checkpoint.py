@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.console import human_bytes
 from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, fsync_directory
 from utils.manifest import MANIFEST_NAME, damaged_files, file_entry, read_manifest, write_manifest
@@ -247,9 +248,13 @@ class CheckpointWriter:
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
         }
-        nonce = [uuid.uuid4().hex[:12]]
-        dist.broadcast_object_list(nonce, group=self._group)
-        temporary = self.out_dir / f"{TEMPORARY_PREFIX}{name}-{nonce[0]}"
+        start = [(self.shortage(self.state_bytes()), uuid.uuid4().hex[:12])]
+        dist.broadcast_object_list(start, group=self._group)
+        shortage, nonce = start[0]
+        if shortage:
+            self.error = f"{self.out_dir / name} was not written: {shortage}"
+            return time.perf_counter() - started
+        temporary = self.out_dir / f"{TEMPORARY_PREFIX}{name}-{nonce}"
         if asynchronous:
             self._staged = state = _copy_to_host(state, self._staged)
             self._thread = threading.Thread(
@@ -259,6 +264,23 @@ class CheckpointWriter:
         else:
             self._write(temporary, name, state, primitives, started)
         return time.perf_counter() - started
+
+    def state_bytes(self) -> int:
+        """Size of a checkpoint: weights, and as many optimizer moments as there are (two, before the first step)."""
+        moments = 0
+        for optimizer in self.optimizers:
+            per_parameter = 1 if type(optimizer).__name__ == "Muon" else 2
+            moments += per_parameter * sum(
+                p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"]
+            )
+        return moments + sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def shortage(self, needed_bytes: int) -> str | None:
+        """Why `needed_bytes` would not fit into out_dir, or None."""
+        free = shutil.disk_usage(self.out_dir).free
+        if free >= needed_bytes:
+            return None
+        return f"a checkpoint needs {human_bytes(needed_bytes)}, {human_bytes(free)} are free"
 
     @property
     def busy(self) -> bool:

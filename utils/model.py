@@ -74,15 +74,18 @@ def resolve_model_config(settings: Settings) -> Any:
         ) from error
 
 
-def build_model(config: dict[str, Any], settings: Settings, context_tokens: int) -> torch.nn.Module:
+def build_model(
+    config: dict[str, Any], settings: Settings, context_tokens: int, device: str = "meta"
+) -> torch.nn.Module:
     """A `GPT` on the meta device whose forward pass returns the loss; parameters have litgpt's own names.
 
     Args:
         config: fields of litgpt's Config.
         context_tokens: longest sequence, for the table of rotary positions.
+        device: where parameters are made; on "meta" they take no memory until they are spread.
 
     Returns:
-        Module with forward(inputs (B, T), targets (B, T)) -> (cross entropy summed, objective summed), see
+        Module with hidden_states(inputs (B, T)) -> (B, T, n_embd) and forward(inputs (B, T), targets (B, T)) -> (cross entropy summed, objective summed), see
         losses.next_token_loss.
     """
     import torch
@@ -94,9 +97,8 @@ def build_model(config: dict[str, Any], settings: Settings, context_tokens: int)
     parallel, z_loss = settings.parallel, settings.train.z_loss
 
     class PretrainGPT(GPT):
-        # The loss is computed inside the forward pass because only there FSDP2 has gathered lm_head's weight.
-        def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            num_tokens = inputs.numel()
+        def hidden_states(self, inputs: torch.Tensor) -> torch.Tensor:
+            """GPT.forward up to the output layer; shape (B, T, n_embd)."""
             positions = inputs.size(1)
             cos, sin = self.cos[:positions].unsqueeze(0), self.sin[:positions].unsqueeze(0)  # (1, T, rotary width)
             x = self.transformer.wte(inputs)  # (B, T, n_embd)
@@ -108,7 +110,12 @@ def build_model(config: dict[str, Any], settings: Settings, context_tokens: int)
                     x = block(x, cos[..., which], sin[..., which])
                 else:
                     x = block(x, cos, sin)
-            x = self.transformer.ln_f(x).view(num_tokens, -1)
+            return self.transformer.ln_f(x)
+
+        # The loss is computed inside the forward pass because only there FSDP2 has gathered lm_head's weight.
+        def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            num_tokens = inputs.numel()
+            x = self.hidden_states(inputs).view(num_tokens, -1)
             return next_token_loss(
                 x,
                 self.lm_head.weight,
@@ -126,7 +133,7 @@ def build_model(config: dict[str, Any], settings: Settings, context_tokens: int)
                 softcap=self.config.final_logit_softcapping,
             )
 
-    with torch.device("meta"):
+    with torch.device(device):
         model = PretrainGPT(Config(**config))
     model.max_seq_length = context_tokens
     if settings.train.tie_embeddings:
@@ -177,7 +184,7 @@ def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -
         if parallel.tensor_parallel_size > 1:
             _split_mlp(block.mlp, mesh["tensor"])
         if parallel.activation_checkpointing != "none":
-            _recompute(block, parallel.activation_checkpointing)
+            recompute_block(block, parallel.activation_checkpointing)
         if parallel.compile:
             block.compile()
         fully_shard(block, **sharding)
@@ -195,7 +202,7 @@ def _split_mlp(mlp: torch.nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(mlp, mesh, {**plan, "proj": RowwiseParallel()})
 
 
-def _recompute(block: torch.nn.Module, how: str) -> None:
+def recompute_block(block: torch.nn.Module, how: str) -> None:
     """Replace the block's forward pass by one that keeps little. Setting `forward` instead of wrapping the module leaves
     the names of parameters as they are."""
     import torch
@@ -229,7 +236,12 @@ def _recompute(block: torch.nn.Module, how: str) -> None:
         return create_selective_checkpoint_contexts(policy)
 
     block.forward = lambda *args: checkpoint(
-        forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=contexts,
+        respect_saved_tensors_hooks=True,  # what torch will do by default, so that saved tensors can be counted
     )
 
 

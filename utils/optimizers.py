@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,7 +32,7 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [part for group in groups for part in _split_by_mesh(group)],
             lr=settings.lr,
             betas=tuple(settings.betas),
             eps=settings.eps,
@@ -51,6 +51,14 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
             )
         )
     return optimizers
+
+
+def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group as one of each device mesh: a fused update cannot mix meshes, which tensor parallelism makes."""
+    parts: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
+    for parameter in group["params"]:
+        parts[getattr(parameter, "device_mesh", None)].append(parameter)
+    return [{**group, "params": parameters} for parameters in parts.values()]
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
@@ -97,5 +105,8 @@ def global_gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
 
 @torch.no_grad()
 def scale_gradients(parameters: list[torch.nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
-    """Scale all gradients so that their global norm is at most max_norm."""
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    """Scale all gradients so that their global norm is at most max_norm, as torch.nn.utils.clip_grad_norm_ does."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    pieces = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+    torch._foreach_mul_([piece for piece in pieces if piece.numel()], factor)

@@ -180,6 +180,7 @@ class Trainer:
                 console.warn(f"skipped checkpoint {line}")
             rewind_metrics(self.out_dir, newest.step if newest else -1)
             self.metrics = MetricsFile(self.out_dir)
+        self._check_space()
         path = self.fabric.broadcast(newest.path if newest else None)
         if path is not None:
             state = load_training_state(path, self.model, self.optimizers)
@@ -193,6 +194,12 @@ class Trainer:
         else:
             initialise(self.model, self.model.config, self.settings.seed)
 
+    def _check_space(self) -> None:
+        """Raises UserError on every process when not even one checkpoint fits."""
+        shortage = self.fabric.broadcast(self.writer.shortage(self.writer.state_bytes()) if self.rank == 0 else None)
+        if shortage and self.settings.checkpoint.on_error == "stop":
+            raise UserError(f"--out_dir={self.out_dir}: {shortage}. Free space, or use another directory.")
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -203,11 +210,15 @@ class Trainer:
             self._log({"step": 0, "tokens": 0, **self._validate()})
         batches = Prefetcher(self.sequences, self._positions(), pin_memory=self.device.type == "cuda")
         window = _Window()
+        profiler = self._start_profiler()
         try:
+            if profiler is not None:
+                profiler.start()
             while self.step < plan.total_steps:
                 started = time.perf_counter()
-                with self._profiled():
-                    result = self._train_step(batches)
+                result = self._train_step(batches)
+                if profiler is not None:
+                    profiler.step()
                 window.add(result, time.perf_counter() - started)
                 self.step += 1
                 last = self.step == plan.total_steps
@@ -231,6 +242,8 @@ class Trainer:
                 if stop:
                     break
         finally:
+            if profiler is not None:
+                profiler.stop()
             batches.close()
         self.writer.wait()
         self._act_on_checkpoint_error(self.writer.error is not None)
@@ -471,11 +484,18 @@ class Trainer:
             "inputs": provenance(self.plan),
         }
 
-    def _profiled(self):
-        """A context around a step: the profiler, for the steps that --profile_steps asks for."""
-        import contextlib
-
-        return contextlib.nullcontext()
+    def _start_profiler(self) -> Any:
+        """A profiler for the steps that --profile_steps asks for, or None."""
+        if not self.settings.profile_steps or self.rank != 0:
+            return None
+        directory = self.out_dir / "profile"
+        directory.mkdir(exist_ok=True)
+        return torch.profiler.profile(
+            # Two steps of warm-up: the first ones allocate, compile and tune.
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=self.settings.profile_steps, repeat=1),
+            on_trace_ready=lambda profile: profile.export_chrome_trace(str(directory / "trace.json")),
+            record_shapes=True,
+        )
 
 
 @dataclasses.dataclass

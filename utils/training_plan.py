@@ -33,6 +33,7 @@ _FIXED_SETTINGS = (
     "train.global_batch_size",
     "train.tie_embeddings",
     "optimizer.name",
+    "parallel.tensor_parallel_size",  # the optimizer's groups of parameters follow from it
 )
 
 
