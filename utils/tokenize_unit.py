@@ -93,6 +93,8 @@ class UnitRecord:
     """Library that encoded: gigatoken or tokenizers."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Spent in read, hash, encode, check, assemble, write."""
+    cpu_seconds: float = 0.0
+    """Processor time of the worker process meanwhile, all its threads: what a core is busy with, whoever else runs."""
     peak_bytes: int = 0
     """Largest resident memory of the worker process so far."""
 
@@ -272,7 +274,7 @@ def _tokenize_once(
         for split in SPLITS
     }
     held: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    watch = _Stopwatch()
+    watch, cpu_begin = _Stopwatch(), time.process_time()
 
     for texts in _texts_of(job, unit, excluded, record):
         watch.lap("read")
@@ -310,6 +312,7 @@ def _tokenize_once(
         getattr(record, split).chunks = writer.chunks
     watch.lap("write")
     record.encoder, record.peak_bytes = encoder.backend, peak_resident_bytes()
+    record.cpu_seconds = round(time.process_time() - cpu_begin, 4)
     record.seconds = {phase: round(seconds, 4) for phase, seconds in watch.seconds.items()}
     return record
 
