@@ -3,7 +3,7 @@
     python benchmarks/litdata_baseline.py INPUT_DIR TOKENIZER_DIR OUTPUT_DIR NUM_WORKERS TIMES.jsonl
 
 After litgpt's own litgpt/data/prepare_starcoder.py: a worker takes a file, reads batches of rows, and yields the ids
-of one text at a time. Each file's first and last moment go to TIMES.jsonl, so that start-up can be told apart.
+of one text at a time. What each file took goes to TIMES.jsonl, so that start-up can be told apart.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from litgpt.tokenizer import Tokenizer
 
 
 def tokenize(path: str, tokenizer: Tokenizer, times: str):
-    begin, num_tokens = time.time(), 0
+    begin, cpu_begin, num_tokens = time.perf_counter(), time.process_time(), 0
     for batch in pq.ParquetFile(path).iter_batches(batch_size=8192, columns=["text"]):
         for text in batch.to_pandas()["text"]:
             ids = tokenizer.encode(text)
             num_tokens += len(ids)
             yield ids
-    line = json.dumps({"path": path, "tokens": num_tokens, "begin": begin, "end": time.time()})
+    took = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu_begin}
     with open(times, "a") as file:
-        file.write(line + "\n")
+        file.write(json.dumps({"path": path, "tokens": num_tokens, **took}) + "\n")
 
 
 if __name__ == "__main__":
