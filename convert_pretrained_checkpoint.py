@@ -16,10 +16,14 @@ for the same tokens. The same command again does nothing, or goes on after an in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,8 +255,31 @@ def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path,
 def remove_interrupted(export_dir: Path) -> None:
     """Delete what an earlier, killed run of this command left beside `export_dir`."""
     for left in export_dir.parent.glob(f"{TEMPORARY_PREFIX}{export_dir.name}-*"):
-        console.detail(f"removing {left}, left by an interrupted run")
-        shutil.rmtree(left, ignore_errors=True)
+        with held_lock(left) as is_free:
+            if not is_free:
+                raise UserError(f"export_dir={export_dir}: another process is making it in {left}. Wait for it.")
+            console.detail(f"removing {left}, left by an interrupted run")
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held_lock(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory that is being made; False where another process holds it.
+
+    The kernel frees it when its process dies. File systems without locks on directories (some NFS) count as free.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def export(plan: ExportPlan, settings: Settings) -> None:
@@ -263,14 +290,15 @@ def export(plan: ExportPlan, settings: Settings) -> None:
     temporary = temporary_sibling(export_dir)
     temporary.mkdir()
     try:
-        write_small_files(plan, temporary)
-        write_weights(plan, settings, temporary)
-        proof = prove(plan, settings, temporary)
-        write_card(plan, settings, temporary, proof)
-        write_export_manifest(plan, settings, temporary, proof)
-        if export_dir.is_dir():
-            export_dir.rmdir()  # an empty one; any other was refused
-        publish_directory(temporary, export_dir)
+        with held_lock(temporary):
+            write_small_files(plan, temporary)
+            write_weights(plan, settings, temporary)
+            proof = prove(plan, settings, temporary)
+            write_card(plan, settings, temporary, proof)
+            write_export_manifest(plan, settings, temporary, proof)
+            if export_dir.is_dir():
+                export_dir.rmdir()  # an empty one; any other was refused
+            publish_directory(temporary, export_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 
-from tests.export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 from utils.checkpoint_reader import find_in_torch_file, find_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,13 +235,19 @@ def test_an_existing_directory_is_never_mixed_into(checkpoint, exported, tmp_pat
     assert process.returncode == 2 and "other settings (--dtype: 'same', now 'bfloat16')" in process.stderr
 
 
-def in_process_refusal(checkpoint: Path, tmp_path: Path) -> str:
+def in_process_refusal_at(checkpoint: Path, target: Path) -> str:
     from utils.errors import UserError
 
     with pytest.raises(UserError) as caught:
-        export_in_process(checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
+        export_in_process(checkpoint, target)
+    assert not target.exists()
     return str(caught.value)
+
+
+def in_process_refusal(checkpoint: Path, tmp_path: Path) -> str:
+    message = in_process_refusal_at(checkpoint, tmp_path / "out")
+    assert not list(tmp_path.glob(".tmp-*"))
+    return message
 
 
 def test_missing_marker_metadata_or_shard(checkpoint, tmp_path):
@@ -378,6 +384,18 @@ def test_killed_at_any_moment(checkpoint, exported, tmp_path, when):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     digest = hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest()
     assert digest == hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_two_at_once_do_not_disturb_each_other(checkpoint, tmp_path):
+    target = tmp_path / "model"
+    process = subprocess.Popen([sys.executable, str(ROOT / SCRIPT), str(checkpoint), str(target)])
+    while not list(tmp_path.glob(".tmp-model-*/config.json")):
+        assert process.poll() is None, "it ended before another could come"
+    process.send_signal(signal.SIGSTOP)
+    assert "another process is making it" in in_process_refusal_at(checkpoint, target)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+    assert (target / "manifest.json").is_file()
 
 
 def test_checksums_cover_every_weight(checkpoint, exported):

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
+from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

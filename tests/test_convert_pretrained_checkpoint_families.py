@@ -1,4 +1,4 @@
-"""Every family: trained two steps on two processes, exported, equal logits and equal generation in both libraries.
+"""Every family: trained a few steps by our trainer on two processes, exported, equal logits and equal generation in both libraries.
 
 The models are small, and odd where a mistake would hide: grouped queries, a head size that is not width / heads, sliding
 windows shorter than the tokens, RoPE scaling over thousands of positions, exact and padded vocabularies.
@@ -6,14 +6,16 @@ windows shorter than the tokens, RoPE scaling over thousands of positions, exact
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from export_checkpoints import TINY, write_sharded_checkpoints
+from pretrain_ranks import run_ranks, settings_of
+from pretraining import tokenize_dataset, write_config
 
-from tests.export_checkpoints import TINY, write_sharded_checkpoints
-
-PADDED = {"vocab_size": 1000, "padded_vocab_size": 1088}
+PADDED = {"vocab_size": 1024, "padded_vocab_size": 1088}
 FAMILIES = {
     "llama-2": ("Llama-2-7b-hf", {}),
     "llama-2-32k": ("LLaMA-2-7B-32K", {"block_size": 4096}),
@@ -50,12 +52,26 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> Path:
-    """One directory a family; all are trained by the same two processes."""
+def checkpoints(tmp_path_factory, documents, tokenizer_dir) -> Path:
+    """FAMILY/final for each; all are trained by the same two processes."""
+    from litgpt.config import Config
+
     directory = tmp_path_factory.mktemp("families")
-    write_sharded_checkpoints(
-        {directory / name: (model, {**TINY, **sizes}) for name, (model, sizes) in FAMILIES.items()}
-    )
+    dataset = tokenize_dataset(directory / "data", documents[:40], tokenizer_dir)
+    runs = []
+    for name, (model, sizes) in FAMILIES.items():
+        config = Config.from_name(model, **{**TINY, **sizes})
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        path = write_config(
+            directory / f"{name}.yaml",
+            model_config=fields,
+            # A rate at which norms and biases, which begin at 1 and 0, leave these values within a few steps.
+            optimizer={"lr": 0.03},
+            train={"max_steps": 4, "lr_warmup_steps": 1, "save_interval": None, "max_seq_length": 32},
+            eval={"interval": None},
+        )
+        runs.append(settings_of(path, dataset, directory / name, 2))
+    run_ranks(runs, 2, directory / "job")
     return directory
 
 
@@ -78,9 +94,11 @@ def load_both(directory: Path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_greedy_generation_agree(checkpoints, tmp_path, name):
-    export(checkpoints / name, tmp_path / "model")
+    export(checkpoints / name / "final", tmp_path / "model")
     lit_model, hf_model = load_both(tmp_path / "model")
     assert hf_model.config.tie_word_embeddings is False
+    norms = [parameter for key, parameter in lit_model.named_parameters() if "norm" in key and key.endswith("weight")]
+    assert all((norm - 1).abs().max() > 1e-2 for norm in norms)  # else one that is not applied would not show
     tokens = torch.randint(0, 1000, (3, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert torch.allclose(hf_model(tokens).logits, lit_model(tokens), atol=1e-4, rtol=0)
@@ -90,6 +108,14 @@ def test_logits_and_greedy_generation_agree(checkpoints, tmp_path, name):
 def greedy_litgpt(model, prompt: torch.Tensor, num_tokens: int = 24) -> list[int]:
     from litgpt.generate.base import generate
 
+    if model.config.attention_logit_softcapping is not None:
+        # With a key-value cache, litgpt 0.5.13 adds its boolean mask to capped scores: what it then generates is not
+        # what its own forward pass finds most likely. So here without cache.
+        tokens = prompt
+        with torch.no_grad():
+            for _ in range(num_tokens):
+                tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), dim=1)
+        return tokens[0].tolist()
     model.max_seq_length = 64
     model.set_kv_cache(batch_size=1, max_seq_length=64)
     generated = generate(model, prompt[0], max_returned_tokens=prompt.size(1) + num_tokens, temperature=0.0, top_p=0.0)
@@ -116,10 +142,10 @@ def test_tied_weights(checkpoints, tmp_path, name):
 
     tied = tmp_path / "tied"
     tied.mkdir()
-    state = {n: t.rows(0, t.num_rows) for n, t in find_weights(checkpoints / name).items()}
+    state = {n: t.rows(0, t.num_rows) for n, t in find_weights(checkpoints / name / "final").items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     torch.save(state, tied / "lit_model.pth")
-    (tied / "model_config.yaml").write_bytes((checkpoints / name / "model_config.yaml").read_bytes())
+    (tied / "model_config.yaml").write_bytes((checkpoints / name / "final" / "model_config.yaml").read_bytes())
     export(tied, tmp_path / "model")
     lit_model, hf_model = load_both(tmp_path / "model")
     assert hf_model.config.tie_word_embeddings is True

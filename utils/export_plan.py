@@ -94,7 +94,7 @@ def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
 def changed_files(checkpoint_dir: Path, checkpoint: dict[str, Any]) -> list[str]:
     """Files whose size is not the manifest's; the weights' own checksums are checked while they are read."""
     entries = checkpoint["files"]
-    if (checkpoint_dir / "lit_model.pth").is_file():  # consolidated: the shards are elsewhere now
+    if not (checkpoint_dir / "lit_model.pth").is_dir():  # consolidated: the shards are elsewhere now
         entries = [entry for entry in entries if not str(entry.get("name")).startswith("lit_model.pth/")]
     return damaged_files(checkpoint_dir, entries, checksums=False)
 
