@@ -110,10 +110,14 @@ def weights_of(checkpoint: Path) -> dict:
 
 
 def train_one_rank(job: Path) -> None:
+    import resource
+
     import torch
 
     from utils.trainer import Trainer
 
+    if limit := os.environ.get("LIMIT_FILE_BYTES"):  # writing beyond it fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     for settings, plan in pickle.loads(job.read_bytes()):
         trainer = Trainer(settings, plan)
         trainer.resume_or_initialise()

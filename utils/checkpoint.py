@@ -197,6 +197,14 @@ def _rows(full: torch.Tensor, first: int, count: int) -> torch.Tensor:
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
+def shortage(directory: Path, needed_bytes: int) -> str | None:
+    """Why `needed_bytes` would not fit into `directory`, or None."""
+    free = shutil.disk_usage(directory).free
+    if free >= needed_bytes:
+        return None
+    return f"no space: a checkpoint needs {human_bytes(needed_bytes)}, {human_bytes(free)} are free"
+
+
 class CheckpointWriter:
     """Saves in the background. Every process makes one and calls `save` at the same steps.
 
@@ -248,11 +256,11 @@ class CheckpointWriter:
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
         }
-        start = [(self.shortage(self.state_bytes()), uuid.uuid4().hex[:12])]
+        start = [(shortage(self.out_dir, self.state_bytes()), uuid.uuid4().hex[:12])]
         dist.broadcast_object_list(start, group=self._group)
-        shortage, nonce = start[0]
-        if shortage:
-            self.error = f"{self.out_dir / name} was not written: {shortage}"
+        missing, nonce = start[0]
+        if missing:
+            self.error = f"{self.out_dir / name} could not be written: {missing}"
             return time.perf_counter() - started
         temporary = self.out_dir / f"{TEMPORARY_PREFIX}{name}-{nonce}"
         if asynchronous:
@@ -274,13 +282,6 @@ class CheckpointWriter:
                 p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"]
             )
         return moments + sum(p.numel() * p.element_size() for p in self.model.parameters())
-
-    def shortage(self, needed_bytes: int) -> str | None:
-        """Why `needed_bytes` would not fit into out_dir, or None."""
-        free = shutil.disk_usage(self.out_dir).free
-        if free >= needed_bytes:
-            return None
-        return f"a checkpoint needs {human_bytes(needed_bytes)}, {human_bytes(free)} are free"
 
     @property
     def busy(self) -> bool:
@@ -365,7 +366,11 @@ def _reason(error: BaseException) -> str:
         error = next(iter(failures.values()))[0]
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if "unexpected pos" in reason:
+        # What torch.save's zip writer says when it closes a file of which a write has failed; the errno is lost there.
+        reason = f"a file could not be written to its end (disk full, or over a quota) [{reason}]"
+    return reason
 
 
 def _copy_to_host(value: Any, previous: Any) -> Any:

@@ -27,6 +27,7 @@ from utils.checkpoint import (
     load_initial_weights,
     load_training_state,
     remove_unfinished,
+    shortage,
     step_name,
 )
 from utils.errors import UserError
@@ -196,9 +197,9 @@ class Trainer:
 
     def _check_space(self) -> None:
         """Raises UserError on every process when not even one checkpoint fits."""
-        shortage = self.fabric.broadcast(self.writer.shortage(self.writer.state_bytes()) if self.rank == 0 else None)
-        if shortage and self.settings.checkpoint.on_error == "stop":
-            raise UserError(f"--out_dir={self.out_dir}: {shortage}. Free space, or use another directory.")
+        missing = self.fabric.broadcast(shortage(self.out_dir, self.writer.state_bytes()) if self.rank == 0 else None)
+        if missing:
+            raise UserError(f"--out_dir={self.out_dir}: {missing}. Free space, or use another directory.")
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -381,13 +382,13 @@ class Trainer:
         return info is not None
 
     def _act_on_checkpoint_error(self, failed: bool) -> None:
-        """`failed` is the same on all processes."""
+        """`failed` is the same on all processes. Without a final checkpoint a run has not succeeded, whatever on_error says."""
         if not failed:
             return
         self.writer.wait()
         error, self.writer.error = self.writer.error, None
         message = f"checkpoint: {error}. Older checkpoints are whole; the newest is {self.writer.last_good or 'none'}."
-        if self.settings.checkpoint.on_error == "stop":
+        if self.settings.checkpoint.on_error == "stop" or self.step == self.plan.total_steps:
             raise UserError(
                 f"{message} Free space or mend the directory and run the same command; --checkpoint.on_error=continue trains on."
             )
