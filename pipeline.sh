@@ -5,7 +5,7 @@
 set -euo pipefail
 
 # ---- settings: edit here, or give them in the environment -----------------------------------------------------------
-PARQUET=${PARQUET:-data/fineweb-10bt}                 # parquet files: a directory, or s3://, gs://, hf://datasets/..
+PARQUET=${PARQUET:-data/fineweb-10bt/sample/10BT}     # parquet files: a directory, or s3://, gs://, hf://datasets/..
 TOKENIZER=${TOKENIZER:-checkpoints/meta-llama/Meta-Llama-3-8B}   # directory with tokenizer.json
 WORK=${WORK:-data/llama3-8b}                          # everything is made below this; all nodes must see it
 CONFIG=${CONFIG:-config_hub/llama3-8b.yaml}           # model, batch, learning rate, number of nodes

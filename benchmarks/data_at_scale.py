@@ -249,7 +249,7 @@ def main(settings: Settings) -> None:
         copied_bytes = sum(p.stat().st_size for p in (work / "linked").glob("*.bin") if p.stat().st_nlink == 1)
         add(
             f"merge {settings.chunks:,} chunks by hard link, checksums compared",
-            (seconds, 0, f"{before * 0} bytes copied"),
+            (seconds, 0, f"{copied_bytes} bytes copied"),
         )
         shutil.rmtree(work / "OUT")
         make_chunks(work / "OUT", 16, 32_000_000)
