@@ -1,8 +1,7 @@
 """Random access to the training sequences of merged datasets, and their delivery ahead of time.
 
 The files are read by litdata's own `TokensLoader`, without the cache and the download threads that
-`litdata.StreamingDataset` puts around it: a block then costs about ten microseconds, and nothing can evict a chunk of a
-local dataset. Block i is the same as `StreamingDataset(directory, item_loader=TokensLoader(block_tokens))[i]`.
+`litdata.StreamingDataset` puts around it: nothing can evict a chunk of a local dataset. Block i is the same as `StreamingDataset(directory, item_loader=TokensLoader(block_tokens))[i]`.
 """
 
 from __future__ import annotations
