@@ -75,6 +75,15 @@ def checkpoints(tmp_path_factory, documents, tokenizer_dir) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations on tensors this small only wait for other threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def export(checkpoint: Path, target: Path, **settings) -> None:
     import convert_pretrained_checkpoint
 

@@ -32,7 +32,7 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 16 << 20
 """How much of a tensor is in memory at a time."""
 
 LIT_MODEL = "lit_model.pth"

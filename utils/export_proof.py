@@ -229,7 +229,10 @@ def compare_logits(
         hf_logits = hf_model(tokens, use_cache=False).logits.flatten(0, 1)
     max_difference = max_logit = kl_sum = 0.0
     same_top = 0
-    for lit_row, hf_row in zip(lit_logits.double(), hf_logits.double()):  # one row of the vocabulary's size at a time
+    for lit_row, hf_row in zip(
+        lit_logits, hf_logits
+    ):  # one position at a time: double precision needs twice the memory
+        lit_row, hf_row = lit_row.double(), hf_row.double()
         difference = float((lit_row - hf_row).abs().max())
         if math.isnan(difference):
             max_difference = kl_sum = math.nan

@@ -140,7 +140,7 @@ def _data(checkpoint: dict[str, Any] | None) -> list[str]:
         if isinstance(content.get("text_bytes"), int):
             counts.append(f"{human_bytes(content['text_bytes'])} of text")
         rows.append((split, ", ".join(counts)))
-        files.update({entry["path"]: entry for entry in manifest["inputs"] if "rows" in entry})
+        files.update({entry["path"]: entry for entry in manifest["inputs"] if {"path", "rows", "bytes"} <= set(entry)})
     if not rows:
         return []
     lines = ["## Data", "", *_table(rows)]
@@ -164,8 +164,11 @@ def _training(checkpoint: dict[str, Any] | None) -> list[str]:
     batch = train.get("global_batch_size")
     rows = [
         ("Batch", f"{batch:,} sequences of {context:,} tokens" if batch and context else None),
-        ("Optimizer", ", ".join(f"{name} {_plain(value)}" for name, value in optimizer.items() if value is not None)),
-        *[(name, _plain(train.get(name))) for name in ("lr_schedule", "warmup_steps", "lr_warmup_steps", "min_lr")],
+        ("Optimizer", optimizer.get("name")),
+        *[(f"Optimizer: {name}", _plain(value)) for name, value in optimizer.items() if name != "name"],
+        ("Learning rate schedule", train.get("lr_schedule")),
+        ("Warm-up steps", train.get("lr_warmup_steps")),
+        ("Smallest learning rate", _plain(train.get("min_lr"))),
         ("Gradient norm limit", train.get("max_norm")),
         ("Precision", settings.get("precision")),
         ("Seed", settings.get("seed")),
