@@ -86,11 +86,11 @@ def test_a_wrong_encoder_is_noticed(documents, tokenizer_dir):
     encoder = Encoder((tokenizer_dir / "tokenizer.json").read_bytes())
     texts = pa.array(documents[:4])
     ids, ends = encoder.encode(texts)
-    assert encoder.check(texts, ids, ends, [0, 3], 1 << 30) == 2
+    assert encoder.check(texts, ids, ends, [0, 3]) == 2
     wrong = ids.copy()
     wrong[ends[3]] += 1
     with pytest.raises(EncodingMismatch):
-        encoder.check(texts, wrong, ends, [0, 3], 1 << 30)
+        encoder.check(texts, wrong, ends, [0, 3])
 
 
 def test_tokenizer_that_gigatoken_cannot_load_falls_back(documents, tmp_path, run_script):

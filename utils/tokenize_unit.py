@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val")
 HASH_RANGE = 1 << 64
 
-# Documents of a unit that are encoded by the reference too: the first batch's, spread over it. The reference is a
-# hundred times slower, so this little is what a few percent of the time buys.
+# Documents of a unit that are encoded by the reference too. It is a hundred times slower: so little text of each unit
+# costs a few percent of the time. A document above the last limit is never among them.
 CHECKED_DOCUMENTS = 8
-CHECKED_BYTES = 16 << 10
+MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 16 << 10
+CHECKED_SHARE = 1 / 2048
+LONGEST_CHECKED_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +216,23 @@ def assemble(
     return out, lengths
 
 
+def sample_rows(document_bytes: np.ndarray, unit_bytes: int) -> list[int]:
+    """Which documents of a batch to check: some that lie apart, and no more text than the unit's size allows.
+
+    Args:
+        document_bytes: UTF-8 bytes of each document, shape (n,).
+        unit_bytes: bytes of text in the whole unit.
+    """
+    budget = min(MAX_CHECKED_BYTES, max(MIN_CHECKED_BYTES, unit_bytes * CHECKED_SHARE))
+    rows = []
+    for row in dict.fromkeys(np.linspace(0, len(document_bytes) - 1, CHECKED_DOCUMENTS).astype(int).tolist()):
+        if document_bytes[row] <= budget:
+            budget -= document_bytes[row]
+            rows.append(row)
+    shortest = int(document_bytes.argmin())
+    return rows or ([shortest] if document_bytes[shortest] <= LONGEST_CHECKED_BYTES else [])
+
+
 def runs(is_val: np.ndarray) -> Iterator[tuple[str, int, int]]:
     """Stretches of consecutive documents of one split: (split, first, last + 1)."""
     bounds = [0, *(np.flatnonzero(np.diff(is_val)) + 1).tolist(), len(is_val)]
@@ -285,8 +304,8 @@ def _tokenize_once(
         ids, ends = encoder.encode(texts)
         watch.lap("encode")
         if not record.checked_documents:
-            rows = np.linspace(0, len(texts) - 1, min(CHECKED_DOCUMENTS, len(texts))).astype(int).tolist()
-            record.checked_documents = encoder.check(texts, ids, ends, rows, CHECKED_BYTES)
+            rows = sample_rows(np.diff(arrow_text_buffers(texts)[0]), unit.text_bytes)
+            record.checked_documents = encoder.check(texts, ids, ends, rows)
             watch.lap("check")
         tokens, lengths = assemble(ids, ends, job.bos_id, job.eos_id, job.dtype)
         stops = np.concatenate(([0], np.cumsum(lengths)))
@@ -365,7 +384,7 @@ _encoders: dict[tuple[str, bool], Encoder] = {}
 def process_encoder(job: Job, load_tokenizer_json: Callable[[], bytes]) -> Encoder:
     """This process's encoder for `job`, loaded when it is needed first."""
     import awkward  # noqa: F401
-    import pyarrow.compute  # noqa: F401
+    import pyarrow.compute
     import pyarrow.parquet  # noqa: F401  seconds of a fresh process that belong to its start, not to its first unit
 
     key = (job.tokenizer_sha256, job.parse_special_tokens)
