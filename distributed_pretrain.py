@@ -268,9 +268,30 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from utils.trainer import Trainer
 
+    settle_local_ranks(settings)
     trainer = Trainer(settings, plan)
     trainer.resume_or_initialise()
     trainer.run()
+
+
+def settle_local_ranks(settings: Settings) -> None:
+    """Number the processes of each node by Ray's node ids; Ray Train goes by addresses, which two nodes may share."""
+    import ray
+    import torch.distributed as dist
+
+    nodes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    rank = dist.get_rank()
+    starts = range(0, len(nodes), settings.num_devices)
+    whole = all(len(set(nodes[start : start + settings.num_devices])) == 1 for start in starts)
+    if not whole or len(set(nodes)) != settings.num_nodes:
+        counts = sorted((nodes.count(node) for node in set(nodes)), reverse=True)
+        raise UserError(
+            f"--num_nodes={settings.num_nodes} with --num_devices={settings.num_devices}: Ray placed {counts} processes on its "
+            "nodes. Give it nodes of one size, without other work."
+        )
+    os.environ["LOCAL_RANK"] = str(rank % settings.num_devices)
+    os.environ["LOCAL_WORLD_SIZE"] = str(settings.num_devices)
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ def long_config(tmp_path_factory) -> Path:
     """Steps of some ten milliseconds, so that a run can be hit in its middle."""
     return write_config(
         tmp_path_factory.mktemp("config") / "long.yaml",
-        train={"max_steps": 60, "save_interval": 5, "global_batch_size": 64, "micro_batch_size": 1},
-        eval={"interval": 20, "max_iters": 1},
+        train={"max_steps": 30, "save_interval": 5, "global_batch_size": 32, "micro_batch_size": 1},
+        eval={"interval": 10, "max_iters": 1},
     )
 
 
@@ -202,7 +202,7 @@ def test_sigterm_saves_and_kill_9_of_the_driver_loses_nothing(tmp_path, dataset,
     assert process.returncode == 0, output
     assert "stopped early" in output and "to go on:" in output
     steps = [json.loads((path / "manifest.json").read_text())["content"]["step"] for path in out_dir.glob("step-*")]
-    assert max(steps) == metrics_of(out_dir)[-1]["step"] < 60
+    assert max(steps) == metrics_of(out_dir)[-1]["step"] < 30
 
     process = start_script(*arguments)
     wait_for_step(out_dir, max(steps) + 7, process)

@@ -60,7 +60,10 @@ def resolve_model_config(settings: Settings) -> Any:
     try:
         if name is None:
             return module.Config(**{"name": "custom", **sizes})
-        return module.Config.from_name(name.rpartition("/")[2] if name.count("/") == 1 else name, **sizes)
+        own_name = sizes.pop("name", None)
+        config = module.Config.from_name(name.rpartition("/")[2] if name.count("/") == 1 else name, **sizes)
+        config.name = own_name or config.name
+        return config
     except ValueError as error:
         import difflib
 

@@ -82,7 +82,8 @@ class StepResult:
 class Trainer:
     """Sets up the process, the model and the data; `run` trains to the end.
 
-    The environment holds RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE (Ray Train and torchrun set them).
+    The environment holds RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (Ray Train and torchrun
+    set them).
     """
 
     def __init__(self, settings: Settings, plan: Plan):
@@ -94,11 +95,6 @@ class Trainer:
         self.out_dir = Path(settings.out_dir)
         world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         tensor_size = settings.parallel.tensor_parallel_size
-        if world_size != settings.num_nodes * local_size:
-            raise UserError(
-                f"--num_nodes={settings.num_nodes}: Ray placed {local_size} of {world_size} processes on this node. Give nodes of "
-                "one size, with room for --num_devices processes each."
-            )
         if settings.accelerator == "cpu":
             torch.set_num_threads(settings.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
 

@@ -6,7 +6,7 @@ Each field is a flag and a YAML key; its docstring is the help text, with unit a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Settings:
     """Directory for checkpoints and metrics.jsonl, seen by every node."""
     model_name: str | None = None
     """Name of a model that litgpt knows; 'list' prints all of them."""
-    model_config: dict | None = None
+    model_config: dict[str, Any] | None = None
     """Sizes of one's own: keys of litgpt's Config, over those of model_name if both are given."""
     tokenizer_dir: str | None = None
     """Tokenizer directory; checked against the dataset, and copied into every checkpoint."""
