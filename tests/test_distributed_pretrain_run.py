@@ -229,6 +229,33 @@ def test_two_nodes_train_with_one_worker_each(tmp_path, dataset, config, run_scr
     assert "on 2 cpu processes" in process.stdout and "finished: 6 steps" in process.stdout
 
 
+def test_rays_notice_that_a_node_goes_away_saves_and_ends(tmp_path, dataset, long_config):
+    from ray.cluster_utils import Cluster
+
+    out_dir = tmp_path / "out"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=2)
+        process = start_script(
+            "--config", long_config, "--dataset_path", dataset, "--out_dir", out_dir, "--address", cluster.address,
+            "--train.max_steps=100000", "--eval.interval=100000", "--train.save_interval=100000",
+        )  # fmt: skip
+        wait_for_step(out_dir, 2, process)
+        subprocess.run(
+            [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address, "--node-id", node.node_id,
+             "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back",
+             "--deadline-remaining-seconds", "300"],
+            check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        output = process.communicate(timeout=150)[0]
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, output
+    assert "a node will be taken away" in output and "to go on:" in output
+    (saved,) = out_dir.glob("step-*")
+    assert read_manifest(saved)["content"]["step"] == metrics_of(out_dir)[-1]["step"]
+
+
 def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, dataset):
     process = run_script(
         SCRIPT, "--config", config, "--dataset_path", tmp_path / "nowhere", "--train.min_lr=1", "--tokenizer_dir", tmp_path,
