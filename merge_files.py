@@ -128,7 +128,10 @@ def make_plan(settings: Settings) -> Plan:
 
     check_same(folders, [index.dtype for index in indexes], "dtype of the tokens", problems)
     if any(manifests) or above:
-        check_manifests(source, folders, indexes, manifests, above, problems)
+        try:
+            check_manifests(source, folders, indexes, manifests, above, problems)
+        except (KeyError, TypeError) as error:
+            problems.add(f"--source_dir={source}: a manifest.json of its folders lacks {error}. Tokenize again.")
     else:
         console.warn(
             f"{source}: no manifest.json, so the folders were not made by optimize_dataset.py. Tokenizers and checksums "

@@ -47,7 +47,7 @@ def next_command(command: str, what: str = "next") -> None:
 
 def this_command() -> str:
     """The command line that runs now, as one can paste it into a shell again."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def human_bytes(count: float) -> str:

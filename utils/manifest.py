@@ -69,11 +69,21 @@ def read_manifest(directory: str | os.PathLike, kind: str | None = None) -> dict
         for key, expected in (("kind", str), ("settings", dict), ("content", dict), ("files", list), ("inputs", list))
         if not isinstance(manifest.get(key), expected)
     ]
+    if not wrong:
+        wrong = [
+            f"an entry of {key}" for key in ("files", "inputs") if not all(_is_entry(key, e) for e in manifest[key])
+        ]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)} missing or of the wrong type. Make the directory again.")
     if kind is not None and manifest["kind"] != kind:
         raise UserError(f"{path}: this directory holds '{manifest['kind']}', expected '{kind}'.")
     return manifest
+
+
+def _is_entry(key: str, entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    return key == "inputs" or (isinstance(entry.get("name"), str) and isinstance(entry.get("bytes"), int))
 
 
 def as_input(directory: str | os.PathLike) -> dict[str, Any]:
