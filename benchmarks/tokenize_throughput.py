@@ -164,6 +164,8 @@ def measure_ours(corpus: Path, tokenizer: Path, num_workers: int, work: Path) ->
         f"--output_dir={out}",
         f"--num_workers={num_workers}",
         "--address=local",
+        # Ray starts its workers at niceness 15: where other programs run too, they would get what those leave.
+        env={"RAY_worker_niceness": "0"},
     )
     records = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
     tokens = sum(record[split]["tokens"] for record in records for split in ("train", "val"))
