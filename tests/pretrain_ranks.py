@@ -69,7 +69,7 @@ def start_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = 
             "PYTHONPATH": str(ROOT),
             **(env or {}),
         }
-        log = open(directory / f"rank-{rank}.log", "w")  # noqa: SIM115
+        log = open(directory / f"rank-{rank}.log", "w")
         processes.append(
             subprocess.Popen(
                 [sys.executable, __file__, str(job)], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT

@@ -20,6 +20,9 @@ def ray_session(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would phone home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if _has_token():
+        # `ray start` guards a cluster with the token that it finds; a driver has to be told that it must show it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     # Says at every start that tokens guard the cluster, as they should.
@@ -28,11 +31,23 @@ def ray_session(address: str | None) -> Iterator[None]:
         # Without an address Ray itself takes RAY_ADDRESS, or what `ray start` started here, or starts a local cluster.
         ray.init(address=address or None, include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as error:
+        where = f"--address={address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+        if isinstance(error.__cause__, ray.exceptions.AuthenticationError):
+            raise UserError(
+                f"{where}: the cluster wants a token, and this process has none or another. Copy the head node's "
+                "~/.ray/auth_token here, or set RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token."
+            ) from error
         raise UserError(
-            f"--address={address}: no Ray cluster answers there ({error}). Start one with `ray start --head`, give "
-            "its HOST:PORT, or leave --address out to run on this machine alone."
+            f"{where}: no Ray cluster answers there ({error}). Start one with `ray start --head`, give "
+            "its HOST:PORT, or leave --address out and RAY_ADDRESS unset to run on this machine alone."
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _has_token() -> bool:
+    """Whether Ray finds an authentication token, where it looks for one."""
+    paths = [os.environ.get("RAY_AUTH_TOKEN_PATH"), os.path.expanduser("~/.ray/auth_token")]
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(path and os.path.isfile(path) for path in paths)

@@ -77,7 +77,7 @@ class ProgressFile:
 
     def __init__(self, output_dir: Path):
         self._path = output_dir / PROGRESS_NAME
-        self._file = open(self._path, "a+b")  # noqa: SIM115 closed by __exit__
+        self._file = open(self._path, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,9 +231,11 @@ class _WandbLogger:
         import wandb
 
         id_file = out_dir / "wandb_run_id"
-        run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(run_id + "\n")
-        self._offline = key is None
+        # WANDB_MODE wins, as everywhere in wandb.
+        mode = os.environ.get("WANDB_MODE") or ("offline" if key is None else "online")
+        self._offline = mode != "online"
         # In this process's environment for the length of the call only: nothing that is started later inherits it.
         environment = {"WANDB_API_KEY": key} if key is not None else {}
         os.environ.update(environment)
@@ -245,7 +248,7 @@ class _WandbLogger:
                 id=run_id,
                 resume=None if self._offline else "allow",
                 config=settings,
-                mode="offline" if self._offline else "online",
+                mode=mode,
                 settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
             )
         finally:
@@ -257,8 +260,8 @@ class _WandbLogger:
 
     def close(self) -> list[str]:
         directory = self._run.dir
-        self._run.finish(quiet=True)
+        self._run.finish()
         run_directory = re.sub(r"/files/?$", "", directory)
         if self._offline:
-            return [f"wandb ran offline (no WANDB_API_KEY). To upload: wandb sync {run_directory}"]
+            return [f"wandb ran offline. To upload, with WANDB_API_KEY set: wandb sync {run_directory}"]
         return [f"wandb: {self._run.url}"]
