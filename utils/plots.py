@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from utils import cli, console
 from utils.errors import Problems, UserError
 from utils.files import atomic_write
+from utils.training_log import METRICS_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METRICS_NAME = "metrics.jsonl"
 SUFFIXES = (".png", ".svg", ".pdf")
 
 # Okabe and Ito's colours, told apart by everybody.
