@@ -11,7 +11,9 @@
 2. `sizes`: ours alone on models of several sizes (weights only), at the same --max_shard_size.
 
 Time is wall clock of the commands. Memory is the peak resident set of the largest process, as the kernel counts it
-(ru_maxrss: mapped files count too). Each command is a process of its own; files are in the page cache for both sides.
+(ru_maxrss: mapped files count too). Each command is a process of its own; inputs are in the page cache for both sides. Before
+each side, what the other has left to be written to the disk is written (sync), untimed: ours waits for the disk (fsync), theirs does
+not.
 Prints Markdown. Run it on a machine that does nothing else, with 30 GB of disk and 12 GB of memory.
 """
 
@@ -40,7 +42,7 @@ from utils.files import directory_bytes
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # Llamas with an untied head; changes of litgpt's tiny-llama-1.1b
     "100M": {"n_layer": 10, "n_embd": 768, "n_head": 12, "n_query_groups": 12, "intermediate_size": 2048},
-    "400M": {"n_layer": 25, "n_embd": 1024, "n_head": 16, "n_query_groups": 16, "intermediate_size": 2816},
+    "400M": {"n_layer": 27, "n_embd": 1024, "n_head": 16, "n_query_groups": 16, "intermediate_size": 2816},
     "1.4B": {"n_layer": 25, "n_embd": 2048, "n_head": 16, "n_query_groups": 16, "intermediate_size": 5504},
 }
 SAVE_SAFETENSORS = (
@@ -208,7 +210,9 @@ def compare(settings: Settings, work: Path) -> list[str]:
     size = directory_bytes(checkpoint)
     their_runs, our_runs = [], []
     for _ in range(settings.num_repeats):
+        os.sync()
         their_runs.append(theirs(checkpoint, work / "theirs"))
+        os.sync()
         our_runs.append(ours(checkpoint, work / "ours", settings))
     check_equal(work / "theirs", work / "ours")
     shutil.rmtree(work / "theirs")

@@ -94,9 +94,11 @@ def compare_weights(
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers: NaN equals NaN then, and 0 differs from -0."""
     import torch
 
-    return tensor.contiguous().view(-1).view(torch.uint8)  # NaN equals NaN, 0 differs from -0
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.dtype.itemsize])
 
 
 # Logits ---------------------------------------------------------------------------------------------------------------
