@@ -1,4 +1,4 @@
-"""For how long saving a checkpoint holds up training: asynchronous beside synchronous, in one run.
+"""For how long saving a checkpoint holds up training, asynchronous beside synchronous, and how long a resume takes.
 
     python benchmarks/pretrain_checkpoint.py [--directory DIR] [--processes 2]
 
@@ -60,6 +60,7 @@ def worker(directory: Path) -> None:
         trainer.writer.wait()
         if trainer.writer.error:
             raise RuntimeError(trainer.writer.error)
+    resume_s = measure_resume(trainer)
     if trainer.rank == 0:
         synchronous, held_up = (statistics.median(stalls[key][1:]) for key in (False, True))
         checkpoint = trainer.writer.last_good
@@ -75,12 +76,28 @@ def worker(directory: Path) -> None:
                     "synchronous_s": round(synchronous, 3),
                     "asynchronous_stall_s": round(held_up, 3),
                     "ratio": round(held_up / synchronous, 3),
+                    "resume_s": round(resume_s, 3),
                     "all_synchronous_s": [round(value, 3) for value in stalls[False][1:]],
                     "all_asynchronous_stall_s": [round(value, 3) for value in stalls[True][1:]],
                 },
                 indent=1,
             )
         )
+
+
+def measure_resume(trainer) -> float:
+    """Seconds to find and verify the newest checkpoint, load it, and read the first batch, 10^12 sequences into the data."""
+    import numpy as np
+
+    from utils.token_blocks import Prefetcher
+
+    started = time.perf_counter()
+    trainer.resume_or_initialise()
+    batches = Prefetcher(trainer.sequences, iter([np.arange(10**12, 10**12 + 8)]), pin_memory=False)
+    next(batches)
+    elapsed = time.perf_counter() - started
+    batches.close()
+    return elapsed
 
 
 def _state(trainer) -> dict:

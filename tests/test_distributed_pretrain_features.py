@@ -46,13 +46,25 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, dataset, config) -> Path:
+def small(tmp_path_factory, documents, tokenizer_dir) -> Path:
+    """Eight sequences or so, of other text: a batch of eight with weight 3 of 4 takes six of them."""
+    return tokenize_dataset(tmp_path_factory.mktemp("small") / "merged", documents[40:43], tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dataset, small, config) -> Path:
     """All variants on two processes, and some on one (directories ending in -1)."""
     directory = tmp_path_factory.mktemp("variants")
     plain = settings_of(config, dataset, directory / "plain", 2)
     measured = dataclasses.replace(plain, log=dataclasses.replace(plain.log, run="measure memory"))
     variants = {**SAME_RESULT, **OTHER_RESULT}
-    two = [settings_of(config, dataset, directory / name, 2, **changes) for name, changes in variants.items()]
+    mixed = dataclasses.replace(
+        plain, dataset_path=None, data_mixture={str(dataset): 1.0, str(small): 3.0}, out_dir=str(directory / "mixed")
+    )
+    profiled = dataclasses.replace(plain, out_dir=str(directory / "profiled"), profile_steps=2)
+    two = [mixed, profiled] + [
+        settings_of(config, dataset, directory / name, 2, **changes) for name, changes in variants.items()
+    ]
     run_ranks([measured, *two], 2, directory / "job-2")
     names = ("muon", "tied", "z_loss")
     one = [settings_of(config, dataset, directory / f"{name}-1", 1, **OTHER_RESULT[name]) for name in names]
@@ -75,6 +87,31 @@ def test_other_objectives_and_optimizers_do_not_depend_on_the_number_of_processe
         losses_of(runs / name), losses_of(runs / f"{name}-1"), rtol=0, atol=2e-3 if name == "muon" else 1e-5
     )
     assert losses_of(runs / name) != losses_of(runs / "plain")
+
+
+def test_a_mixture_reads_its_datasets_by_weight(runs, dataset, small):
+    from utils.token_blocks import Sequences, read_micro_batch
+
+    sequences = Sequences([dataset / "train", small / "train"], [1.0, 3.0], 33, seed=42)
+    assert digests_of(runs / "mixed") == [
+        f"{read_micro_batch(sequences, np.arange(8 * step, 8 * step + 8), False).digest:016x}" for step in range(6)
+    ]
+    sources = sequences.order.locate(np.arange(48)).source
+    assert np.bincount(sources).tolist() == [12, 36]
+
+
+def test_the_profiler_writes_a_trace_of_the_steps_asked_for(runs):
+    trace = json.loads((runs / "profiled" / "profile" / "trace.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 2
+    assert losses_of(runs / "profiled") == losses_of(runs / "plain")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_the_same_losses(runs, config, dataset, tmp_path):
+    settings = settings_of(config, dataset, tmp_path / "out", 2, parallel__compile="true")
+    run_ranks([settings], 2, tmp_path / "job")
+    np.testing.assert_allclose(losses_of(tmp_path / "out"), losses_of(runs / "plain"), rtol=0, atol=1e-5)
 
 
 def test_bfloat16_follows_float32(runs):
@@ -136,7 +173,8 @@ def test_the_planned_memory_is_what_a_run_allocates(runs, config, dataset):
     assert planned.parameters == allocated["parameters"]
     assert planned.gradients == allocated["gradients"]
     assert planned.optimizer == allocated["optimizer"]
-    assert planned.activations + planned.logits == pytest.approx(allocated["activations"], rel=0.2)
+    # Autograd keeps one of the two that the plan counts at the peak: logits, and their softmax.
+    assert planned.activations + planned.logits / 2 == pytest.approx(allocated["activations"], rel=0.2)
 
 
 def test_a_step_that_is_not_finite_on_one_process_updates_none(tmp_path, config, dataset):
