@@ -336,6 +336,45 @@ def test_a_wrong_config_json_is_not_published(checkpoint, tmp_path, monkeypatch)
         assert "logits differ" in message or "different angles" in message, wrong
 
 
+def test_weights_proof_notices_one_changed_bit(checkpoint, exported, tmp_path):
+    from litgpt import Config
+
+    from utils.errors import UserError
+    from utils.export_proof import compare_weights
+    from utils.hf_layout import hf_layout
+    from utils.weight_files import find_in_safetensors
+
+    copy = tmp_path / "model"
+    shutil.copytree(exported, copy)
+    source = find_weights(checkpoint)
+    config = Config.from_file(checkpoint / "model_config.yaml")
+    layout = hf_layout("llama", config, source, tied=False)
+    for find, name in ((find_in_torch_file, "lit_model.pth"), (find_in_safetensors, "model.safetensors")):
+        files = (
+            find_in_torch_file(copy / "lit_model.pth") if find is find_in_torch_file else None,
+            find_in_safetensors(copy) if find is find_in_safetensors else None,
+        )
+        assert compare_weights(source, *files, layout) == 201024
+        tensor = next(found for found in (files[0] or files[1]).values() if "1" in found.name)
+        with open(copy / name, "r+b") as file:
+            file.seek(tensor.pieces[0].first_byte)
+            byte = file.read(1)[0]
+            file.seek(tensor.pieces[0].first_byte)
+            file.write(bytes([byte ^ 128]))
+        with pytest.raises(UserError, match=f"{name}: '{tensor.name}' differs from the checkpoint"):
+            compare_weights(source, *files, layout)
+
+
+@pytest.mark.parametrize("verify", ["weights", "off"])
+def test_less_proof_is_recorded_as_such(checkpoint, tmp_path, verify):
+    export_in_process(checkpoint, tmp_path / "model", verify=verify)
+    manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
+    assert manifest["content"]["verification"]["mode"] == verify
+    assert "max_abs_logit_difference" not in manifest["content"]["verification"]
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert ("was not verified" in card) == (verify == "off") and "logits differ" not in card
+
+
 class Bomb:
     def __init__(self, path: str):
         self.path = path
