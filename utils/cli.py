@@ -36,9 +36,9 @@ jsonargparse.set_parsing_settings(
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None):
         message = message.removeprefix("Validation failed: ").removeprefix("Parser ")
-        unknown_key = re.match(r"Key '(.+)' is not expected", message)
+        unknown_key = re.match(r"Key '(.+)' is not expected|Group '.+' does not accept nested key '(.+)'", message)
         if unknown_key:  # flags that do not exist are "Unrecognized arguments": a key stands in a file
-            message = f"--config={self.config_file}: unknown key '{unknown_key[1]}'"
+            message = f"--config={self.config_file}: unknown key '{unknown_key[1] or unknown_key[2]}'"
         raise UserError(
             f"{message}\nAll settings: `python {self.prog} --help`; as YAML: `python {self.prog} --print_config`."
         ) from ex

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils import console
 from utils.errors import UserError
-from utils.training_plan import Plan, check_batch
+from utils.training_plan import Plan, check_batch, shard_size
 from utils.training_settings import Settings
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
 
     model = build_model(plan.model_config, settings, plan.context_tokens)
     parallel = settings.parallel
-    data_parallel = world_size // parallel.tensor_parallel_size
-    shard = {"full": data_parallel, "hybrid": local_size // parallel.tensor_parallel_size, "replicate": 1}[
-        parallel.sharding
-    ]
+    shard = shard_size(settings, world_size, local_size)
     storage_bytes = 2 if settings.precision == "bf16-true" else 4
     compute_bytes = 4 if settings.precision == "32-true" else 2
 

@@ -155,14 +155,11 @@ def device_mesh(settings: Settings, device_type: str, world_size: int, local_wor
     """Processes as (replicate, shard, tensor): model copies, pieces of a copy, and MLP columns within a node."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    parallel = settings.parallel
-    data_parallel = world_size // parallel.tensor_parallel_size
-    shard = {
-        "full": data_parallel,
-        "hybrid": local_world_size // parallel.tensor_parallel_size,
-        "replicate": 1,
-    }[parallel.sharding]
-    shape = (data_parallel // shard, shard, parallel.tensor_parallel_size)
+    from utils.training_plan import shard_size
+
+    tensor = settings.parallel.tensor_parallel_size
+    shard = shard_size(settings, world_size, local_world_size)
+    shape = (world_size // tensor // shard, shard, tensor)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
 
 

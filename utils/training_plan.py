@@ -177,6 +177,7 @@ def _check_numbers(settings: Settings, problems: Problems) -> None:
         "num_nodes": settings.num_nodes,
         "num_devices": settings.num_devices,
         "parallel.tensor_parallel_size": parallel.tensor_parallel_size,
+        "parallel.shard_size": parallel.shard_size,
         "parallel.loss_chunk_tokens": parallel.loss_chunk_tokens,
         "parallel.cpu_threads": parallel.cpu_threads,
         "checkpoint.keep_last": settings.checkpoint.keep_last,
@@ -217,6 +218,34 @@ def _check_numbers(settings: Settings, problems: Problems) -> None:
         problems.add("--parallel.loss=fused: has no z-loss. Use --parallel.loss=chunked, or --train.z_loss=0.")
     if settings.num_devices:
         problems.collect(check_batch, settings, settings.num_nodes * settings.num_devices)
+        problems.collect(shard_size, settings, settings.num_nodes * settings.num_devices, settings.num_devices)
+    if parallel.shard_size is not None and parallel.sharding != "hybrid":
+        problems.add(
+            f"--parallel.shard_size={parallel.shard_size}: only has a meaning with --parallel.sharding=hybrid, "
+            f"not {parallel.sharding}. Set that, or leave it out."
+        )
+
+
+def shard_size(settings: Settings, world_size: int, local_size: int) -> int:
+    """Processes that share one copy of the model by FSDP2, tensor parallelism apart.
+
+    Args:
+        world_size, local_size: processes in total, and on a node.
+
+    Raises:
+        UserError: copies of this size do not fill the processes.
+    """
+    parallel = settings.parallel
+    data_parallel = world_size // parallel.tensor_parallel_size
+    if parallel.sharding != "hybrid":
+        return data_parallel if parallel.sharding == "full" else 1
+    size = (parallel.shard_size or local_size) // parallel.tensor_parallel_size
+    if size < 1 or data_parallel % size:
+        raise UserError(
+            f"--parallel.shard_size={parallel.shard_size}: copies of so many processes do not fill {world_size} processes. "
+            "Give a divisor."
+        )
+    return size
 
 
 def check_batch(settings: Settings, world_size: int) -> int:

@@ -104,8 +104,11 @@ class ParallelSettings:
     """How the model is spread over processes, and what is recomputed or compiled."""
 
     sharding: Literal["full", "hybrid", "replicate"] = "full"
-    """full: FSDP2 over all processes; hybrid: sharded within a node, replicated across nodes; replicate: every process
-    holds the whole model (for small models)."""
+    """full: FSDP2 over all processes; hybrid: sharded within a node (or over shard_size processes) and replicated across;
+    replicate: every process holds the whole model (for small models)."""
+    shard_size: int | None = None
+    """For hybrid: processes that share one copy of the model; a multiple of a node's processes keeps the rest of the
+    traffic small (null: those of a node)."""
     tensor_parallel_size: int = 1
     """Processes of a node that split each MLP's matrices between them (1: off)."""
     reshard_after_forward: bool = True
