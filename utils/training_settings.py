@@ -149,6 +149,8 @@ class CheckpointSettings:
 
 @dataclass
 class Settings:
+    """What is trained, on what data, where."""
+
     dataset_path: str | None = None
     """Directory with train/ and val/, made by merge_files.py."""
     data_mixture: dict[str, float] | None = None
