@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_before_the_damage_with_the_same_result(interrupted, 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("on_error", [pytest.param("stop", marks=pytest.mark.slow), "continue"])
 def test_a_full_disk_leaves_older_checkpoints_whole(interrupted, dataset, config, tmp_path, on_error):
     settings = settings_of(
         config, dataset, interrupted, 2, train__max_steps=14, train__lr_schedule="constant", checkpoint__on_error=on_error

@@ -229,6 +229,7 @@ def test_two_nodes_train_with_one_worker_each(tmp_path, dataset, config, run_scr
     assert "on 2 cpu processes" in process.stdout and "finished: 6 steps" in process.stdout
 
 
+@pytest.mark.slow
 def test_rays_notice_that_a_node_goes_away_saves_and_ends(tmp_path, dataset, long_config):
     from ray.cluster_utils import Cluster
 

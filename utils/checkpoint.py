@@ -398,6 +398,8 @@ def _copy_to_host(value: Any, previous: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach()
         fits = isinstance(previous, torch.Tensor) and previous.shape == value.shape and previous.dtype == value.dtype
-        copy = previous if fits else torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
+        copy = previous
+        if not fits:  # page-locked memory where the source is a GPU: the copy then runs at the bus's full speed
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return copy.copy_(value)
     return value
