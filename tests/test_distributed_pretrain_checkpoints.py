@@ -12,7 +12,8 @@ import pytest
 from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, settings_of, weights_of
 from pretraining import TINY_MODEL, tokenize_dataset, write_config
 
-from utils.checkpoint import find_newest_good, list_checkpoints, shortage
+from utils.checkpoint import find_newest_good, list_checkpoints
+from utils.checkpoint_writer import shortage
 from utils.manifest import damaged_files
 
 

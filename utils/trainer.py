@@ -22,14 +22,13 @@ import torch.distributed as dist
 from utils import console
 from utils.checkpoint import (
     FINAL_NAME,
-    CheckpointWriter,
     find_newest_good,
     load_initial_weights,
     load_training_state,
     remove_unfinished,
-    shortage,
     step_name,
 )
+from utils.checkpoint_writer import CheckpointWriter, shortage
 from utils.errors import UserError
 from utils.learning_rate import learning_rate
 from utils.manifest import made_by
@@ -235,7 +234,8 @@ class Trainer:
 
                 if last or stop or (train.save_interval and self.step % train.save_interval == 0):
                     window.checkpoint_stall_s += self._save(last)
-                self._act_on_checkpoint_error(result.checkpoint_error)
+                elif result.checkpoint_error:
+                    self._act_on_checkpoint_error(True)
                 if stop:
                     break
         finally:
@@ -243,7 +243,7 @@ class Trainer:
                 profiler.stop()
             batches.close()
         self.writer.wait()
-        self._act_on_checkpoint_error(self.writer.error is not None)
+        self._act_on_checkpoint_error(self.writer.error is not None, final=self.step == plan.total_steps)
 
     def _positions(self) -> Iterator[np.ndarray]:
         """The positions of this process's micro-batches, from the current step on."""
@@ -377,14 +377,14 @@ class Trainer:
             (self.out_dir / STOP_NAME).touch()
         return info is not None
 
-    def _act_on_checkpoint_error(self, failed: bool) -> None:
+    def _act_on_checkpoint_error(self, failed: bool, final: bool = False) -> None:
         """`failed` is the same on all processes. Without a final checkpoint a run has not succeeded, whatever on_error says."""
         if not failed:
             return
         self.writer.wait()
         error, self.writer.error = self.writer.error, None
         message = f"checkpoint: {error}. Older checkpoints are whole; the newest is {self.writer.last_good or 'none'}."
-        if self.settings.checkpoint.on_error == "stop" or self.step == self.plan.total_steps:
+        if self.settings.checkpoint.on_error == "stop" or final:
             raise UserError(
                 f"{message} Free space or mend the directory and run the same command; --checkpoint.on_error=continue trains on."
             )
@@ -429,6 +429,10 @@ class Trainer:
             self.metrics.write(record)
 
     def _save(self, last: bool) -> float:
+        """Returns the seconds for which training was held up."""
+        started = time.perf_counter()
+        self.writer.wait()  # the save before this one; all processes know its outcome now
+        self._act_on_checkpoint_error(self.writer.error is not None)
         state = {
             "step": self.step,
             "tokens": self._tokens_seen(),
@@ -439,7 +443,8 @@ class Trainer:
             "val_loss": self.val_loss,
         }
         name = FINAL_NAME if last else step_name(self.step)
-        return self.writer.save(name, state, self.settings.checkpoint.asynchronous and not last)
+        self.writer.save(name, state, self.settings.checkpoint.asynchronous and not last)
+        return time.perf_counter() - started
 
     def _write_extras(self, directory: Path) -> None:
         import yaml
