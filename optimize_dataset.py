@@ -13,6 +13,7 @@ Which documents are validation data depends on their text alone, and the chunks 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import errno
 import os
@@ -128,20 +129,40 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
     )
 
 
-def tokenize_on_node(job: Any, unit: Any, folders: dict[str, str], tokenizer_json: list) -> dict[str, Any]:
-    """The Ray task. `tokenizer_json` holds a reference, so that only a process that needs it fetches it."""
+def tokenize_on_node(job: Any, unit: Any, folders: dict[str, str], tokenizer: list) -> dict[str, Any]:
+    """The Ray task. `tokenizer` holds a reference, so that only a process that needs the files' content fetches it."""
     import ray
 
     from utils.tokenize_unit import process_encoder, tokenize_unit
 
     node_id = ray.get_runtime_context().get_node_id()
     folder = folders.get(node_id, f"node-{node_id[:12]}")  # a node that joined after the start
-    encoder = process_encoder(job, lambda: ray.get(tokenizer_json[0]))
+    encoder = process_encoder(job, lambda: ray.get(tokenizer[0]))
     return dataclasses.asdict(tokenize_unit(job, unit, folder, encoder))
 
 
-def run_units(plan: Plan, units: list, settings: Settings, progress_file: ProgressFile, done_bytes: int) -> None:
-    """Tokenize `units` on the cluster, largest first; append a record for each as it is finished."""
+def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
+    """tokenizer.json, and what gigatoken is to load: made once here, not once in every worker."""
+    from utils.encoding import fast_tokenizer_json
+
+    tokenizer_json = plan.tokenizer_json.read_bytes()
+    return tokenizer_json, fast_tokenizer_json(tokenizer_json, plan.job.parse_special_tokens)
+
+
+def run_units(
+    plan: Plan,
+    units: list,
+    settings: Settings,
+    tokenizer: concurrent.futures.Future,
+    progress_file: ProgressFile,
+    done_bytes: int,
+) -> None:
+    """Tokenize `units` on the cluster, largest first; append a record for each as it is finished.
+
+    Args:
+        tokenizer: of what `load_tokenizer` gives.
+        done_bytes: of text that an earlier run finished.
+    """
     import ray
 
     from utils.preflight import check_nodes
@@ -157,7 +178,7 @@ def run_units(plan: Plan, units: list, settings: Settings, progress_file: Progre
     console.say(f"cluster: {len(nodes)} node{'s'[: len(nodes) != 1]}, {num_cpus} CPUs")
 
     task = ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD")(tokenize_on_node)
-    job, tokenizer_json = ray.put(plan.job), ray.put(plan.tokenizer_json.read_bytes())
+    job, tokenizer_files = ray.put(plan.job), ray.put(tokenizer.result())
     queue = collections.deque(sorted(units, key=lambda unit: (-unit.text_bytes, unit.index)))
     running: dict[Any, Any] = {}
     documents = tokens = 0
@@ -168,7 +189,7 @@ def run_units(plan: Plan, units: list, settings: Settings, progress_file: Progre
             at_once = settings.num_workers or 2 * int(ray.cluster_resources().get("CPU", 1)) or 1
             while queue and len(running) < at_once:
                 unit = queue.popleft()
-                running[task.remote(job, unit, folders, [tokenizer_json])] = unit
+                running[task.remote(job, unit, folders, [tokenizer_files])] = unit
             for ref in ray.wait(list(running), num_returns=1, timeout=10)[0]:
                 unit = running.pop(ref)
                 record = result_of(ref, plan)
@@ -310,14 +331,17 @@ def main(settings: Settings) -> None:
         left = [unit for unit in plan.units if unit.index not in records]
         done_bytes = plan.text_bytes - sum(unit.text_bytes for unit in left)
         check_disk_space(plan, settings.output_dir, done_bytes)
-        with ray_session(settings.address):
-            if left:
-                run_units(plan, left, settings, progress_file, done_bytes)
-                records = progress_file.finished(output_dir)
-            again = raise_threshold_if_val_is_empty(plan, records)
-            if again:
-                run_units(plan, again, settings, progress_file, plan.text_bytes)
-                records = progress_file.finished(output_dir)
+        # The tokenizer is prepared while Ray starts: a second each.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            tokenizer = thread.submit(load_tokenizer, plan)
+            with ray_session(settings.address):
+                if left:
+                    run_units(plan, left, settings, tokenizer, progress_file, done_bytes)
+                    records = progress_file.finished(output_dir)
+                again = raise_threshold_if_val_is_empty(plan, records)
+                if again:
+                    run_units(plan, again, settings, tokenizer, progress_file, plan.text_bytes)
+                    records = progress_file.finished(output_dir)
         check_nothing_lost(plan, records)
         if not sum(record.train.documents for record in records.values()):
             raise UserError(

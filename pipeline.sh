@@ -29,5 +29,9 @@ run() {
     run merge_files.py "--source_dir=$WORK/tokens/val" "--target_dir=$WORK/dataset/val"
     run distributed_pretrain.py --config "$CONFIG" "--dataset_path=$WORK/dataset" "--tokenizer_dir=$TOKENIZER" \
         "--out_dir=$WORK/run" $TRAIN_FLAGS
+    if [ ! -e "$WORK/run/final" ]; then
+        echo "training was stopped early; run this file again and it goes on"
+        exit 0
+    fi
     run convert_pretrained_checkpoint.py "$WORK/run/final" "$WORK/export" $EXPORT_FLAGS
 }

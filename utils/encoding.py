@@ -23,12 +23,14 @@ class EncodingMismatch(Exception):
     """The fast encoder and the reference disagree: nothing encoded with it may be kept."""
 
 
-def without_special_tokens(tokenizer_json: bytes) -> bytes:
-    """tokenizer.json in which a literal "<|end_of_text|>" inside a text is ordinary text.
+def fast_tokenizer_json(tokenizer_json: bytes, parse_special_tokens: bool) -> bytes:
+    """tokenizer.json as gigatoken is to load it.
 
-    The ids are those of `tokenizers` with `encode_special_tokens = True`: special tokens are no longer searched for,
-    the other added tokens are.
+    Without `parse_special_tokens` a literal "<|end_of_text|>" inside a text is to be ordinary text, as `tokenizers` has it
+    with `encode_special_tokens = True`: special tokens are no longer searched for, the other added tokens are.
     """
+    if parse_special_tokens:
+        return tokenizer_json
     tokenizer = json.loads(tokenizer_json)
     tokenizer["added_tokens"] = [token for token in tokenizer.get("added_tokens", []) if not token["special"]]
     tokenizer["post_processor"] = None  # may name a special token that is gone; BOS and EOS are put in by us
@@ -55,12 +57,14 @@ class Encoder:
     Args:
         tokenizer_json: content of tokenizer.json.
         parse_special_tokens: whether a special token's literal text becomes its id. Off: it is ordinary text.
+        fast_json: what `fast_tokenizer_json` gives for the two, where that was worked out before: it takes a second for
+            a large vocabulary.
     """
 
-    def __init__(self, tokenizer_json: bytes, parse_special_tokens: bool = False):
+    def __init__(self, tokenizer_json: bytes, parse_special_tokens: bool = False, fast_json: bytes | None = None):
         from tokenizers import Tokenizer
 
-        self._json = tokenizer_json if parse_special_tokens else without_special_tokens(tokenizer_json)
+        self._json = fast_json or fast_tokenizer_json(tokenizer_json, parse_special_tokens)
         self._reference = Tokenizer.from_str(tokenizer_json.decode())
         self._reference.encode_special_tokens = not parse_special_tokens
         self._reference.no_padding()

@@ -19,6 +19,8 @@ def ray_session(address: str | None) -> Iterator[None]:
             this machine, else a local one of this process's own, on all cores.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would phone home
+    # Ray starts its workers at niceness 15, behind its own agents and whatever else a busy machine does.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if _has_token():
         # `ray start` guards a cluster with the token that it finds; a driver has to be told that it must show it.

@@ -381,18 +381,32 @@ def largest_chunk_tokens(dtype: str) -> int:
 _encoders: dict[tuple[str, bool], Encoder] = {}
 
 
-def process_encoder(job: Job, load_tokenizer_json: Callable[[], bytes]) -> Encoder:
-    """This process's encoder for `job`, loaded when it is needed first."""
-    import awkward  # noqa: F401
-    import pyarrow.compute
-    import pyarrow.parquet  # noqa: F401  seconds of a fresh process that belong to its start, not to its first unit
+def process_encoder(job: Job, load: Callable[[], tuple[bytes, bytes]]) -> Encoder:
+    """This process's encoder for `job`, loaded when it is needed first.
 
+    Args:
+        load: gives tokenizer.json, and `fast_tokenizer_json` of it.
+    """
     key = (job.tokenizer_sha256, job.parse_special_tokens)
     if key not in _encoders:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _encoders.clear()
-        _encoders[key] = Encoder(load_tokenizer_json(), job.parse_special_tokens)
+        tokenizer_json, fast_json = load()
+        _encoders[key] = Encoder(tokenizer_json, job.parse_special_tokens, fast_json)
+        _warm_up(_encoders[key])
     return _encoders[key]
+
+
+def _warm_up(encoder: Encoder) -> None:
+    """Imports and first calls take half a second, which belongs to a process's start and not to its first unit."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet
+
+    texts = pa.array(["warm", "up"])
+    pc.sum(pc.greater(pc.binary_length(texts), 0))
+    text_hashes(texts)
+    encoder.encode(texts)
 
 
 def peak_resident_bytes() -> int:
