@@ -8,7 +8,7 @@ Ray Train starts one process a GPU (or CPU process), Lightning Fabric and FSDP2 
         --num_nodes 4 --out_dir out/llama3-8b
 
   On a laptop, two CPU processes and a small model:
-    python distributed_pretrain.py --config config_hub/demo-cpu.yaml --dataset_path demo/datasetset --out_dir demo/run
+    python distributed_pretrain.py --config config_hub/demo-cpu.yaml --dataset_path demo/dataset --out_dir demo/run
 
   What it would need, without a GPU:
     python distributed_pretrain.py --config config_hub/llama3-8b.yaml --dataset_path data/fineweb --dry_run
