@@ -157,6 +157,11 @@ def _kept_bytes(settings: Settings, plan: Plan, num_layers: int) -> int:
     from utils.model import build_model, recompute_block
 
     config = {**plan.model_config, "n_layer": num_layers}
+    if config["mlp_class_name"] == "LLaMAMoE":
+        # Which expert a token goes to cannot be known here; each token passes through so many of them.
+        width = config.get("moe_intermediate_size") or config["intermediate_size"]
+        config |= {"mlp_class_name": "LLaMAMLP", "intermediate_size": width * config["n_expert_per_token"]}
+        config |= {"n_expert": 0, "n_expert_per_token": 0}
     dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
     default = torch.get_default_dtype()
     with FakeTensorMode():

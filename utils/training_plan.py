@@ -12,6 +12,7 @@ from typing import Any
 from utils import console
 from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
+from utils.hf_config import export_problems
 from utils.manifest import as_input, read_manifest
 from utils.model import resolve_model_config
 from utils.token_blocks import count_blocks
@@ -89,6 +90,11 @@ def make_plan(settings: Settings) -> Plan:
     config = problems.collect(resolve_model_config, settings)
     context = None
     if config is not None:
+        for reason in export_problems(config):
+            console.warn(
+                f"this model cannot be exported to Hugging Face when it is trained: {reason}. litgpt will load it; for "
+                "transformers and lm-eval choose another model."
+            )
         context = settings.train.max_seq_length or config.block_size
         if context > config.block_size:
             problems.add(
