@@ -36,6 +36,8 @@ def cluster(tmp_path_factory):
     env = {name: value for name, value in os.environ.items() if name not in SECRETS}
     ray = Path(sys.executable).with_name("ray")
     options = [f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={directory}", "--num-cpus=4"]
+    env["RAY_AUTH_MODE"] = "token"
+    subprocess.run([ray, "get-auth-token", "--generate"], check=True, env=env, capture_output=True, timeout=60)
     subprocess.run([ray, "start", "--head", *options], check=True, env=env, capture_output=True, timeout=120)
     yield f"127.0.0.1:{port}", directory
     ours = [
@@ -85,6 +87,7 @@ def test_made_up_keys_are_nowhere(cluster, tmp_path, parquet_dir, tokenizer_dir)
         "TRAIN_FLAGS": "--logger_name=wandb --train.max_steps=3 -v",
         "EXPORT_FLAGS": "-v",
         "RAY_ADDRESS": address,
+        "RAY_AUTH_MODE": "token",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

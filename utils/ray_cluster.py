@@ -22,9 +22,6 @@ def ray_session(address: str | None) -> Iterator[None]:
     # Ray starts its workers at niceness 15, behind its own agents and whatever else a busy machine does.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if _has_token():
-        # `ray start` guards a cluster with the token that it finds; a driver has to be told that it must show it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     # Says at every start that tokens guard the cluster, as they should.
@@ -36,8 +33,8 @@ def ray_session(address: str | None) -> Iterator[None]:
         where = f"--address={address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
         if isinstance(error.__cause__, ray.exceptions.AuthenticationError):
             raise UserError(
-                f"{where}: the cluster wants a token, and this process has none or another. Copy the head node's "
-                "~/.ray/auth_token here, or set RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token."
+                f"{where}: the cluster wants a token, and this process shows none or another. Set RAY_AUTH_MODE=token, and "
+                "have the head node's ~/.ray/auth_token here or its content in RAY_AUTH_TOKEN."
             ) from error
         raise UserError(
             f"{where}: no Ray cluster answers there ({error}). Start one with `ray start --head`, give "
@@ -47,9 +44,3 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _has_token() -> bool:
-    """Whether Ray finds an authentication token, where it looks for one."""
-    paths = [os.environ.get("RAY_AUTH_TOKEN_PATH"), os.path.expanduser("~/.ray/auth_token")]
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(path and os.path.isfile(path) for path in paths)
