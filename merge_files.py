@@ -20,12 +20,12 @@ import dataclasses
 import errno
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from utils import cli, console
 from utils.errors import Problems, UserError
+from utils.merge_plan import Plan, SourceChunk, make_plan
 
 # Up to so much, reading everything once to compare checksums is a matter of a minute.
 AUTO_VERIFY_BYTES = 64 << 30
@@ -47,175 +47,6 @@ class Settings:
     64 GiB, and always where bytes are copied."""
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceChunk:
-    """A chunk file, where it lies and what it is called in the merged dataset."""
-
-    path: Path
-    name: str
-    """In the merged dataset."""
-    documents: int
-    tokens: int
-    bytes: int
-    xxh3_128: str | None
-    """None where the source has no manifest, until the file was read."""
-
-
-@dataclasses.dataclass
-class Plan:
-    """The merged dataset, before it exists."""
-
-    chunks: list[SourceChunk]
-    """In the order of the merged dataset."""
-    dtype: str
-    chunk_tokens: int | None
-    manifest: dict[str, Any] | None
-    """Of the source directory; None for folders that litdata itself wrote."""
-
-    @property
-    def bytes(self) -> int:
-        return sum(chunk.bytes for chunk in self.chunks)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plan
-
-
-def natural_key(name: str) -> list[Any]:
-    """'10' after '9'."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def make_plan(settings: Settings) -> Plan:
-    """Read and check every index and manifest; raises UserError with all problems that were found."""
-    from utils.chunks import INDEX_NAME, read_index
-    from utils.manifest import read_manifest
-
-    source, target = Path(settings.source_dir), Path(settings.target_dir)
-    problems = Problems()
-    if not source.is_dir():
-        raise UserError(
-            f"--source_dir={source}: no such directory. Give the output of optimize_dataset.py, for example OUT/train."
-        )
-    in_place = source.resolve() == target.resolve()
-    if in_place != (settings.mode == "index"):
-        problems.add(
-            f"--target_dir={target}: --mode=index writes its index.json into --source_dir={source}, so give that directory."
-            if settings.mode == "index"
-            else f"--target_dir={target}: is --source_dir itself. Give another directory, or --mode=index."
-        )
-    elif source.resolve() in target.resolve().parents:
-        problems.add(f"--target_dir={target}: lies inside --source_dir={source}. Give a directory outside of it.")
-
-    folders = sorted(
-        (path for path in source.iterdir() if path.is_dir() and (path / INDEX_NAME).exists()),
-        key=lambda path: natural_key(path.name),
-    )
-    if not folders:
-        if (source / INDEX_NAME).exists() and settings.mode != "index":
-            folders = [source]
-        else:
-            raise UserError(
-                f"--source_dir={source}: no sub-folder with an {INDEX_NAME} in it. Give the directory above the nodes' "
-                "folders, for example OUT/train; if optimize_dataset.py has not finished, run it again."
-            )
-    indexes = [problems.collect(read_index, folder, "--source_dir") for folder in folders]
-    manifests = [problems.collect(read_manifest, folder) for folder in folders]
-    above = problems.collect(read_manifest, source, "tokens") if folders != [source] else None
-    problems.raise_if_any()
-
-    check_same(folders, [index.dtype for index in indexes], "dtype of the tokens", problems)
-    if any(manifests) or above:
-        try:
-            check_manifests(source, folders, indexes, manifests, above, problems)
-        except (KeyError, TypeError) as error:
-            problems.add(f"--source_dir={source}: a manifest.json of its folders lacks {error}. Tokenize again.")
-    else:
-        console.warn(
-            f"{source}: no manifest.json, so the folders were not made by optimize_dataset.py. Tokenizers and checksums "
-            "cannot be compared, and the dataset cannot be traced back to its text."
-        )
-    problems.raise_if_any()
-
-    chunks = named_chunks(folders, indexes, manifests, settings.mode == "index")
-    if not chunks:
-        raise UserError(f"--source_dir={source}: its {len(folders)} folders hold no chunks. Tokenize again.")
-    sizes = [index.chunk_tokens for index in indexes if index.chunk_tokens]
-    return Plan(chunks, indexes[0].dtype, max(sizes, default=None), above or manifests[0])
-
-
-def check_same(folders: list[Path], values: list[Any], what: str, problems: Problems) -> None:
-    for folder, value in zip(folders[1:], values[1:]):
-        if value != values[0]:
-            problems.add(
-                f"{folders[0]} and {folder} differ in the {what}: {values[0]!r} and {value!r}. "
-                "Merge only folders of one run."
-            )
-
-
-def check_manifests(
-    source: Path,
-    folders: list[Path],
-    indexes: list[Any],
-    manifests: list[dict[str, Any] | None],
-    above: dict[str, Any] | None,
-    problems: Problems,
-) -> None:
-    """Counts must agree between indexes and manifests, and the folders must come from one run, and be all of it."""
-    for folder, index, manifest in zip(folders, indexes, manifests):
-        if manifest is None:
-            problems.add(f"{folder}: no manifest.json, unlike its neighbours. Remove the folder or make it again.")
-            continue
-        listed = {chunk.name: (chunk.documents, chunk.tokens, chunk.bytes) for chunk in index.chunks}
-        try:
-            recorded = {file["name"]: (file["documents"], file["tokens"], file["bytes"]) for file in manifest["files"]}
-        except (KeyError, TypeError):
-            recorded = None
-        if listed != recorded:
-            problems.add(f"{folder}: index.json and manifest.json do not name the same chunks. Make the folder again.")
-    if problems.found:
-        return
-    check_same(folders, [m["tokenizer"]["sha256"] for m in manifests], "tokenizer", problems)
-    if problems.found:
-        return
-    check_same(folders, [m.get("fingerprint") for m in manifests], "settings or input files", problems)
-    if problems.found or above is None:
-        if above is None and folders != [source]:
-            problems.add(f"{source}: no manifest.json beside its folders. Run optimize_dataset.py to its end.")
-        return
-    if above.get("fingerprint") != manifests[0].get("fingerprint"):
-        problems.add(f"{source} and {folders[0]} differ in the settings or input files. Tokenize into a new directory.")
-    for key in ("documents", "tokens", "chunks", "text_bytes"):
-        found = sum(manifest["content"][key] for manifest in manifests)
-        expected = above["content"][key]
-        if found != expected:
-            missing = sorted(set(above.get("folders", [])) - {folder.name for folder in folders})
-            problems.add(
-                f"--source_dir={source}: its folders hold {found:,} {key}, its manifest says {expected:,}"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-                + ". Bring all folders back, or tokenize again."
-            )
-
-
-def named_chunks(folders: list[Path], indexes: list[Any], manifests: list[Any], in_place: bool) -> list[SourceChunk]:
-    """All chunks in their final order, by unit and not by node, under names that are unique."""
-    chunks = []
-    for folder, index, manifest in zip(folders, indexes, manifests):
-        checksums = {file["name"]: file["xxh3_128"] for file in manifest["files"]} if manifest else {}
-        for chunk in index.chunks:
-            name = f"{folder.name}/{chunk.name}" if in_place else chunk.name
-            path = folder / chunk.name
-            chunks.append(
-                SourceChunk(path, name, chunk.documents, chunk.tokens, chunk.bytes, checksums.get(chunk.name))
-            )
-    if all(manifests):
-        return sorted(chunks, key=lambda chunk: natural_key(chunk.path.name))
-    if in_place:
-        return chunks
-    # litdata calls the first chunk of every node chunk-0-0.bin: keep the folders' order, and number anew.
-    return [dataclasses.replace(chunk, name=f"chunk-{i:07d}-0.bin") for i, chunk in enumerate(chunks)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -47,22 +47,33 @@ optimizer:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, parquet_dir, tokenizer_dir, ray_address) -> Path:
-    """What pipeline.sh makes."""
+def work(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("work")
     (work / "tiny.yaml").write_text(TINY_CONFIG)
-    (work / "log.txt").write_text(run_pipeline(work, parquet_dir, tokenizer_dir, ray_address))
     return work
 
 
-def run_pipeline(work: Path, parquet_dir: Path, tokenizer_dir: Path, ray_address: str) -> str:
-    settings = {
+@pytest.fixture(scope="module")
+def settings(work, parquet_dir, tokenizer_dir, ray_address) -> dict:
+    return {
         "PARQUET": parquet_dir,
         "TOKENIZER": tokenizer_dir,
         "WORK": work,
         "CONFIG": work / "tiny.yaml",
         "OPTIMIZE_FLAGS": "--val_fraction=0.1 --unit_bytes=100000",
         "RAY_ADDRESS": ray_address,
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made(work, settings) -> None:
+    """What pipeline.sh makes."""
+    run_pipeline(work, **settings)
+
+
+def run_pipeline(cwd: Path, **settings) -> subprocess.CompletedProcess:
+    """pipeline.sh with these settings in its environment, on single-threaded processes."""
+    settings |= {
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -70,12 +81,12 @@ def run_pipeline(work: Path, parquet_dir: Path, tokenizer_dir: Path, ray_address
         ["bash", ROOT / "pipeline.sh"],
         capture_output=True,
         text=True,
-        timeout=400,
-        cwd=work,
+        timeout=500,
+        cwd=cwd,
         env={**os.environ, **{name: str(value) for name, value in settings.items()}},
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    return process
 
 
 def logits_of_both(export: Path):
@@ -121,9 +132,9 @@ def test_tokens_are_counted_alike_by_every_step(work):
     assert read_manifest(work / "dataset" / "train")["content"]["tokens"] == tokens
 
 
-def test_again_has_nothing_to_do(work, parquet_dir, tokenizer_dir, ray_address):
+def test_again_has_nothing_to_do(work, settings):
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    said = run_pipeline(work, parquet_dir, tokenizer_dir, ray_address)
+    said = run_pipeline(work, **settings).stdout
     assert said.count("nothing to do") == 5
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == before
 

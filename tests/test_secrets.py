@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from test_pipeline import TINY_CONFIG
+from test_pipeline import TINY_CONFIG, run_pipeline
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef5ec2e7ab",
@@ -76,30 +76,20 @@ def state_of(address: str) -> str:
 def test_made_up_keys_are_nowhere(cluster, tmp_path, parquet_dir, tokenizer_dir):
     address, ray_dir = cluster
     (tmp_path / "tiny.yaml").write_text(TINY_CONFIG)
-    settings = {
+    process = run_pipeline(
+        tmp_path,
         **SECRETS,
-        "WANDB_MODE": "offline",
-        "PARQUET": parquet_dir,
-        "TOKENIZER": tokenizer_dir,
-        "WORK": tmp_path / "work",
-        "CONFIG": tmp_path / "tiny.yaml",
-        "OPTIMIZE_FLAGS": "--val_fraction=0.1 -v",
-        "TRAIN_FLAGS": "--logger_name=wandb --train.max_steps=3 -v",
-        "EXPORT_FLAGS": "-v",
-        "RAY_ADDRESS": address,
-        "RAY_AUTH_MODE": "token",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    process = subprocess.run(
-        ["bash", ROOT / "pipeline.sh"],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        cwd=tmp_path,
-        env={**os.environ, **{name: str(value) for name, value in settings.items()}},
+        WANDB_MODE="offline",
+        PARQUET=parquet_dir,
+        TOKENIZER=tokenizer_dir,
+        WORK=tmp_path / "work",
+        CONFIG=tmp_path / "tiny.yaml",
+        OPTIMIZE_FLAGS="--val_fraction=0.1 -v",
+        TRAIN_FLAGS="--logger_name=wandb --train.max_steps=3 -v",
+        EXPORT_FLAGS="-v",
+        RAY_ADDRESS=address,
+        RAY_AUTH_MODE="token",
     )
-    assert process.returncode == 0, process.stdout + process.stderr
     failed = subprocess.run(
         [sys.executable, ROOT / "distributed_pretrain.py", "--dataset_path=/nonexistent", "-v"],
         capture_output=True,
