@@ -12,7 +12,7 @@ READY := $(VENV)/.installed
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := env PATH="$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: demo test test-all lint format clean distclean setup
+.PHONY: demo test test-all lint format clean distclean setup requirements
 
 setup: $(READY)
 
@@ -41,12 +41,13 @@ format: $(READY)
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-# Needs Poetry 2 with poetry-plugin-export.
-requirements.txt: poetry.lock
-	poetry export --all-extras --all-groups --format requirements.txt --output $@
+# After `poetry lock`. Needs Poetry 2 with poetry-plugin-export.
+requirements:
+	poetry export --all-extras --all-groups --format requirements.txt --output requirements.txt
 
 clean:
-	rm -rf $(DEMO_DIR)
+	@test ! -e "$(DEMO_DIR)" || test -e "$(DEMO_DIR)/parquet/manifest.json" || { echo "DEMO_DIR=$(DEMO_DIR) was not made by the demo; left alone"; exit 2; }
+	rm -rf "$(DEMO_DIR)"
 
 distclean: clean
 	rm -rf $(VENV)

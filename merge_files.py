@@ -30,6 +30,7 @@ from utils.merge_plan import Plan, SourceChunk, make_plan
 # Up to so much, reading everything once to compare checksums is a matter of a minute.
 AUTO_VERIFY_BYTES = 64 << 30
 THREADS = 8
+NO_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 @dataclasses.dataclass
@@ -53,8 +54,10 @@ class Settings:
 # Work
 
 
-def verify_chunk(chunk: SourceChunk, checksums: bool) -> SourceChunk:
+def verify_chunk(chunk: SourceChunk, dtype: str, checksums: bool) -> SourceChunk:
     """Compare a chunk file with its index entry; raises UserError. Returns it with its checksum, if that was read."""
+    import numpy as np
+
     from utils.chunks import read_document_offsets
     from utils.files import checksum
 
@@ -62,9 +65,13 @@ def verify_chunk(chunk: SourceChunk, checksums: bool) -> SourceChunk:
         size = chunk.path.stat().st_size
         if size != chunk.bytes:
             raise ValueError(f"{chunk.path}: {size:,} bytes, the index says {chunk.bytes:,}")
-        documents = len(read_document_offsets(chunk.path)) - 1
-        if documents != chunk.documents:
-            raise ValueError(f"{chunk.path}: holds {documents:,} documents, the index says {chunk.documents:,}")
+        offsets = read_document_offsets(chunk.path)
+        found_counts = (len(offsets) - 1, int(offsets[-1] - offsets[0]) // np.dtype(dtype).itemsize)
+        if found_counts != (chunk.documents, chunk.tokens):
+            raise ValueError(
+                f"{chunk.path}: holds {found_counts[0]:,} documents and {found_counts[1]:,} tokens, the index says "
+                f"{chunk.documents:,} and {chunk.tokens:,}"
+            )
         if not checksums:
             return chunk
         found = checksum(chunk.path)
@@ -83,7 +90,7 @@ def same_file_system(chunks: list[SourceChunk], target: Path) -> bool:
     try:
         os.link(chunks[0].path, probe)
     except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+        if error.errno in NO_LINK_ERRNOS:
             return False
         raise
     probe.unlink()
@@ -104,8 +111,12 @@ def place_chunk(chunk: SourceChunk, target: Path, link: bool) -> SourceChunk:
             f"--target_dir={target}: {chunk.name} is there already and is another file. Give a new directory."
         )
     if link:
-        os.link(chunk.path, path)
-        return chunk
+        try:
+            os.link(chunk.path, path)
+            return chunk
+        except OSError as error:
+            if error.errno not in NO_LINK_ERRNOS:  # this folder may lie on another file system than the first
+                raise
     return copy_verified(chunk, path)
 
 
@@ -137,13 +148,17 @@ def in_parallel(work: Any, chunks: list[SourceChunk], label: str) -> list[Source
         Progress(label, sum(chunk.bytes for chunk in chunks)) as progress,
     ):
         futures: collections.deque = collections.deque()
+
+        def finish_oldest() -> None:
+            done.append(problems.collect(futures.popleft().result))
+            progress.advance(chunks[len(done) - 1].bytes, f"{len(done):,} of {len(chunks):,} chunks")
+
         for chunk in chunks:
             futures.append(pool.submit(work, chunk))
             if len(futures) > 4 * THREADS:
-                done.append(problems.collect(futures.popleft().result))
-            progress.advance(chunk.bytes if len(done) else 0, f"{len(done):,} of {len(chunks):,} chunks")
-        for future in futures:
-            done.append(problems.collect(future.result))
+                finish_oldest()
+        while futures:
+            finish_oldest()
     problems.raise_if_any()
     return done
 
@@ -203,13 +218,13 @@ def publish(plan: Plan, chunks: list[SourceChunk], target: Path) -> dict[str, An
 def check_target(target: Path, chunks: list[SourceChunk]) -> None:
     """Refuse a directory with anything in it but an interrupted merge of the same chunks."""
     from utils.chunks import INDEX_NAME
-    from utils.files import TEMPORARY_PREFIX, remove_temporaries
+    from utils.files import is_temporary, remove_temporaries
 
     if target.exists() and not target.is_dir():
         raise UserError(f"--target_dir={target}: is a file. Give a directory that is new or empty.")
     if not target.exists():
         return
-    names = {name for name in os.listdir(target) if not name.startswith(TEMPORARY_PREFIX)}
+    names = {name for name in os.listdir(target) if not is_temporary(name)}
     foreign = sorted(names - {chunk.name for chunk in chunks} - {INDEX_NAME})
     if foreign or (INDEX_NAME in names and len(names) <= len(chunks)):
         shown = ", ".join((foreign or [INDEX_NAME])[:5])
@@ -218,6 +233,17 @@ def check_target(target: Path, chunks: list[SourceChunk]) -> None:
             "Give a directory that is new or empty."
         )
     remove_temporaries(target)
+
+
+def check_index_is_ours(source: Path) -> None:
+    """--mode=index writes index.json and manifest.json into the source: refuse to replace an index of somebody else's."""
+    from utils.chunks import INDEX_NAME
+    from utils.manifest import read_manifest
+
+    if (source / INDEX_NAME).exists() and read_manifest(source) is None:
+        raise UserError(
+            f"--source_dir={source}: has an {INDEX_NAME} already, which --mode=index would replace. Move it away."
+        )
 
 
 def finished_manifest(settings: Settings) -> dict[str, Any] | None:
@@ -236,7 +262,7 @@ def finished_manifest(settings: Settings) -> dict[str, Any] | None:
     read_index(target, "--target_dir")
     above = read_manifest(source) if source.is_dir() and source.resolve() != target.resolve() else None
     if above is not None:
-        for key in ("tokenizer", "settings", "inputs"):
+        for key in ("split", "tokenizer", "settings", "inputs"):
             if above.get(key) != published.get(key):
                 raise UserError(
                     f"--target_dir={target}: holds a dataset with other {key} than --source_dir={source} has; nothing "
@@ -245,16 +271,16 @@ def finished_manifest(settings: Settings) -> dict[str, Any] | None:
     return published
 
 
-def remove_sources(source: Path, target: Path, names: list[str]) -> None:
-    """After a published move: drop the sources' names, if the same file now has its name in the target.
+def remove_sources(source: Path, target: Path) -> None:
+    """After a published move: drop the names below `source` of files that now have a name in `target`.
 
     Where bytes were copied the sources stay: they are other files, and deleting them is for their owner.
     """
-    for folder in source.iterdir():
-        for name in names if folder.is_dir() else ():
-            path = folder / name
-            if path.exists() and path.samefile(target / name):
-                path.unlink()
+    moved = {(status.st_dev, status.st_ino) for status in (entry.stat() for entry in os.scandir(target))}
+    for path in [*source.glob("*.bin"), *source.glob("*/*.bin")]:
+        status = path.stat()
+        if not path.is_symlink() and (status.st_dev, status.st_ino) in moved:
+            path.unlink()
 
 
 def say_result(manifest: dict[str, Any], target: Path) -> None:
@@ -269,12 +295,15 @@ def main(settings: Settings) -> None:
     published = finished_manifest(settings)
     if published is not None:
         if settings.mode == "move" and source.is_dir():
-            remove_sources(source, target, [file["name"] for file in published["files"]])
+            remove_sources(source, target)
         say_result(published, target)
         console.result("merged already, nothing to do")
         return
     plan = make_plan(settings)
-    check_target(target, plan.chunks) if settings.mode != "index" else None
+    if settings.mode == "index":
+        check_index_is_ours(source)
+    else:
+        check_target(target, plan.chunks)
     console.say(
         f"source: {len(plan.chunks):,} chunks, {console.human_bytes(plan.bytes)}, "
         f"{sum(chunk.tokens for chunk in plan.chunks):,} tokens of {plan.dtype} in {source}"
@@ -285,7 +314,7 @@ def main(settings: Settings) -> None:
 
     by_checksum = settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
     console.say(f"verify: sizes and document offsets{' and checksums' if by_checksum else ''}")
-    chunks = in_parallel(lambda chunk: verify_chunk(chunk, by_checksum), plan.chunks, "verify")
+    chunks = in_parallel(lambda chunk: verify_chunk(chunk, plan.dtype, by_checksum), plan.chunks, "verify")
     if settings.mode != "index":
         target.mkdir(parents=True, exist_ok=True)
         link = settings.mode in ("link", "move") and same_file_system(chunks, target)
@@ -294,14 +323,17 @@ def main(settings: Settings) -> None:
         chunks = in_parallel(lambda chunk: place_chunk(chunk, target, link), chunks, "link" if link else "copy")
     manifest = publish(plan, chunks, target)
     if settings.mode == "move":
-        remove_sources(source, target, [chunk.name for chunk in chunks])
+        remove_sources(source, target)
     say_result(manifest, target)
-    console.next_command(
-        "python distributed_pretrain.py --config config_hub/llama3-8b.yaml --dataset_path="
-        f"{os.path.dirname(os.path.abspath(target))}"
-        if manifest["split"] == "val"
-        else f"python merge_files.py --source_dir={source.parent / 'val'} --target_dir={target.parent / 'val'}"
-    )
+    if manifest["split"] == "val":
+        console.next_command(
+            "python distributed_pretrain.py --config config_hub/llama3-8b.yaml "
+            f"--dataset_path={os.path.relpath(target.parent)}"
+        )
+    elif manifest["split"] == "train" and settings.mode != "index":
+        console.next_command(
+            f"python merge_files.py --source_dir={source.parent / 'val'} --target_dir={target.parent / 'val'}"
+        )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,13 @@ from typing import Any, Literal
 
 from utils import cli, console
 from utils.errors import UserError
+from utils.files import temporary_sibling
 from utils.tokenization_plan import Plan, check_disk_space, free_bytes, make_plan
 from utils.tokenization_state import (
     ProgressFile,
+    check_all_are_here,
     check_nothing_lost,
+    check_same_plan,
     open_output,
     publish,
     remove_unrecorded_files,
@@ -82,7 +85,9 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
         f"({console.human_bytes(plan.text_bytes)} of text planned) in {settings.input_dir}"
     )
     if plan.quarantined:
-        console.warn(f"{len(plan.quarantined)} files are left out; see quarantine.jsonl")
+        console.warn(f"{len(plan.quarantined)} files are left out, to be listed in quarantine.jsonl:")
+        for bad in plan.quarantined[:10]:
+            console.warn(f"  {bad['path']}: {bad['reason']}")
     around = [name for name, token in (("BOS", plan.job.bos_id), ("EOS", plan.job.eos_id)) if token is not None]
     console.say(
         f"tokens: {' and '.join(around)} around each document, stored as {plan.job.dtype}, vocabulary of "
@@ -108,8 +113,10 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
         piece = unit.ranges[0]
         path = plan.job.paths[piece.file_index]
         groups = range(piece.first, piece.first + 1)
-        for _, texts in stream_texts(settings.input_dir, path, piece.file_index, groups, settings.text_column):
+        for texts in stream_texts(settings.input_dir, path, piece.file_index, groups, settings.text_column):
             texts = texts.drop_null()
+            if not texts.nbytes:
+                continue
             start = time.perf_counter()
             ids, _ = encoder.encode(texts)
             seconds += time.perf_counter() - start
@@ -121,7 +128,7 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
     disk_bytes = tokens * np.dtype(plan.job.dtype).itemsize
     cores = settings.num_workers or os.cpu_count() or 1
     # The sample is encoded with a cold cache and encoding is about half of the work: the two about cancel.
-    estimated_s = plan.text_bytes / (sampled_bytes / max(seconds, 1e-9)) / cores
+    estimated_s = plan.text_bytes * seconds / max(sampled_bytes, 1) / cores
     console.result(
         f"estimate from {sampled_documents:,} documents: {console.human_count(tokens)} tokens, "
         f"{console.human_bytes(disk_bytes)} on disk ({console.human_bytes(free_bytes(settings.output_dir))} free), "
@@ -168,11 +175,17 @@ def run_units(
     from utils.preflight import check_nodes
     from utils.progress import Progress
 
-    seen_by_all = {"--output_dir": plan.job.output_dir}
+    # A file that this process has just made: a node with a directory of the same name of its own must not pass.
+    probe = temporary_sibling(Path(plan.job.output_dir) / "preflight")
+    probe.touch()
+    seen_by_all = {"--output_dir": str(probe)}
     if "://" not in settings.input_dir:
         seen_by_all["--input_dir"] = os.path.abspath(settings.input_dir)
         plan.job = dataclasses.replace(plan.job, input_dir=os.path.abspath(settings.input_dir))
-    nodes = check_nodes(seen_by_all, CHECKED_PACKAGES)
+    try:
+        nodes = check_nodes(seen_by_all, CHECKED_PACKAGES)
+    finally:
+        probe.unlink()
     folders = {node["id"]: str(i) for i, node in enumerate(nodes)}
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     console.say(f"cluster: {len(nodes)} node{'s'[: len(nodes) != 1]}, {num_cpus} CPUs")
@@ -233,6 +246,11 @@ def result_of(ref: Any, plan: Plan) -> dict[str, Any]:
             ) from error
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"--output_dir={plan.job.output_dir}: cannot be written ({cause}).") from error
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"reading or writing failed on a node ({type(cause).__name__}: {cause}). The same command goes on:\n"
+                f"  {console.this_command()}"
+            ) from error
         raise
     except ray.exceptions.WorkerCrashedError as error:
         raise UserError(
@@ -247,13 +265,18 @@ def raise_threshold_if_val_is_empty(plan: Plan, records: dict[int, Any]) -> list
     Returns:
         The units to do again with the raised threshold, which becomes the plan's.
     """
-    if any(record.val.documents for record in records.values()):
+    if any(record.min_hash < plan.job.val_threshold for record in records.values()):
         return []
     smallest = min((record.min_hash for record in records.values()), default=None)
     if smallest is None or sum(record.documents for record in records.values()) == 0:
         raise UserError(f"--input_dir: no document with text in column {plan.job.text_column!r}. Give files with text.")
     plan.job = dataclasses.replace(plan.job, val_threshold=smallest + 1)
-    return [unit for unit in plan.units if records[unit.index].min_hash == smallest]
+    # A run that was interrupted here may have done some of them again already.
+    return [
+        unit
+        for unit in plan.units
+        if records[unit.index].min_hash == smallest and not records[unit.index].val.documents
+    ]
 
 
 def report(plan: Plan, records: dict[int, Any], manifest: dict[str, Any], elapsed_s: float) -> None:
@@ -286,7 +309,12 @@ def report(plan: Plan, records: dict[int, Any], manifest: dict[str, Any], elapse
         + ", ".join(f"{phase} {100 * seconds / busy_s:.0f}%" for phase, seconds in phases.most_common())
     )
     console.say(
-        f"encoder: {', '.join(backends)}; {content['checked_documents']:,} documents encoded by tokenizers too, all equal"
+        f"encoder: {', '.join(backends)}"
+        + (
+            f"; {content['checked_documents']:,} documents encoded by tokenizers too, all equal"
+            if content["checked_documents"]
+            else ""
+        )
     )
     shares = ", ".join(
         f"{folder}: {100 * count / max(tokens, 1):.0f}%" for folder, count in sorted(tokens_of_folder.items())
@@ -315,6 +343,8 @@ def main(settings: Settings) -> None:
     plan = make_plan(settings)
     describe_plan(plan, settings)
     if settings.dry_run:
+        check_same_plan(plan, output_dir)
+        check_disk_space(plan, settings.output_dir, 0)
         print_estimates(plan, settings)
         return
     manifest = open_output(plan, output_dir)
@@ -338,6 +368,7 @@ def main(settings: Settings) -> None:
                 if left:
                     run_units(plan, left, settings, tokenizer, progress_file, done_bytes)
                     records = progress_file.finished(output_dir)
+                check_all_are_here(plan, records)
                 again = raise_threshold_if_val_is_empty(plan, records)
                 if again:
                     run_units(plan, again, settings, tokenizer, progress_file, plan.text_bytes)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -416,7 +417,7 @@ def is_made(directory: Path, flag: str, kind: str, wanted: dict[str, Any]) -> bo
 def publishing(final: Path) -> Iterator[Path]:
     """A new directory to fill, which takes the name `final` when the block ends without an error."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in final.parent.glob(f"{TEMPORARY_PREFIX}{final.name}-*"):
+    for left_over in final.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(final.name)}-{12 * '[0-9a-f]'}"):
         shutil.rmtree(left_over)
     temporary = temporary_sibling(final)
     temporary.mkdir()

@@ -120,7 +120,7 @@ def test_again_has_nothing_to_do_and_an_interrupted_merge_is_finished(run_script
     ):
         for name in gone:
             (target / name).unlink()
-        (target / ".tmp-chunk-0000001-0.bin-abc").write_bytes(b"half")
+        (target / ".tmp-chunk-0000001-0.bin-0123456789ab").write_bytes(b"half")
         merge(run_script, source, target)
         assert {path.name: path.read_bytes() for path in target.iterdir()} == whole
 
@@ -296,3 +296,27 @@ def test_plain_litdata_folders_are_merged_with_a_warning(run_script, tmp_path):
     assert "no manifest.json" in process.stderr
     dataset = StreamingDataset(str(tmp_path / "t"), item_loader=TokensLoader(block_size=300))
     assert [int(dataset[i][0]) for i in range(len(dataset))] == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+
+
+def test_the_other_split_is_not_taken_for_merged_already(run_script, source, tmp_path):
+    merge(run_script, source, tmp_path / "DATA")
+    other = tmp_path / "OUT" / "val"
+    make_folder(other / "0", {"chunk-0000000-0.bin": [4]}, split="val")
+    make_split_manifest(other)
+    assert "other split" in merge(run_script, other, tmp_path / "DATA", code=2).stderr
+
+
+def test_tokens_are_compared_with_the_file_where_index_and_manifest_agree(run_script, tmp_path):
+    source = tmp_path / "OUT" / "train"
+    make_folder(source / "0", {"chunk-0000000-0.bin": [300, 40]})
+    for name, key in (("index.json", "dim"), ("manifest.json", "tokens")):
+        text = (source / "0" / name).read_text().replace(f'"{key}": 340', f'"{key}": 341')
+        (source / "0" / name).write_text(text)
+    make_split_manifest(source)
+    assert "340 tokens, the index says 2 and 341" in merge(run_script, source, tmp_path / "t", code=2).stderr
+
+
+def test_temporaries_of_others_are_left_alone(run_script, source, tmp_path):
+    (tmp_path / "t" / ".tmp-upload").mkdir(parents=True)
+    assert ".tmp-upload" in merge(run_script, source, tmp_path / "t", code=2).stderr
+    assert (tmp_path / "t" / ".tmp-upload").is_dir()

@@ -164,7 +164,7 @@ def test_killed_driver_is_resumed_by_the_same_command(
     before = finished_units(output)
     (output / "progress.jsonl").open("ab").write(b'{"unit": 3, "fol')  # a line that a crash cut off
     (output / "train" / "0").mkdir(parents=True, exist_ok=True)
-    (output / "train" / "0" / ".tmp-chunk-0000001-0.bin-dead").write_bytes(b"half a chunk")
+    (output / "train" / "0" / ".tmp-chunk-0000001-0.bin-0123456789ab").write_bytes(b"half a chunk")
 
     again = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr

@@ -302,3 +302,49 @@ def test_footer_fingerprint_changes_with_the_content(documents, tmp_path):
     before = read_footer(str(tmp_path), FileEntry("a.parquet", 0), "text")
     write_parquet(tmp_path / "a.parquet", documents[1:41])
     assert read_footer(str(tmp_path), FileEntry("a.parquet", 0), "text").fingerprint != before.fingerprint
+
+
+def test_a_few_validation_documents_do_not_keep_their_batches_in_memory(tmp_path):
+    from utils.tokenize_unit import ChunkWriter, chunk_name
+
+    writer = ChunkWriter(tmp_path, lambda i: chunk_name(0, i), "int32", chunk_tokens=1 << 30)
+    batch = np.zeros(1 << 20, np.int32)
+    writer.add(batch, np.array([100, len(batch) - 200, 100]))
+    for first in (0, 200):
+        writer.add(batch[first : first + 100], np.array([100]))
+    assert [np.shares_memory(piece, batch) for piece in writer._pieces] == [True, False, False]
+
+
+def test_struct_columns_before_the_text_do_not_confuse_its_size(tmp_path):
+    """Row groups count leaves, the schema counts columns."""
+    from utils.parquet_input import leaf_index
+
+    table = pa.table({"meta": [{"a": 1, "b": "x"}] * 3, "text": ["long text " * 1000] * 3})
+    pq.write_table(table, tmp_path / "nested.parquet", compression="none", use_dictionary=False)
+    metadata = pq.read_metadata(tmp_path / "nested.parquet")
+    assert leaf_index(metadata, "text") == 2
+    assert read_footer(str(tmp_path), FileEntry("nested.parquet", 0), "text").text_bytes[0] > 25_000
+
+
+def test_an_interrupted_raise_of_the_threshold_is_finished(documents, tokenizer_dir, tmp_path, run_script, ray_address):
+    """Two copies of the one validation document in two units; a crash after the first was done again."""
+    for name in ("a", "b"):
+        write_parquet(tmp_path / "in" / f"{name}.parquet", documents[:20], row_group_size=20)
+    arguments = [
+        f"--input_dir={tmp_path / 'in'}",
+        f"--tokenizer_dir={tokenizer_dir}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--val_fraction=0.00001",
+        "--unit_bytes=10000",
+        f"--address={ray_address}",
+    ]
+    run_script("optimize_dataset.py", *arguments)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.bin")}
+    assert len(split_tokens(tmp_path / "out", "val")) == 2
+    lines = (tmp_path / "out" / "progress.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4  # two units, both done twice
+    (tmp_path / "out" / "progress.jsonl").write_bytes(b"".join(lines[:3]))
+    for path in (tmp_path / "out").rglob("manifest.json"):
+        path.unlink()
+    run_script("optimize_dataset.py", *arguments)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*.bin")} == whole

@@ -62,7 +62,7 @@ def test_requirements_are_the_lock_exported_with_all_hashes():
         (canonicalize_name(package["name"]), package["version"]): {file["hash"] for file in package["files"]}
         for package in LOCK["package"]
     }
-    assert required_lines() == locked, "run `make requirements.txt`"
+    assert required_lines() == locked, "run `make requirements`"
     assert all(required_lines().values())
 
 

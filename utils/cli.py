@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import re
 import sys
 import traceback
@@ -24,6 +25,9 @@ EXIT_OK = 0
 EXIT_OUR_ERROR = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+# What the owner of a disk can mend.
+USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 # Configs are files on this machine's file system: no URL, no fsspec path.
 jsonargparse.set_parsing_settings(
@@ -134,13 +138,25 @@ def run(
         if console.VERBOSITY >= 2:
             traceback.print_exc()
         sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in USERS_ERRNOS:
+            raise_ours(error)
+        console.error(
+            f"{error.filename or 'a file'}: {error.strerror}. Make room, or give a directory that can be written. What is "
+            f"finished is kept; the same command goes on:\n  {console.this_command()}"
+        )
+        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         console.error(f"interrupted; what is finished is kept. The same command goes on:\n  {console.this_command()}")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        traceback.print_exc()
-        console.error(
-            f"{type(error).__name__}: {error}\nWhat is finished is kept. The same command goes on:\n"
-            f"  {console.this_command()}"
-        )
-        sys.exit(EXIT_OUR_ERROR)
+        raise_ours(error)
+
+
+def raise_ours(error: Exception) -> typing.NoReturn:
+    """Leave with a traceback: this is for us to mend."""
+    traceback.print_exc()
+    console.error(
+        f"{type(error).__name__}: {error}\nWhat is finished is kept. The same command goes on:\n  {console.this_command()}"
+    )
+    sys.exit(EXIT_OUR_ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 
 # Everything under such a name was left by a process that died; it may be deleted by the same step.
 TEMPORARY_PREFIX = ".tmp-"
+_TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r".+-[0-9a-f]{12}")
 
 _COPY_BLOCK_BYTES = 8 << 20
 
@@ -21,6 +23,11 @@ def temporary_sibling(path: str | os.PathLike) -> Path:
     """A fresh name in the directory of `path`, so that renaming to `path` is atomic."""
     path = Path(path)
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `temporary_sibling` makes such names; others that look alike belong to somebody else."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def fsync_directory(directory: str | os.PathLike) -> None:
@@ -59,7 +66,7 @@ def remove_temporaries(directory: str | os.PathLike) -> list[str]:
     """Delete what an interrupted process left in `directory` (not below); returns the names."""
     removed = []
     for entry in os.scandir(directory):
-        if entry.name.startswith(TEMPORARY_PREFIX):
+        if is_temporary(entry.name):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:

@@ -80,7 +80,7 @@ def make_plan(settings: Any) -> Plan:
             )
     indexes = [problems.collect(read_index, folder, "--source_dir") for folder in folders]
     manifests = [problems.collect(read_manifest, folder) for folder in folders]
-    above = problems.collect(read_manifest, source, "tokens") if folders != [source] else None
+    above = problems.collect(read_manifest, source) if folders != [source] else None
     problems.raise_if_any()
 
     check_same(folders, [index.dtype for index in indexes], "dtype of the tokens", problems)

@@ -26,9 +26,16 @@ READ_BUFFER_BYTES = 4 << 20
 class CorruptRowGroup(Exception):
     """A row group whose footer was fine and whose pages are not."""
 
-    def __init__(self, file_index: int, row_group: int, reason: str):
-        self.file_index, self.row_group, self.reason = file_index, row_group, reason
-        super().__init__(file_index, row_group, reason)
+    def __init__(self, file_index: int, row_group: int, rows: int, reason: str):
+        self.file_index, self.row_group, self.rows, self.reason = file_index, row_group, rows, reason
+        super().__init__(file_index, row_group, rows, reason)
+
+
+def is_input_failure(error: Exception) -> bool:
+    """Whether reading failed, rather than what was read being wrong: another try may succeed, and nothing may be
+    quarantined for it. pyarrow sets errno for the operating system's errors, and words object stores' own."""
+    remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
+    return isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +126,7 @@ def _member(url: str, path: str) -> tuple[Any, str]:
 
 
 def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
-    """Raises ValueError saying what is wrong with the file."""
+    """Raises ValueError saying what is wrong with the file, UserError when it could not be read at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import xxhash
@@ -129,13 +136,15 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
         with filesystem.open_input_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
     except (OSError, pa.ArrowException) as error:
+        if is_input_failure(error):
+            raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
         raise ValueError(f"not a readable parquet file ({error})") from error
     if text_column not in schema.names:
         raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
     if not _is_text(schema.field(text_column).type):
         raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
 
-    column = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_column)
+    column = leaf_index(metadata, text_column)
     rows, text_bytes, places = [], [], []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
@@ -145,6 +154,11 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
         places.append((group.num_rows, chunk.total_compressed_size, chunk.data_page_offset))
     fingerprint = xxhash.xxh3_64_hexdigest(repr(places).encode())
     return Footer(tuple(rows), tuple(text_bytes), fingerprint)
+
+
+def leaf_index(metadata: Any, column: str) -> int:
+    """Position of a top-level column among the leaves, which is what row groups count: a struct before it has several."""
+    return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:
@@ -181,25 +195,24 @@ def read_footers(
             yield ahead.popleft().result()
 
 
-def stream_texts(
-    url: str, path: str, file_index: int, row_groups: range, text_column: str
-) -> Iterator[tuple[int, pa.Array]]:
+def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_column: str) -> Iterator[pa.Array]:
     """The text column of some row groups, a few MB at a time, in bounded memory.
 
     Args:
         file_index: only named in errors.
 
     Yields:
-        (row group, array of string or large_string); rows in the order of the file.
+        arrays of string or large_string; rows in the order of the file.
 
     Raises:
         CorruptRowGroup: a page cannot be decoded.
+        OSError: the file could not be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     filesystem, full_path = _member(url, path)
-    group = row_groups.start
+    group, rows = row_groups.start, 0
     try:
         # A read buffer instead of pre_buffer: a row group of a million rows must not be held as a whole.
         with (
@@ -208,19 +221,22 @@ def stream_texts(
                 source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True
             ) as parquet,
         ):
-            column = parquet.schema_arrow.names.index(text_column)
+            column = leaf_index(parquet.metadata, text_column)
             for group in row_groups:
                 metadata = parquet.metadata.row_group(group)
-                if metadata.num_rows == 0:
+                rows = metadata.num_rows
+                if rows == 0:
                     continue
-                row_bytes = max(1, metadata.column(column).total_uncompressed_size // metadata.num_rows)
+                row_bytes = max(1, metadata.column(column).total_uncompressed_size // rows)
                 batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes))
                 for batch in parquet.iter_batches(batch_rows, [group], [text_column], use_threads=False):
                     texts = _as_plain_text(batch.column(0))
                     texts.validate(full=True)  # parquet readers do not look whether text is UTF-8
-                    yield group, texts
+                    yield texts
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise CorruptRowGroup(file_index, group, f"{type(error).__name__}: {error}") from error
+        if is_input_failure(error):
+            raise
+        raise CorruptRowGroup(file_index, group, rows, f"{type(error).__name__}: {error}") from error
 
 
 def _as_plain_text(column: pa.Array) -> pa.Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 from utils import console
 from utils.errors import Problems, UserError
-from utils.files import TEMPORARY_PREFIX
+from utils.files import is_temporary
 from utils.manifest import MANIFEST_NAME
 
 PLAN_NAME = "plan.json"
@@ -177,7 +177,7 @@ def check_output_dir(output_dir: Path) -> None:
     if not output_dir.exists():
         return
     ours = {PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, MANIFEST_NAME, *SPLITS}
-    names = {name for name in os.listdir(output_dir) if not name.startswith(TEMPORARY_PREFIX)}
+    names = {name for name in os.listdir(output_dir) if not is_temporary(name)}
     foreign = sorted(names - ours)
     if names and PLAN_NAME not in names:
         foreign = sorted(names)
@@ -189,7 +189,7 @@ def check_output_dir(output_dir: Path) -> None:
                     for name in files
                     if not CHUNK_PATTERN.fullmatch(name)
                     and name not in ("index.json", MANIFEST_NAME)
-                    and not name.startswith(TEMPORARY_PREFIX)
+                    and not is_temporary(name)
                 )
     if foreign:
         shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils import console
 from utils.chunks import INDEX_NAME, Chunk, make_index
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries, write_json
@@ -26,31 +27,41 @@ from utils.tokenization_plan import CHUNK_PATTERN, PLAN_NAME, PROGRESS_NAME, QUA
 from utils.tokenize_unit import SPLITS, UnitRecord
 
 
+def _identity(plan: Plan) -> dict[str, Any]:
+    return {"settings": plan.settings, "tokenizer": plan.tokenizer, "inputs": plan.inputs}
+
+
+def check_same_plan(plan: Plan, output_dir: Path) -> bool:
+    """Whether `output_dir` was begun with this plan; False where it was not begun.
+
+    Raises:
+        UserError: it was begun with other settings, another tokenizer or other inputs; names each difference.
+    """
+    path = output_dir / PLAN_NAME
+    if not path.exists():
+        return False
+    try:
+        differences = [*_differences(json.loads(path.read_bytes()), _identity(plan))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not readable ({error}). Remove {output_dir} and start over.") from error
+    if differences:
+        raise UserError(
+            f"--output_dir={output_dir}: was begun with something else; nothing was touched. Give another "
+            "directory, or the former settings:\n  " + "\n  ".join(differences)
+        )
+    return True
+
+
 def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
     """Make `output_dir` this plan's, or find that it is.
 
     Returns:
         The manifest of the finished run, or None while there is work to do.
-
-    Raises:
-        UserError: it was begun with other settings, another tokenizer or other inputs; names each difference.
     """
-    identity = {"settings": plan.settings, "tokenizer": plan.tokenizer, "inputs": plan.inputs}
-    path = output_dir / PLAN_NAME
-    if path.exists():
-        try:
-            begun = json.loads(path.read_bytes())
-            differences = [*_differences(begun, identity)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not readable ({error}). Remove {output_dir} and start over.") from error
-        if differences:
-            raise UserError(
-                f"--output_dir={output_dir}: was begun with something else; nothing was touched. Give another "
-                "directory, or the former settings:\n  " + "\n  ".join(differences)
-            )
+    if check_same_plan(plan, output_dir):
         return read_manifest(output_dir, "tokens")
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, identity)
+    write_json(output_dir / PLAN_NAME, _identity(plan))
     return None
 
 
@@ -80,11 +91,16 @@ class ProgressFile:
         self._file = open(self._path, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.close()
             raise UserError(
                 f"--output_dir={output_dir}: another optimize_dataset.py writes there. Wait for it or end it."
             ) from error
+        except OSError as error:
+            console.warn(
+                f"{output_dir}: this file system has no locks ({error.strerror}), so make sure yourself that no other "
+                "optimize_dataset.py writes there"
+            )
 
     def __enter__(self) -> ProgressFile:
         return self
@@ -145,7 +161,21 @@ def remove_unrecorded_files(output_dir: Path, records: dict[int, Any]) -> None:
 
 
 def _sub_folders(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
+    """Ours are directories, not links to somewhere else."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def check_all_are_here(plan: Plan, records: dict[int, Any]) -> None:
+    """After the work every unit's chunks must be visible from here; raises UserError."""
+    missing = [unit.index for unit in plan.units if unit.index not in records]
+    if missing:
+        raise UserError(
+            f"--output_dir={plan.job.output_dir}: the chunks of {len(missing)} units were written, but are not to be seen "
+            f"from this machine (units {', '.join(map(str, missing[:5]))} ..). Give a directory that all nodes mount; the same "
+            "command does these units again."
+        )
 
 
 def check_nothing_lost(plan: Plan, records: dict[int, Any]) -> None:
@@ -153,8 +183,9 @@ def check_nothing_lost(plan: Plan, records: dict[int, Any]) -> None:
     for unit in plan.units:
         record = records[unit.index]
         planned = unit.rows if unit.max_rows is None else unit.max_rows
-        found = record.documents + record.skipped_null + record.skipped_empty
-        if found != planned and not record.quarantined:
+        quarantined = sum(entry["rows"] for entry in record.quarantined)
+        found = record.documents + record.skipped_null + record.skipped_empty + quarantined
+        if found != planned and not (unit.max_rows is not None and found > planned and quarantined):
             raise RuntimeError(f"unit {unit.index}: {planned} rows planned, {found} accounted for")
 
 

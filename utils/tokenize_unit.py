@@ -132,7 +132,7 @@ class ChunkWriter:
         """Append documents that lie one after the other.
 
         Args:
-            tokens: shape (sum of lengths,); kept by reference until the chunk is written.
+            tokens: shape (sum of lengths,); may be kept by reference until the chunk is written.
             lengths: tokens of each document, shape (n,).
         """
         ends = np.cumsum(lengths)
@@ -142,7 +142,10 @@ class ChunkWriter:
             last = int(np.searchsorted(ends, begin + self._chunk_tokens - self._tokens)) + 1
             last = min(last, len(lengths))
             end = int(ends[last - 1])
-            self._pieces.append(tokens[begin:end])
+            piece = tokens[begin:end]
+            # A view would keep the whole batch alive: a few validation documents of each would hold a unit in memory.
+            batch = piece if piece.base is None else piece.base
+            self._pieces.append(piece.copy() if 2 * piece.nbytes < batch.nbytes else piece)
             self._lengths.append(lengths[first:last])
             self._tokens += end - begin
             self._documents += last - first
@@ -251,7 +254,7 @@ def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRe
         EncodingMismatch: the encoder does not agree with `tokenizers`.
         OSError: from writing, for example when the disk is full.
     """
-    excluded: dict[tuple[int, int], str] = {}
+    excluded: dict[tuple[int, int], CorruptRowGroup] = {}
     while True:
         try:
             record = _tokenize_once(job, unit, folder, encoder, excluded)
@@ -259,11 +262,11 @@ def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRe
             if not job.quarantine:
                 raise
             # From the start without it: what a row group gave before its bad page must not depend on batch sizes.
-            excluded[error.file_index, error.row_group] = error.reason
+            excluded[error.file_index, error.row_group] = error
         else:
             record.quarantined = [
-                {"path": job.paths[file], "row_group": group, "reason": reason}
-                for (file, group), reason in sorted(excluded.items())
+                {"path": job.paths[file], "row_group": group, "rows": error.rows, "reason": error.reason}
+                for (file, group), error in sorted(excluded.items(), key=lambda item: item[0])
             ]
             return record
 
@@ -280,7 +283,7 @@ class _Stopwatch:
 
 
 def _tokenize_once(
-    job: Job, unit: Unit, folder: str, encoder: Encoder, excluded: dict[tuple[int, int], str]
+    job: Job, unit: Unit, folder: str, encoder: Encoder, excluded: dict[tuple[int, int], CorruptRowGroup]
 ) -> UnitRecord:
     record = UnitRecord(unit.index, folder, SplitRecord(), SplitRecord())
     writers = {
@@ -336,17 +339,25 @@ def _tokenize_once(
     return record
 
 
-def _texts_of(job: Job, unit: Unit, excluded: dict[tuple[int, int], str], record: UnitRecord) -> Iterator[pa.Array]:
+def _texts_of(
+    job: Job, unit: Unit, excluded: dict[tuple[int, int], CorruptRowGroup], record: UnitRecord
+) -> Iterator[pa.Array]:
     """The unit's non-empty texts, batch by batch; counts what is skipped."""
     import pyarrow.compute as pc
 
     rows_left = unit.rows if unit.max_rows is None else unit.max_rows
     for piece in unit.ranges:
-        groups = [group for group in range(piece.first, piece.last) if (piece.file_index, group) not in excluded]
+        groups = []
+        for group in range(piece.first, piece.last):
+            corrupt = excluded.get((piece.file_index, group))
+            if corrupt is None:
+                groups.append(group)
+            else:
+                rows_left -= corrupt.rows
         for begin, end in _consecutive(groups):
             path = job.paths[piece.file_index]
-            for _, texts in stream_texts(job.input_dir, path, piece.file_index, range(begin, end), job.text_column):
-                texts = texts[:rows_left]
+            for texts in stream_texts(job.input_dir, path, piece.file_index, range(begin, end), job.text_column):
+                texts = texts[: max(rows_left, 0)]
                 if not len(texts):
                     return
                 rows_left -= len(texts)

@@ -38,7 +38,6 @@ class TokenizerInfo:
     adds_bos: bool
     """Whether the tokenizer's own configuration puts BOS before a text."""
     adds_eos: bool
-    special_tokens: dict[str, int]
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps."""
@@ -113,7 +112,6 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
         if isinstance(vocabulary, list):  # Unigram: [[piece, score], ..]
             vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-        special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", []) if token["special"]}
         ids = {**vocabulary, **added}
         vocab_size = max(ids.values()) + 1
     except (ValueError, KeyError, TypeError) as error:
@@ -150,7 +148,6 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
         eos_id=eos_id,
         adds_bos=adds("bos", bos_id, before),
         adds_eos=adds("eos", eos_id, after),
-        special_tokens=special,
     )
 
 
