@@ -99,6 +99,7 @@ def test_litgpt_finetune_accepts_the_directory(run_dir):
     check_valid_checkpoint_dir(run_dir / "EXPORT")  # what every `litgpt finetune` begins with; exits otherwise
 
 
+@pytest.mark.slow  # test_pipeline.py has the trainer's own checkpoint
 def test_consolidation_and_renames_give_the_same_files(run_dir):
     """Step 4 and 5 as they are written down."""
     shutil.copytree(run_dir / "RUN", run_dir / "RUN4")

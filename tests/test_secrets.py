@@ -63,7 +63,7 @@ def state_of(address: str) -> str:
     )
     process = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_ADDRESS": address},
         capture_output=True,
         text=True,
         timeout=120,
