@@ -108,6 +108,24 @@ def test_the_profiler_writes_a_trace_of_the_steps_asked_for(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["full", "hybrid"])
+def test_tensor_and_data_parallelism_together_have_the_same_losses_and_norms(tmp_path, dataset, config, sharding):
+    """Matrices that both split are laid out in strided pieces, each of which counts in the gradient's norm."""
+    ways = {"plain": {}, "both": {"parallel__tensor_parallel_size": 2, "parallel__sharding": sharding}}
+    if sharding == "hybrid":
+        ways["both"]["parallel__shard_size"] = 4
+    run_ranks(
+        [settings_of(config, dataset, tmp_path / name, 4, **changes) for name, changes in ways.items()],
+        4,
+        tmp_path / "job",
+    )
+    assert digests_of(tmp_path / "both") == digests_of(tmp_path / "plain")
+    np.testing.assert_allclose(losses_of(tmp_path / "both"), losses_of(tmp_path / "plain"), rtol=0, atol=1e-5)
+    norms = [[r["grad_norm"] for r in metrics_of(tmp_path / name) if "grad_norm" in r] for name in ways]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_compiled_blocks_have_the_same_losses(runs, config, dataset, tmp_path):
     settings = settings_of(config, dataset, tmp_path / "out", 2, parallel__compile="true")
     run_ranks([settings], 2, tmp_path / "job")

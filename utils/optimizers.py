@@ -84,8 +84,9 @@ def global_gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
             continue
         if isinstance(gradient, DTensor):
             mesh = gradient.device_mesh
+            # Not is_shard(): that is false for the strided pieces of what tensor parallelism split before FSDP2.
             groups = tuple(
-                mesh.get_group(dimension) for dimension, how in enumerate(gradient.placements) if how.is_shard()
+                mesh.get_group(dimension) for dimension, how in enumerate(gradient.placements) if not how.is_replicate()
             )
             pieces[groups].append(gradient.to_local())
         else:
