@@ -100,20 +100,25 @@ def remove_unfinished(out_dir: str | os.PathLike) -> list[str]:
 
 def free_final_name(out_dir: str | os.PathLike) -> None:
     """A run that is made longer goes on from final/: give that checkpoint its step's name."""
-    final = Path(out_dir) / FINAL_NAME
-    manifest = read_manifest(final, "checkpoint") if final.is_dir() else None
-    if manifest is None:
+    final = next((found for found in list_checkpoints(out_dir)[0] if found.path.name == FINAL_NAME), None)
+    if final is None:  # or damaged: the run's new end will replace it
         return
-    target = Path(out_dir) / step_name(manifest["content"]["step"])
+    target = Path(out_dir) / step_name(final.step)
     if not target.exists():
-        os.rename(final, target)
+        os.rename(final.path, target)
         fsync_directory(out_dir)
 
 
-def superfluous(checkpoints: list[Checkpoint], keep_last: int | None, keep_every_steps: int | None) -> list[Checkpoint]:
-    """Those that may be deleted; `checkpoints` newest first."""
+def superfluous(
+    checkpoints: list[Checkpoint], step: int, keep_last: int | None, keep_every_steps: int | None
+) -> list[Checkpoint]:
+    """Those that may be deleted when that of `step` was published; `checkpoints` newest first.
+
+    Later ones are damaged: the run went on from before them. They stay, and do not count.
+    """
     if keep_last is None:
         return []
+    checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.step <= step]
     return [
         checkpoint
         for checkpoint in checkpoints[max(1, keep_last) :]
@@ -127,6 +132,8 @@ def superfluous(checkpoints: list[Checkpoint], keep_last: int | None, keep_every
 def load_training_state(path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     """Fill model and optimizers from `path`/lit_model.pth, whatever number of processes wrote it.
 
+    The optimizers' settings (weight decay, betas, eps, momentum) stay those they were made with.
+
     Returns:
         The primitives of meta.pt.
     """
@@ -139,11 +146,18 @@ def load_training_state(path: Path, model: torch.nn.Module, optimizers: list[tor
         set_optimizer_state_dict,
     )
 
+    options = [
+        [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
     reader = dcp.FileSystemReader(path / WEIGHTS_NAME)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizers)}
     dcp.load(state, storage_reader=reader)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
+    for optimizer, own in zip(optimizers, options):
+        for group, values in zip(optimizer.param_groups, own):
+            group.update(values)
     return torch.load(path / WEIGHTS_NAME / "meta.pt", weights_only=True)
 
 
@@ -170,8 +184,11 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
     weights = weights.get("model", weights)
     parameters = dict(model.named_parameters())
     if model.lm_head.weight is model.transformer.wte.weight:
-        weights.pop("lm_head.weight", None) if "transformer.wte.weight" in weights else None
-        parameters.pop("lm_head.weight", None)
+        # Of the shared weight's two names the model lists one, and the file has one or both.
+        if "transformer.wte.weight" in weights:
+            weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
+        if "transformer.wte.weight" in parameters:
+            parameters["lm_head.weight"] = parameters.pop("transformer.wte.weight")
     problems = [f"{flag}: no weights for {name}." for name in sorted(set(parameters) - set(weights))[:3]]
     problems += [f"{flag}: {name} is not a part of this model." for name in sorted(set(weights) - set(parameters))[:3]]
     problems += [

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from utils.checkpoint import WEIGHTS_NAME, list_checkpoints, remove_unfinished, superfluous
 from utils.console import human_bytes
 from utils.files import TEMPORARY_PREFIX, fsync_directory
-from utils.manifest import file_entry, write_manifest
+from utils.manifest import damaged_files, file_entry, write_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 def shortage(directory: Path, needed_bytes: int) -> str | None:
     """Why `needed_bytes` would not fit into `directory`, or None."""
-    free = shutil.disk_usage(directory).free
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        return _reason(error)
     if free >= needed_bytes:
         return None
     return f"no space: a checkpoint needs {human_bytes(needed_bytes)}, {human_bytes(free)} are free"
@@ -67,8 +70,6 @@ class CheckpointWriter:
         self.error: str | None = None
         """Why the last save failed; the same on every process."""
         self.last_good: Path | None = None
-        self.last_save_s: float | None = None
-        """Duration of the last complete save, from the call to the rename."""
 
     def save(self, name: str, primitives: dict[str, Any], asynchronous: bool) -> float:
         """Start to write the checkpoint `name`; returns the seconds for which the caller was held up.
@@ -84,7 +85,9 @@ class CheckpointWriter:
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
         }
-        start = [(shortage(self.out_dir, self.state_bytes()), uuid.uuid4().hex[:12])]
+        # Rank 0 decides: another node may not even see the directory, which is said when the files are compared.
+        needed_bytes = self.state_bytes()
+        start = [(shortage(self.out_dir, needed_bytes), uuid.uuid4().hex[:12]) if self._rank == 0 else None]
         dist.broadcast_object_list(start, group=self._group)
         missing, nonce = start[0]
         if missing:
@@ -94,11 +97,11 @@ class CheckpointWriter:
         if asynchronous:
             self._staged = state = _copy_to_host(state, self._staged)
             self._thread = threading.Thread(
-                target=self._write, args=(temporary, name, state, primitives, started), name="checkpoint"
+                target=self._write, args=(temporary, name, state, primitives), name="checkpoint"
             )
             self._thread.start()
         else:
-            self._write(temporary, name, state, primitives, started)
+            self._write(temporary, name, state, primitives)
         return time.perf_counter() - started
 
     def state_bytes(self) -> int:
@@ -111,30 +114,23 @@ class CheckpointWriter:
             )
         return moments + sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def wait(self) -> None:
         """Return when no save is under way."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _write(self, temporary: Path, name: str, state: dict, primitives: dict[str, Any], started: float) -> None:
+    def _write(self, temporary: Path, name: str, state: dict, primitives: dict[str, Any]) -> None:
         import torch.distributed as dist
 
-        failure, entry = None, None
-        try:
-            entry = self._write_shard(temporary, state)
-        except BaseException as error:  # CheckpointException is a BaseException
-            failure = _reason(error)
-        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(outcomes, (failure, entry), group=self._group)
-        failures = [failure for failure, _ in outcomes if failure]
+        # By itself: the saving is collective, and a process that failed before it would leave the others waiting.
+        failures, _ = self._on_all(lambda: (temporary / WEIGHTS_NAME).mkdir(parents=True, exist_ok=True))
+        entries: list[dict[str, Any]] = []
+        if not failures:
+            failures, entries = self._on_all(lambda: self._write_shard(temporary, state))
         if self._rank == 0 and not failures:
             try:
-                self._publish(temporary, name, [entry for _, entry in outcomes if entry], primitives)
+                self._publish(temporary, name, entries, primitives)
             except Exception as error:
                 failures = [_reason(error)]
         if self._rank == 0 and failures:
@@ -144,14 +140,25 @@ class CheckpointWriter:
         self.error = None if outcome[0] is None else f"{self.out_dir / name} could not be written: {outcome[0]}"
         if self.error is None:
             self.last_good = self.out_dir / name
-            self.last_save_s = time.perf_counter() - started
+
+    def _on_all(self, work: Callable[[], Any]) -> tuple[list[str], list[Any]]:
+        """Do `work` on every process; returns, on each, why it failed where it did, and what it gave where it gave something."""
+        import torch.distributed as dist
+
+        failure, result = None, None
+        try:
+            result = work()
+        except BaseException as error:  # CheckpointException is a BaseException
+            failure = _reason(error)
+        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(outcomes, (failure, result), group=self._group)
+        return [failure for failure, _ in outcomes if failure], [result for _, result in outcomes if result]
 
     def _write_shard(self, temporary: Path, state: dict) -> dict[str, Any] | None:
         """This process's part; returns the entry of its file for the manifest."""
         import torch.distributed.checkpoint as dcp
 
         weights = temporary / WEIGHTS_NAME
-        weights.mkdir(parents=True, exist_ok=True)
         dcp.save(state, storage_writer=dcp.FileSystemWriter(weights, sync_files=True), process_group=self._group)
         # A process whose pieces are all held by others as well writes no file.
         name = f"{WEIGHTS_NAME}/__{self._rank}_0.distcp"
@@ -169,6 +176,10 @@ class CheckpointWriter:
         others = [str(path.relative_to(temporary)) for path in sorted(temporary.rglob("*")) if path.is_file()]
         entries = shards + [file_entry(temporary, other) for other in others if other not in known]
         entries.sort(key=lambda entry: entry["name"])
+        if damage := damaged_files(temporary, entries, checksums=False):
+            raise RuntimeError(
+                f"{damage[0]}, though its process wrote it: out_dir must be a directory that all nodes share"
+            )
         write_manifest(temporary, self._make_manifest(entries, primitives))
         fsync_directory(temporary / WEIGHTS_NAME)
         final = self.out_dir / name
@@ -180,7 +191,7 @@ class CheckpointWriter:
         fsync_directory(self.out_dir)
         remove_unfinished(self.out_dir)
         published, _ = list_checkpoints(self.out_dir)
-        for old in superfluous(published, self._keep_last, self._keep_every_steps):
+        for old in superfluous(published, primitives["step"], self._keep_last, self._keep_every_steps):
             # Renamed first, so that a crash in the middle leaves no directory that looks like a checkpoint.
             doomed = self.out_dir / f"{TEMPORARY_PREFIX}old-{old.path.name}"
             os.rename(old.path, doomed)
