@@ -30,6 +30,7 @@ _FIXED_SETTINGS = (
     "model",
     "context_tokens",
     "data",
+    "data_weights",
     "seed",
     "train.global_batch_size",
     "train.tie_embeddings",
@@ -101,6 +102,10 @@ def make_plan(settings: Settings) -> Plan:
                 f"--train.max_seq_length={context}: the model's block_size is {config.block_size}. Give at most that, or raise "
                 "model_config.block_size."
             )
+        if settings.parallel.loss == "fused" and config.final_logit_softcapping:
+            problems.add(
+                f"--parallel.loss=fused: has no soft-capping of logits, which {config.name} needs. Use --parallel.loss=chunked."
+            )
     located = problems.collect(data_directories, settings)
     train, val, manifests = [], [], []
     for directory in located[0] if located else []:
@@ -131,7 +136,7 @@ def make_plan(settings: Settings) -> Plan:
         )
     _check_out_dir(settings, problems)
 
-    if config is not None and context:
+    if config is not None and context > 0:
         for indexes in (train, val):
             for index in indexes:
                 if index is not None and count_blocks(index, context + 1) == 0:
@@ -194,6 +199,7 @@ def _check_numbers(settings: Settings, problems: Problems) -> None:
             problems.add(
                 f"--{name}={value}: must be above 0 (null or leaving it out turns it off where it has an off value)."
             )
+    all_positive = not problems.found
     for name, value in {
         "train.min_lr": train.min_lr,
         "train.z_loss": train.z_loss,
@@ -222,7 +228,7 @@ def _check_numbers(settings: Settings, problems: Problems) -> None:
         problems.add(f"--train.min_lr={train.min_lr}: above the peak --optimizer.lr={settings.optimizer.lr}. Lower it.")
     if parallel.loss == "fused" and train.z_loss:
         problems.add("--parallel.loss=fused: has no z-loss. Use --parallel.loss=chunked, or --train.z_loss=0.")
-    if settings.num_devices:
+    if settings.num_devices and all_positive:  # they divide by these numbers
         problems.collect(check_batch, settings, settings.num_nodes * settings.num_devices)
         problems.collect(shard_size, settings, settings.num_nodes * settings.num_devices, settings.num_devices)
     if parallel.shard_size is not None and parallel.sharding != "hybrid":
@@ -239,19 +245,28 @@ def shard_size(settings: Settings, world_size: int, local_size: int) -> int:
         world_size, local_size: processes in total, and on a node.
 
     Raises:
-        UserError: copies of this size do not fill the processes.
+        UserError: copies of this size do not fill the processes, or tensor parallelism does not fill a node or a copy.
     """
     parallel = settings.parallel
-    data_parallel = world_size // parallel.tensor_parallel_size
+    tensor = parallel.tensor_parallel_size
+    if local_size % tensor:
+        raise UserError(
+            f"--parallel.tensor_parallel_size={tensor}: does not divide the {local_size} processes of a node (--num_devices), "
+            "and must not reach over nodes. Give a divisor."
+        )
+    data_parallel = world_size // tensor
     if parallel.sharding != "hybrid":
         return data_parallel if parallel.sharding == "full" else 1
-    size = (parallel.shard_size or local_size) // parallel.tensor_parallel_size
-    if size < 1 or data_parallel % size:
+    copy = parallel.shard_size or local_size
+    if copy % tensor:
         raise UserError(
-            f"--parallel.shard_size={parallel.shard_size}: copies of so many processes do not fill {world_size} processes. "
-            "Give a divisor."
+            f"--parallel.shard_size={copy}: not a multiple of --parallel.tensor_parallel_size={tensor}. Give a multiple."
         )
-    return size
+    if world_size % copy:
+        raise UserError(
+            f"--parallel.shard_size={copy}: copies of so many processes do not fill {world_size} processes. Give a divisor."
+        )
+    return copy // tensor
 
 
 def check_batch(settings: Settings, world_size: int) -> int:
