@@ -37,10 +37,8 @@ from utils.checkpoint import (
 )
 from utils.errors import UserError
 from utils.training_log import Follower, make_logger, progress_line, read_metrics
-from utils.training_plan import Plan, check_batch, check_same_run, make_plan, result_settings
-from utils.training_settings import Settings
-
-STOP_NAME = "stop"
+from utils.training_plan import Plan, check_batch, check_same_run, make_plan, result_settings, shard_size
+from utils.training_settings import STOP_NAME, Settings
 
 
 def main(settings: Settings) -> None:
@@ -105,6 +103,7 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
         settings = with_cluster(settings)
         world_size = settings.num_nodes * settings.num_devices
         accumulation = check_batch(settings, world_size)
+        shard_size(settings, world_size, settings.num_devices)
         newest, _ = find_newest_good(out_dir, checksums=False)
         first_step = newest.step if newest else 0
         console.say(

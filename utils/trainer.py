@@ -44,9 +44,8 @@ from utils.optimizers import global_gradient_norm, make_optimizers, scale_gradie
 from utils.token_blocks import Prefetcher, Sequences, rank_positions
 from utils.training_log import MetricsFile, rewind_metrics
 from utils.training_plan import Plan, check_batch, provenance, result_settings
-from utils.training_settings import Settings
+from utils.training_settings import STOP_NAME, Settings
 
-STOP_NAME = "stop"
 _PREEMPTION_POLL_S = 10.0
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the first name that occurs in the device's counts.

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+STOP_NAME = "stop"
+"""A file of this name in out_dir ends the run early, with a checkpoint."""
+
 
 @dataclass
 class TrainSettings:
