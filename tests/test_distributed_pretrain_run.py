@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pretrain_ranks import digests_of, losses_of, metrics_of, weights_of
+from pretrain_ranks import digests_of, losses_of, metrics_of, settings_of, weights_of
 from pretraining import TINY_MODEL, tokenize_dataset, write_config
 
+from utils.errors import UserError
 from utils.manifest import damaged_files, read_manifest
 from utils.training_log import read_metrics
+from utils.training_plan import check_same_run, make_plan, result_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "distributed_pretrain.py"
@@ -100,6 +103,7 @@ def test_the_same_command_again_has_nothing_to_do_and_starts_no_ray(finished, da
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_goes_on_from_its_end(finished, dataset, config, run_script, ray_address, tmp_path):
     """And with other settings it is refused."""
     import shutil
@@ -214,6 +218,7 @@ def test_sigterm_saves_and_kill_9_of_the_driver_loses_nothing(tmp_path, dataset,
     assert_same_run(out_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_with_one_worker_each(tmp_path, dataset, config, run_script):
     from ray.cluster_utils import Cluster
 
@@ -277,6 +282,14 @@ def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, data
         (["--train.max_seq_length=64"], "block_size is 32"),
         (["--train.max_seq_lenght=16"], "max_seq_lenght"),
         (["--train.max_steps=0"], "must be above 0"),
+        (["--train.micro_batch_size=0", "--parallel.tensor_parallel_size=0", "--num_nodes=0"], "--num_nodes=0"),
+        (["--train.max_seq_length=-1"], "--train.max_seq_length=-1: must be above 0"),
+        (["--parallel.loss=fused", "--model_config.final_logit_softcapping=30"], "no soft-capping of logits"),
+        (["--parallel.tensor_parallel_size=2", "--num_devices=1", "--num_nodes=2"], "1 processes of a node"),
+        (
+            ["--parallel.tensor_parallel_size=2", "--parallel.sharding=hybrid", "--parallel.shard_size=1"],
+            "--parallel.shard_size=1: not a multiple of --parallel.tensor_parallel_size=2",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_a_remedy(tmp_path, run_script, config, dataset, flags, message):
@@ -284,6 +297,20 @@ def test_a_wrong_setting_is_named_with_a_remedy(tmp_path, run_script, config, da
         SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "out", *flags, check=False
     )
     assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr
+
+
+def test_other_weights_of_a_mixture_are_another_run(tmp_path, config, dataset):
+    (tmp_path / "second").symlink_to(dataset)
+    results = []
+    for weight in (1.0, 3.0):
+        mixture = {str(dataset): 1.0, str(tmp_path / "second"): weight}
+        settings = dataclasses.replace(
+            settings_of(config, dataset, tmp_path / "out", 2), dataset_path=None, data_mixture=mixture
+        )
+        results.append(result_settings(settings, make_plan(settings)))
+    check_same_run(json.loads(json.dumps(results[0])), results[0], "out")
+    with pytest.raises(UserError, match=r"other settings \(data_weights\)"):
+        check_same_run(json.loads(json.dumps(results[0])), results[1], "out")
 
 
 def test_a_damaged_dataset_is_named(tmp_path, run_script, config, dataset):
@@ -303,6 +330,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_script, conf
     for word in ("84,128 parameters", "memory a process", "activations", "no problems found"):
         assert word in process.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_warns_of_a_model_that_cannot_be_exported(tmp_path, run_script, config, dataset):
+    process = run_script(
+        SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "out", "--dry_run",
+        "--model_config.mlp_class_name=LLaMAMoE", "--model_config.n_expert=4", "--model_config.n_expert_per_token=2",
+        "--model_config.name=Mixtral-tiny",
+    )  # fmt: skip
+    assert "cannot be exported to Hugging Face" in process.stderr and "mixtures of experts" in process.stderr
+    assert "no problems found" in process.stdout
 
 
 def test_list_prints_every_model_that_litgpt_knows(run_script):
