@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from utils.errors import UserError
 from utils.training_log import (
     METRICS_NAME,
     Follower,
@@ -21,6 +22,15 @@ from utils.training_log import (
 from utils.training_settings import LogSettings
 
 RECORD = {"step": 3, "tokens": 768, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "tokens_per_s": 1234.0, "eta_s": 61.0}
+
+
+def test_wandb_that_does_not_start_is_the_users_error_and_keeps_the_key(tmp_path, monkeypatch):
+    key = "a-key-that-nobody-may-see"
+    monkeypatch.setenv("WANDB_MODE", f"neither-online-nor-{key}")
+    with pytest.raises(UserError, match="WANDB_MODE=offline") as raised:
+        make_logger("wandb", tmp_path, [], {}, LogSettings(), key)
+    assert key not in str(raised.value) and raised.value.__cause__ is None
+    assert "WANDB_API_KEY" not in os.environ
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):

@@ -251,6 +251,15 @@ class _WandbLogger:
                 mode=mode,
                 settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
             )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if key is not None:
+                reason = reason.replace(key, "[key]")
+            # Without its cause, which may quote the key.
+            raise UserError(
+                f"--logger_name=wandb: wandb did not start ({reason}). Check WANDB_API_KEY and the network, or set "
+                "WANDB_MODE=offline to keep its files here until `wandb sync`."
+            ) from None
         finally:
             for name in environment:
                 os.environ.pop(name, None)
