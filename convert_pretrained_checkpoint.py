@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -254,7 +255,9 @@ def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path,
 
 def remove_interrupted(export_dir: Path) -> None:
     """Delete what an earlier, killed run of this command left beside `export_dir`."""
-    for left in export_dir.parent.glob(f"{TEMPORARY_PREFIX}{export_dir.name}-*"):
+    # Exactly its own: that of EXPORT must not match EXPORT-bf16's.
+    pattern = f"{TEMPORARY_PREFIX}{glob.escape(export_dir.name)}-{'[0-9a-f]' * 12}"
+    for left in export_dir.parent.glob(pattern):
         with held_lock(left) as is_free:
             if not is_free:
                 raise UserError(f"export_dir={export_dir}: another process is making it in {left}. Wait for it.")
