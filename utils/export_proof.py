@@ -37,8 +37,6 @@ class LogitsComparison:
     max_abs_logit: float
     kl_divergence_nats: float
     """Mean over positions of KL(litgpt || transformers)."""
-    same_top_token: int
-    """Positions at which both models find the same token most likely."""
 
     @property
     def tolerance(self) -> float:
@@ -230,7 +228,6 @@ def compare_logits(
         lit_logits = lit_model(tokens).flatten(0, 1)
         hf_logits = hf_model(tokens, use_cache=False).logits.flatten(0, 1)
     max_difference = max_logit = kl_sum = 0.0
-    same_top = 0
     for lit_row, hf_row in zip(
         lit_logits, hf_logits
     ):  # one position at a time: double precision needs twice the memory
@@ -243,8 +240,7 @@ def compare_logits(
         max_logit = max(max_logit, float(lit_row.abs().max()))
         lit_log, hf_log = lit_row.log_softmax(-1), hf_row.log_softmax(-1)
         kl_sum += float((lit_log.exp() * (lit_log - hf_log)).sum())
-        same_top += int(lit_row.argmax() == hf_row.argmax())
-    return LogitsComparison(tokens.numel(), max_difference, max_logit, kl_sum / tokens.numel(), same_top)
+    return LogitsComparison(tokens.numel(), max_difference, max_logit, kl_sum / tokens.numel())
 
 
 def _compare_rope(lit_model: Any, hf_model: Any) -> None:
