@@ -71,7 +71,7 @@ def interleave(weights: Sequence[float], num_slots: int = _MIX_SLOTS) -> np.ndar
 
     Returns:
         int64 array of shape (num_slots,), or (1,) for a single source. Slots go to the source that is furthest behind
-        its share (Webster's rule), so every stretch of the cycle keeps the proportions.
+        its share (largest deficit), so every stretch of the cycle keeps the proportions.
     """
     share = np.asarray(weights, np.float64) / np.sum(weights)
     if len(share) == 1:
