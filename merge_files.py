@@ -312,14 +312,21 @@ def main(settings: Settings) -> None:
         console.result(f"would {settings.mode} them to {target}")
         return
 
-    by_checksum = settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
-    console.say(f"verify: sizes and document offsets{' and checksums' if by_checksum else ''}")
+    link = False
+    if settings.mode in ("link", "move"):
+        target.mkdir(parents=True, exist_ok=True)
+        link = same_file_system(plan.chunks, target)
+        if not link:
+            console.say("source and target lie on different file systems: copying")
+    copies = not link and settings.mode != "index"
+    # What is copied is compared on the way.
+    by_checksum = not copies and (
+        settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
+    )
+    console.say(f"verify: sizes and document offsets{' and checksums' if by_checksum or copies else ''}")
     chunks = in_parallel(lambda chunk: verify_chunk(chunk, plan.dtype, by_checksum), plan.chunks, "verify")
     if settings.mode != "index":
         target.mkdir(parents=True, exist_ok=True)
-        link = settings.mode in ("link", "move") and same_file_system(chunks, target)
-        if settings.mode in ("link", "move") and not link:
-            console.say("source and target lie on different file systems: copying")
         chunks = in_parallel(lambda chunk: place_chunk(chunk, target, link), chunks, "link" if link else "copy")
     manifest = publish(plan, chunks, target)
     if settings.mode == "move":

@@ -255,9 +255,10 @@ def test_damage_is_noticed(run_script, source, tmp_path, damage):
         index = json.loads((source / "0" / "index.json").read_text())
         index["chunks"][0]["dim"] += 1
         (source / "0" / "index.json").write_text(json.dumps(index))
-    said = merge(run_script, source, tmp_path / "t", code=2).stderr
-    assert ORDER[1] in said or "do not name the same chunks" in said
-    assert not (tmp_path / "t" / "index.json").exists()
+    for mode in ("link", "copy"):
+        said = merge(run_script, source, tmp_path / mode, f"--mode={mode}", code=2).stderr
+        assert ORDER[1] in said or "do not name the same chunks" in said
+        assert not (tmp_path / mode / "index.json").exists()
 
 
 @pytest.mark.parametrize("name", ["../../secret.bin", "/etc/passwd", "link.bin", "a\0b", ""])

@@ -165,3 +165,14 @@ def test_help_is_quick_and_has_the_command_lines(script, run_script):
     said = run_script(f"{script}.py", "--help").stdout
     assert time.monotonic() - start < 2
     assert f"python {script}.py" in said and "--config" in said
+
+
+def test_nothing_of_ours_is_left_on_the_cluster(ray_address):
+    import ray
+
+    ray.init(address=ray_address, logging_level="ERROR")
+    try:
+        assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+        assert not ray.util.list_named_actors(all_namespaces=True)
+    finally:
+        ray.shutdown()
