@@ -425,6 +425,16 @@ def test_killed_at_any_moment(checkpoint, exported, tmp_path, when):
     assert digest == hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
 
 
+def test_another_exports_temporaries_stay(tmp_path):
+    from convert_pretrained_checkpoint import remove_interrupted
+
+    own, others = ".tmp-model[1]-0123456789ab", {".tmp-model[1]-bf16-0123456789ab", ".tmp-model1-0123456789ab"}
+    for name in (own, *others):
+        (tmp_path / name).mkdir()
+    remove_interrupted(tmp_path / "model[1]")
+    assert {path.name for path in tmp_path.iterdir()} == others
+
+
 def test_two_at_once_do_not_disturb_each_other(checkpoint, tmp_path):
     target = tmp_path / "model"
     process = subprocess.Popen([sys.executable, str(ROOT / SCRIPT), str(checkpoint), str(target)])
