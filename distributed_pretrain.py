@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -36,9 +37,12 @@ from utils.checkpoint import (
     list_checkpoints,
 )
 from utils.errors import UserError
+from utils.files import write_json
 from utils.training_log import Follower, make_logger, progress_line, read_metrics
 from utils.training_plan import Plan, check_batch, check_same_run, make_plan, result_settings, shard_size
 from utils.training_settings import STOP_NAME, Settings
+
+RAY_NAME = ".ray"  # in out_dir: what Ray Train and its workers leave for the driver while a run lasts
 
 
 def main(settings: Settings) -> None:
@@ -168,6 +172,7 @@ def fit(settings: Settings, plan: Plan) -> None:
                 if not isinstance(callback, PlacementGroupCleanerCallback)
             ]
 
+    problems_file(settings).unlink(missing_ok=True)  # of a driver that was killed
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         # The driver is on the only node: it would go with it. SIGTERM is the notice then.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -183,20 +188,22 @@ def fit(settings: Settings, plan: Plan) -> None:
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
-            storage_path=str(Path(settings.out_dir) / ".ray"),
+            storage_path=str(Path(settings.out_dir) / RAY_NAME),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="INFO" if console.VERBOSITY >= 2 else "ERROR"),
         ),
     )
     try:
         trainer.fit()
+        if problems := reported_problems(settings):
+            raise UserError(problems)
     except ray.train.WorkerGroupError as error:
         raise_user_error_of(error)
         raise
     finally:
         import shutil
 
-        shutil.rmtree(Path(settings.out_dir) / ".ray", ignore_errors=True)
+        shutil.rmtree(Path(settings.out_dir) / RAY_NAME, ignore_errors=True)
 
 
 def raise_user_error_of(error: Exception) -> None:
@@ -267,10 +274,47 @@ def train_worker(job: dict[str, Any]) -> None:
 
     from utils.trainer import Trainer
 
-    settle_local_ranks(settings)
-    trainer = Trainer(settings, plan)
-    trainer.resume_or_initialise()
-    trainer.run()
+    if failed_before(settings):
+        return
+    settle_local_ranks(settings)  # not noted: with the next start the nodes may be whole again
+    try:
+        trainer = Trainer(settings, plan)
+        trainer.resume_or_initialise()
+        trainer.run()
+    except UserError as error:
+        report_problems(settings, error)
+        raise
+
+
+# Ray Train starts the workers again after any error (--max_failures), and the user's would come again each time. So the
+# failing worker leaves a note, and the next workers end at once: the driver then says what the note holds.
+
+
+def problems_file(settings: Settings) -> Path:
+    return Path(settings.out_dir) / RAY_NAME / "user_error.json"
+
+
+def report_problems(settings: Settings, error: UserError) -> None:
+    with contextlib.suppress(OSError):  # a full disk may be the very problem
+        path = problems_file(settings)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, error.problems)
+
+
+def reported_problems(settings: Settings) -> list[str] | None:
+    try:
+        return json.loads(problems_file(settings).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def failed_before(settings: Settings) -> bool:
+    """Whether a worker has left a note; all processes take rank 0's word, for a network file system may be late."""
+    import torch.distributed as dist
+
+    noted = [dist.get_rank() == 0 and reported_problems(settings) is not None]
+    dist.broadcast_object_list(noted)
+    return noted[0]
 
 
 def settle_local_ranks(settings: Settings) -> None:

@@ -120,6 +120,22 @@ def test_a_run_that_is_made_longer_goes_on_from_its_end(finished, dataset, confi
     assert [record["step"] for record in metrics_of(out_dir)] == list(range(9))
 
 
+@pytest.mark.slow
+def test_the_users_error_in_a_worker_is_not_tried_again(finished, dataset, config, run_script, ray_address, tmp_path):
+    import torch
+
+    weights = weights_of(finished[0] / "final")["model"]
+    del weights["lm_head.weight"]
+    torch.save(weights, tmp_path / "lit_model.pth")
+    out_dir = tmp_path / "out"
+    process = run_script(
+        SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", out_dir, "--address", ray_address,
+        "--initial_checkpoint_dir", tmp_path, "--max_failures=-1", check=False, timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 2 and "no weights for lm_head.weight" in process.stderr
+    assert not (out_dir / ".ray").exists()
+
+
 def start_script(*arguments, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / SCRIPT), *map(str, arguments)], cwd=ROOT, text=True,
