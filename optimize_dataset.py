@@ -104,7 +104,7 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
     import numpy as np
 
     from utils.encoding import Encoder
-    from utils.parquet_input import stream_texts
+    from utils.parquet_input import CorruptRowGroup, stream_texts
 
     encoder = Encoder(plan.tokenizer_json.read_bytes(), settings.parse_special_tokens)
     sampled_bytes = sampled_tokens = sampled_documents = 0
@@ -113,17 +113,20 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
         piece = unit.ranges[0]
         path = plan.job.paths[piece.file_index]
         groups = range(piece.first, piece.first + 1)
-        for texts in stream_texts(settings.input_dir, path, piece.file_index, groups, settings.text_column):
-            texts = texts.drop_null()
-            if not texts.nbytes:
-                continue
-            start = time.perf_counter()
-            ids, _ = encoder.encode(texts)
-            seconds += time.perf_counter() - start
-            sampled_bytes += texts.nbytes
-            sampled_tokens += len(ids) + len(texts)
-            sampled_documents += len(texts)
-            break
+        try:
+            for texts in stream_texts(settings.input_dir, path, piece.file_index, groups, settings.text_column):
+                texts = texts.drop_null()
+                if not texts.nbytes:
+                    continue
+                start = time.perf_counter()
+                ids, _ = encoder.encode(texts)
+                seconds += time.perf_counter() - start
+                sampled_bytes += texts.nbytes
+                sampled_tokens += len(ids) + len(texts)
+                sampled_documents += len(texts)
+                break
+        except CorruptRowGroup as error:
+            console.warn(f"{path}, row group {error.row_group}: {error.reason}; the run would stop there")
     tokens = plan.text_bytes * sampled_tokens / max(sampled_bytes, 1)
     disk_bytes = tokens * np.dtype(plan.job.dtype).itemsize
     cores = settings.num_workers or os.cpu_count() or 1
