@@ -173,6 +173,8 @@ def test_nothing_of_ours_is_left_on_the_cluster(ray_address):
     ray.init(address=ray_address, logging_level="ERROR")
     try:
         assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
-        assert not ray.util.list_named_actors(all_namespaces=True)
+        # Ray Train leaves a coordinator of its own on the cluster, which holds no resources.
+        named = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+        assert named <= {"AutoscalingCoordinator"}
     finally:
         ray.shutdown()
