@@ -100,10 +100,10 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
     wandb_key = os.environ.pop("WANDB_API_KEY", None)  # before Ray starts: what Ray starts inherits this environment
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    from utils.ray_cluster import ray_session
+    from utils.ray_cluster import find_cluster, ray_session
 
     out_dir = Path(settings.out_dir)
-    with ray_session(settings.address):
+    with ray_session(find_cluster(settings.address)):
         settings = with_cluster(settings)
         world_size = settings.num_nodes * settings.num_devices
         accumulation = check_batch(settings, world_size)

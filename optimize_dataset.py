@@ -13,17 +13,17 @@ Which documents are validation data depends on their text alone, and the chunks 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from utils import cli, console
-from utils.errors import UserError
-from utils.files import temporary_sibling
+from utils.errors import UserError, WorkerDied
 from utils.tokenization_plan import Plan, check_disk_space, free_bytes, make_plan
 from utils.tokenization_state import (
     ProgressFile,
@@ -35,7 +35,6 @@ from utils.tokenization_state import (
     remove_unrecorded_files,
 )
 
-CHECKED_PACKAGES = ("ray", "pyarrow", "gigatoken", "tokenizers", "awkward", "numpy", "xxhash")
 TASK_RETRIES = 3
 
 
@@ -70,9 +69,10 @@ class Settings:
     unit_bytes: int | None = None
     """Bytes of text that one task takes at a time; null: from the input's size, 4 MiB to 1 GiB."""
     num_workers: int | None = None
-    """Tasks at a time, each on one CPU; null: all CPUs of the cluster."""
+    """Units at a time, each on one CPU; null: all CPUs of the cluster, or of this machine."""
     address: str | None = None
-    """Ray cluster to use, as HOST:PORT; null: RAY_ADDRESS or the one `ray start` started here, else this machine."""
+    """Ray cluster to use, as HOST:PORT, or 'local' for processes of this machine; null: RAY_ADDRESS or the cluster that
+    `ray start` started here, else this machine."""
     dry_run: bool = False
     """Check everything, print the plan with estimates, and stop."""
 
@@ -139,18 +139,6 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
     )
 
 
-def tokenize_on_node(job: Any, unit: Any, folders: dict[str, str], tokenizer: list) -> dict[str, Any]:
-    """The Ray task. `tokenizer` holds a reference, so that only a process that needs the files' content fetches it."""
-    import ray
-
-    from utils.tokenize_unit import process_encoder, tokenize_unit
-
-    node_id = ray.get_runtime_context().get_node_id()
-    folder = folders.get(node_id, f"node-{node_id[:12]}")  # a node that joined after the start
-    encoder = process_encoder(job, lambda: ray.get(tokenizer[0]))
-    return dataclasses.asdict(tokenize_unit(job, unit, folder, encoder))
-
-
 def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
     """tokenizer.json, and what gigatoken is to load: made once here, not once in every worker."""
     from utils.encoding import fast_tokenizer_json
@@ -159,56 +147,52 @@ def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
     return tokenizer_json, fast_tokenizer_json(tokenizer_json, plan.job.parse_special_tokens)
 
 
-def run_units(
-    plan: Plan,
-    units: list,
-    settings: Settings,
-    tokenizer: concurrent.futures.Future,
-    progress_file: ProgressFile,
-    done_bytes: int,
-) -> None:
-    """Tokenize `units` on the cluster, largest first; append a record for each as it is finished.
+@contextlib.contextmanager
+def start_workers(plan: Plan, settings: Settings) -> Iterator[Any]:
+    """Processes that tokenize: on the Ray cluster, or without one on this machine (RayWorkers or LocalWorkers)."""
+    from utils.ray_cluster import find_cluster, ray_session
+
+    def load() -> tuple[bytes, bytes]:
+        return load_tokenizer(plan)
+
+    cluster = find_cluster(settings.address)
+    if cluster is None:
+        from utils.local_workers import LocalWorkers
+
+        num_workers = settings.num_workers or min(len(os.sched_getaffinity(0)), len(plan.units))
+        console.say(f"this machine: {num_workers} worker process{'es'[: 2 * (num_workers != 1)]}")
+        with LocalWorkers(num_workers, load, TASK_RETRIES) as workers:
+            yield workers
+    else:
+        from utils.ray_workers import RayWorkers
+
+        with ray_session(cluster):
+            ray_workers = RayWorkers(settings.num_workers, plan.job, load, TASK_RETRIES)
+            nodes, cpus = len(ray_workers.nodes), ray_workers.num_cpus()
+            console.say(f"cluster: {nodes} node{'s'[: nodes != 1]}, {cpus} CPUs")
+            yield ray_workers
+
+
+def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile, done_bytes: int) -> None:
+    """Tokenize `units`, largest first; append a record for each as it is finished.
 
     Args:
-        tokenizer: of what `load_tokenizer` gives.
+        workers: what `start_workers` gives.
         done_bytes: of text that an earlier run finished.
     """
-    import ray
-
-    from utils.preflight import check_nodes
     from utils.progress import Progress
 
-    # A file that this process has just made: a node with a directory of the same name of its own must not pass.
-    probe = temporary_sibling(Path(plan.job.output_dir) / "preflight")
-    probe.touch()
-    seen_by_all = {"--output_dir": str(probe)}
-    if "://" not in settings.input_dir:
-        seen_by_all["--input_dir"] = os.path.abspath(settings.input_dir)
-        plan.job = dataclasses.replace(plan.job, input_dir=os.path.abspath(settings.input_dir))
-    try:
-        nodes = check_nodes(seen_by_all, CHECKED_PACKAGES)
-    finally:
-        probe.unlink()
-    folders = {node["id"]: str(i) for i, node in enumerate(nodes)}
-    num_cpus = int(ray.cluster_resources().get("CPU", 1))
-    console.say(f"cluster: {len(nodes)} node{'s'[: len(nodes) != 1]}, {num_cpus} CPUs")
-
-    task = ray.remote(num_cpus=1, max_retries=TASK_RETRIES, scheduling_strategy="SPREAD")(tokenize_on_node)
-    job, tokenizer_files = ray.put(plan.job), ray.put(tokenizer.result())
     queue = collections.deque(sorted(units, key=lambda unit: (-unit.text_bytes, unit.index)))
-    running: dict[Any, Any] = {}
+    left = len(queue)
     documents = tokens = 0
     busy_s = 0.0
     with Progress("tokenize", plan.text_bytes, done_bytes) as progress:
-        while queue or running:
-            # Twice the CPUs: the next unit lies ready on the node when one ends.
-            at_once = settings.num_workers or 2 * int(ray.cluster_resources().get("CPU", 1)) or 1
-            while queue and len(running) < at_once:
-                unit = queue.popleft()
-                running[task.remote(job, unit, folders, [tokenizer_files])] = unit
-            for ref in ray.wait(list(running), num_returns=1, timeout=10)[0]:
-                unit = running.pop(ref)
-                record = result_of(ref, plan)
+        while left:
+            while queue and workers.num_free() > 0:
+                workers.submit(plan.job, queue.popleft())
+            for unit, outcome in workers.finished():
+                left -= 1
+                record = record_of(outcome, plan)
                 progress_file.append(record)
                 documents += record["train"]["documents"] + record["val"]["documents"]
                 tokens += record["train"]["tokens"] + record["val"]["tokens"]
@@ -221,45 +205,41 @@ def run_units(
                 )
 
 
-def result_of(ref: Any, plan: Plan) -> dict[str, Any]:
-    """A finished task's record; what went wrong in it becomes a UserError where the user can mend it."""
-    import ray
-
+def record_of(outcome: dict[str, Any] | BaseException, plan: Plan) -> dict[str, Any]:
+    """A finished unit's record; what went wrong in it becomes a UserError where the user can mend it."""
     from utils.encoding import EncodingMismatch
     from utils.parquet_input import CorruptRowGroup
 
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, CorruptRowGroup):
-            raise UserError(
-                f"--input_dir: {plan.job.paths[cause.file_index]}, row group {cause.row_group}: {cause.reason}. Mend or "
-                "remove the file, or leave such row groups out with --on_bad_file=quarantine in a new --output_dir."
-            ) from error
-        if isinstance(cause, EncodingMismatch):
-            raise UserError(
-                f"--tokenizer_dir={plan.tokenizer_json.parent}: the fast encoder disagrees with Hugging Face "
-                f"tokenizers, so nothing can be trusted: {cause}. Please report this tokenizer."
-            ) from error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"--output_dir={plan.job.output_dir}: the disk is full ({cause.strerror}). Nothing half-written "
-                f"was kept; make room, and the same command goes on:\n  {console.this_command()}"
-            ) from error
-        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"--output_dir={plan.job.output_dir}: cannot be written ({cause}).") from error
-        if isinstance(cause, OSError):
-            raise UserError(
-                f"reading or writing failed on a node ({type(cause).__name__}: {cause}). The same command goes on:\n"
-                f"  {console.this_command()}"
-            ) from error
-        raise
-    except ray.exceptions.WorkerCrashedError as error:
+    if isinstance(outcome, dict):
+        return outcome
+    go_on = f"the same command goes on:\n  {console.this_command()}"
+    if isinstance(outcome, CorruptRowGroup):
+        raise UserError(
+            f"--input_dir: {plan.job.paths[outcome.file_index]}, row group {outcome.row_group}: {outcome.reason}. Mend or "
+            "remove the file, or leave such row groups out with --on_bad_file=quarantine in a new --output_dir."
+        ) from outcome
+    if isinstance(outcome, EncodingMismatch):
+        raise UserError(
+            f"--tokenizer_dir={plan.tokenizer_json.parent}: the fast encoder disagrees with Hugging Face "
+            f"tokenizers, so nothing can be trusted: {outcome}. Please report this tokenizer."
+        ) from outcome
+    if isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise UserError(
+            f"--output_dir={plan.job.output_dir}: the disk is full ({outcome.strerror}). Nothing half-written "
+            f"was kept; make room, and {go_on}"
+        ) from outcome
+    if isinstance(outcome, OSError) and outcome.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        raise UserError(f"--output_dir={plan.job.output_dir}: cannot be written ({outcome}).") from outcome
+    if isinstance(outcome, OSError):
+        raise UserError(
+            f"reading or writing failed on a node ({type(outcome).__name__}: {outcome}). Then {go_on}"
+        ) from outcome
+    if isinstance(outcome, WorkerDied):
         raise UserError(
             f"a worker process died {TASK_RETRIES + 1} times on the same unit, most likely for want of memory. "
-            f"Lower --num_workers or --unit_bytes; the same command goes on:\n  {console.this_command()}"
-        ) from error
+            f"Lower --num_workers or --unit_bytes; {go_on}"
+        ) from outcome
+    raise outcome
 
 
 def raise_threshold_if_val_is_empty(plan: Plan, records: dict[int, Any]) -> list:
@@ -339,8 +319,6 @@ def say_next(settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-    from utils.ray_cluster import ray_session
-
     start = time.monotonic()
     output_dir = Path(settings.output_dir)
     plan = make_plan(settings)
@@ -364,18 +342,19 @@ def main(settings: Settings) -> None:
         left = [unit for unit in plan.units if unit.index not in records]
         done_bytes = plan.text_bytes - sum(unit.text_bytes for unit in left)
         check_disk_space(plan, settings.output_dir, done_bytes)
-        # The tokenizer is prepared while Ray starts: a second each.
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            tokenizer = thread.submit(load_tokenizer, plan)
-            with ray_session(settings.address):
-                if left:
-                    run_units(plan, left, settings, tokenizer, progress_file, done_bytes)
-                    records = progress_file.finished(output_dir)
-                check_all_are_here(plan, records)
-                again = raise_threshold_if_val_is_empty(plan, records)
-                if again:
-                    run_units(plan, again, settings, tokenizer, progress_file, plan.text_bytes)
-                    records = progress_file.finished(output_dir)
+        if "://" not in settings.input_dir:  # workers run in other directories
+            plan.job = dataclasses.replace(plan.job, input_dir=os.path.abspath(settings.input_dir))
+        with contextlib.ExitStack() as stack:
+            workers = stack.enter_context(start_workers(plan, settings)) if left else None
+            if left:
+                run_units(plan, left, workers, progress_file, done_bytes)
+                records = progress_file.finished(output_dir)
+            check_all_are_here(plan, records)
+            again = raise_threshold_if_val_is_empty(plan, records)
+            if again:
+                workers = workers or stack.enter_context(start_workers(plan, settings))
+                run_units(plan, again, workers, progress_file, plan.text_bytes)
+                records = progress_file.finished(output_dir)
         check_nothing_lost(plan, records)
         if not sum(record.train.documents for record in records.values()):
             raise UserError(

@@ -116,6 +116,20 @@ def busy_workers() -> list[psutil.Process]:
     return found
 
 
+def local_workers(process: subprocess.Popen) -> list[psutil.Process]:
+    """The worker processes of a run without a cluster."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return []
+
+
+@pytest.fixture(params=["cluster", "machine"])
+def where(request) -> str:
+    """The flag that runs the units as tasks of a Ray cluster, or in processes of this machine."""
+    return f"--address={request.getfixturevalue('ray_address') if request.param == 'cluster' else 'local'}"
+
+
 def finished_units(output: Path) -> int:
     path = output / "progress.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -133,7 +147,11 @@ def test_two_workers_and_three_nodes_give_the_same_bytes(
     folders = {path.name for path in (tmp_path / "three" / "train").iterdir() if path.is_dir()}
     assert len(folders) >= 2  # the work was really spread
     assert merged(run_script, tmp_path / "three") == undisturbed
-    subprocess.run(command(many_parquet, tokenizer_dir, tmp_path / "two", "--num_workers=2"), check=True, timeout=300)
+    subprocess.run(
+        command(many_parquet, tokenizer_dir, tmp_path / "two", "--num_workers=2", "--address=local"),
+        check=True,
+        timeout=300,
+    )
     assert merged(run_script, tmp_path / "two") == undisturbed
 
 
@@ -151,16 +169,42 @@ def test_killed_worker_is_retried(run_script, many_parquet, tokenizer_dir, undis
     assert_tidy(tmp_path / "out")
 
 
+def test_killed_local_worker_is_retried(run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    process = subprocess.Popen(command(many_parquet, tokenizer_dir, output, "--address=local"))
+    for units in (0, 3):  # while it loads the tokenizer, and at work
+        wait_for(lambda units=units: finished_units(output) >= units, process)
+        wait_for(lambda: local_workers(process), process)[0].kill()
+    assert process.wait(WAIT_S) == 0
+    assert merged(run_script, output) == undisturbed
+    assert_tidy(output)
+
+
+def test_worker_that_always_dies_ends_the_run_with_a_word(many_parquet, tokenizer_dir, tmp_path):
+    arguments = command(many_parquet, tokenizer_dir, tmp_path / "out", "--address=local", "--num_workers=1")
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    killed = set()
+    while process.poll() is None:
+        for victim in local_workers(process):
+            victim.kill()
+            killed.add(victim.pid)
+    said = process.stderr.read()
+    assert process.returncode == 2 and "Traceback" not in said
+    assert len(killed) == 4 and "died 4 times" in said and "--num_workers" in said
+
+
 @pytest.mark.parametrize("after_units", [0, 5, 20])
 def test_killed_driver_is_resumed_by_the_same_command(
-    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, ray_address, after_units
+    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, where, after_units
 ):
     output = tmp_path / "out"
-    arguments = command(many_parquet, tokenizer_dir, output, f"--address={ray_address}")
+    arguments = command(many_parquet, tokenizer_dir, output, where)
     process = subprocess.Popen(arguments)
     wait_for(lambda: (output / "plan.json").exists() and finished_units(output) >= after_units, process)
+    orphans = local_workers(process)
     process.kill()
     process.wait(WAIT_S)
+    assert not psutil.wait_procs(orphans, WAIT_S)[1]
     before = finished_units(output)
     (output / "progress.jsonl").open("ab").write(b'{"unit": 3, "fol')  # a line that a crash cut off
     (output / "train" / "0").mkdir(parents=True, exist_ok=True)
@@ -200,16 +244,17 @@ def test_lost_node_is_survived(run_script, many_parquet, tokenizer_dir, undistur
 
 
 def test_ctrl_c_stops_within_seconds_and_says_how_to_go_on(
-    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, ray_address
+    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, where
 ):
     output = tmp_path / "out"
-    arguments = command(many_parquet, tokenizer_dir, output, f"--address={ray_address}")
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    arguments = command(many_parquet, tokenizer_dir, output, where)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: finished_units(output) >= 2, process)
+    workers = local_workers(process)
     pressed = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=WAIT_S)
-    assert time.monotonic() - pressed < 10
+    assert time.monotonic() - pressed < 10 and not psutil.wait_procs(workers, WAIT_S)[1]
     assert process.returncode == 130 and "Traceback" not in said
     assert "The same command goes on" in said and f"--output_dir={output}" in said
     subprocess.run(arguments, check=True, timeout=300)

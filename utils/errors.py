@@ -39,3 +39,7 @@ class Problems:
     def raise_if_any(self) -> None:
         if self.found:
             raise UserError(self.found)
+
+
+class WorkerDied(Exception):
+    """Processes were killed as often as allowed, each time at work on the same unit."""

@@ -1,22 +1,76 @@
-"""Joining a running Ray cluster, or starting a local one and ending it again."""
+"""Finding a running Ray cluster, joining it, or starting a local one and ending it again."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import socket
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+from utils import console
 from utils.errors import UserError
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+def find_cluster(address: str | None) -> str | None:
+    """The Ray cluster to use, as `ray.init` takes it, or None: none runs here and none was asked for.
+
+    Args:
+        address: "HOST:PORT", "auto" or "ray://..", as the user gave it; None: RAY_ADDRESS, else what `ray start` started on
+            this machine. "local": none.
+
+    Raises:
+        UserError: nothing answers at an address that the user gave.
+    """
+    given = address or os.environ.get("RAY_ADDRESS")
+    if given == "local":
+        return None
+    flag = f"--address={address}" if address else f"RAY_ADDRESS={given}"
+    found = given if given and given != "auto" else _started_here()
+    if found is None:
+        if given:
+            raise UserError(f"{flag}: no Ray cluster runs on this machine. Start one with `ray start --head`.")
+        return None
+    if "://" in found or _answers(found):
+        return found
+    if given:
+        raise UserError(
+            f"{flag}: no Ray cluster answers at {found}. Start one with `ray start --head`, give its HOST:PORT, or leave "
+            "--address out and RAY_ADDRESS unset to run on this machine alone."
+        )
+    # Ray itself would try for minutes.
+    console.warn(f"the Ray cluster that was started here at {found} is gone (`ray stop` forgets it): going on without")
+    return None
+
+
+def _started_here() -> str | None:
+    """What `ray start` left in Ray's own note; read here because importing ray takes half a second."""
+    note = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    try:
+        return note.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
-    """Connect to Ray for the length of the block; what was started here is stopped at its end.
+def ray_session(cluster: str | None) -> Iterator[None]:
+    """Be connected to Ray for the length of the block; what was started here is stopped at its end.
 
     Args:
-        address: of a running cluster ("auto", "HOST:6379"); None: RAY_ADDRESS or the one that `ray start` started on
-            this machine, else a local one of this process's own, on all cores.
+        cluster: what `find_cluster` gave; None starts a local cluster of this process's own, on all cores.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would phone home
     # Ray starts its workers at niceness 15, behind its own agents and whatever else a busy machine does.
@@ -27,19 +81,15 @@ def ray_session(address: str | None) -> Iterator[None]:
     # Says at every start that tokens guard the cluster, as they should.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
-        # Without an address Ray itself takes RAY_ADDRESS, or what `ray start` started here, or starts a local cluster.
-        ray.init(address=address or None, include_dashboard=False, logging_level=logging.WARNING)
+        ray.init(address=cluster or "local", include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as error:
-        where = f"--address={address}" if address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+        where = f"--address={cluster}"
         if isinstance(error.__cause__, ray.exceptions.AuthenticationError):
             raise UserError(
                 f"{where}: the cluster wants a token, and this process shows none or another. Set RAY_AUTH_MODE=token, and "
                 "have the head node's ~/.ray/auth_token here or its content in RAY_AUTH_TOKEN."
             ) from error
-        raise UserError(
-            f"{where}: no Ray cluster answers there ({error}). Start one with `ray start --head`, give "
-            "its HOST:PORT, or leave --address out and RAY_ADDRESS unset to run on this machine alone."
-        ) from error
+        raise UserError(f"{where}: no Ray cluster that this Ray can join ({error}).") from error
     try:
         yield
     finally:
