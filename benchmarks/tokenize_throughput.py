@@ -294,6 +294,7 @@ def measure_all(settings: Settings, work: Path) -> str:
         note("ours", measure_ours(corpus, tokenizer, n, work))
         if n > 1:
             note("ours, one worker", measure_ours(corpus, tokenizer, 1, work))
+            note("ours, one worker, its share", measure_ours(share_of(corpus, 1 / n, work), tokenizer, 1, work))
         note("gigatoken", measure_in_memory(encode_with_gigatoken, corpus, tokenizer, n))
         note("tokenizers", measure_in_memory(encode_with_tokenizers, small, tokenizer, n))
         if small != corpus:
@@ -385,10 +386,11 @@ def table(
         ),
     ]
     if one:
-        work_ratio = settings.num_workers * ours.sustained / one.sustained
+        n, alike = settings.num_workers, result["ours, one worker, its share"]
         lines.append(
-            f"- {settings.num_workers} workers give {work_ratio:.2f} times one, sustained "
-            f"(whole command: {one.whole_s / ours.whole_s:.2f} times)."
+            f"- {n} workers give {n * ours.sustained / alike.sustained:.2f} times one that has as much text as each of them, and "
+            f"{n * ours.sustained / one.sustained:.2f} times one that has all of it: every worker learns the text's words for itself "
+            f"(whole command on all: {one.whole_s / ours.whole_s:.2f} times)."
         )
     return "\n".join(lines)
 
