@@ -16,9 +16,7 @@ for the same tokens. The same command again does nothing, or goes on after an in
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import glob
 import os
 import re
@@ -32,7 +30,7 @@ from utils import cli, console
 from utils.errors import UserError
 from utils.export_plan import ExportPlan, make_plan
 from utils.export_tokenizer import write_tokenizer
-from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, write_json
+from utils.files import TEMPORARY_PREFIX, held_lock, publish_directory, temporary_sibling, write_json
 from utils.manifest import as_input, damaged_files, file_entry, made_by, read_manifest, write_manifest
 
 SCRIPT = "convert_pretrained_checkpoint.py"
@@ -263,26 +261,6 @@ def remove_interrupted(export_dir: Path) -> None:
                 raise UserError(f"export_dir={export_dir}: another process is making it in {left}. Wait for it.")
             console.detail(f"removing {left}, left by an interrupted run")
             shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def held_lock(directory: Path) -> Iterator[bool]:
-    """Hold the lock of a directory that is being made; False where another process holds it.
-
-    The kernel frees it when its process dies. File systems without locks on directories (some NFS) count as free.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def export(plan: ExportPlan, settings: Settings) -> None:
