@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 

@@ -159,6 +159,15 @@ def test_weights_of_another_model_are_refused_by_name(finished, dataset, tmp_pat
     assert "no weights for lm_head.weight" in log and "has shape (3, 3)" in log
 
 
+def test_a_checkpoint_of_another_model_is_refused_by_name(finished, dataset, tmp_path):
+    wider = write_config(tmp_path / "c.yaml", model_config={**TINY_MODEL, "intermediate_size": 96, "n_layer": 3})
+    settings = settings_of(wider, dataset, tmp_path / "out", 1, initial_checkpoint_dir=finished / "final")
+    assert run_ranks([settings], 1, tmp_path / "job", check=False) == [1]
+    log = (tmp_path / "job" / "rank-0.log").read_text()
+    assert "UserError" in log and "no weights for transformer.h.2" in log
+    assert "transformer.h.0.mlp.fc_1.weight has shape (64, 32), the model's is (96, 32)" in log
+
+
 def test_meta_holds_primitives_only(finished):
     import torch
 
