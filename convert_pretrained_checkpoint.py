@@ -16,15 +16,11 @@ for the same tokens. The same command again does nothing, or goes on after an in
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import glob
-import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +28,7 @@ from utils import cli, console
 from utils.errors import UserError
 from utils.export_plan import ExportPlan, make_plan
 from utils.export_tokenizer import write_tokenizer
-from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, write_json
+from utils.files import TEMPORARY_PREFIX, held_lock, publish_directory, temporary_sibling, write_json
 from utils.manifest import as_input, damaged_files, file_entry, made_by, read_manifest, write_manifest
 
 SCRIPT = "convert_pretrained_checkpoint.py"
@@ -62,6 +58,9 @@ class Settings:
     verify: Literal["logits", "weights", "off"] = "logits"
     """What must hold before anything is published. weights: every stored value equals the checkpoint's; logits: that,
     and litgpt and transformers give the same logits, layer by layer in bounded memory; off: nothing is checked."""
+
+    dry_run: bool = False
+    """Check everything, print what would be written, and stop."""
 
     def max_shard_bytes(self) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", self.max_shard_size.strip(), re.IGNORECASE)
@@ -122,6 +121,34 @@ def input_record(checkpoint_dir: Path) -> dict[str, Any]:
 
 def _identity(record: dict[str, Any]) -> Any:
     return record.get("sha256") or record.get("files")
+
+
+def needed_bytes(plan: ExportPlan, settings: Settings) -> dict[str, int]:
+    """Bytes of weights in each format that is made; safetensors holds tied embeddings once, as litgpt's file does."""
+    weights = plan.num_parameters * plan.weights["transformer.wte.weight"].dtype.itemsize
+    names = {"litgpt": "lit_model.pth", "hf": "model.safetensors"}
+    return {name: weights for kind, name in names.items() if settings.formats in ("all", kind)}
+
+
+def check_space(plan: ExportPlan, settings: Settings) -> None:
+    """Raises UserError when the disk cannot hold the export, now instead of in the middle."""
+    parent = next(path for path in Path(settings.export_dir).absolute().parents if path.is_dir())
+    needed, free = sum(needed_bytes(plan, settings).values()), shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are free. Make "
+            "room, give another disk, or leave a format out with --formats."
+        )
+
+
+def print_dry_run(plan: ExportPlan, settings: Settings) -> None:
+    for name, size in needed_bytes(plan, settings).items():
+        pieces = -(-size // settings.max_shard_bytes()) if name.endswith("safetensors") else 1
+        about = f", in about {pieces} files of at most {settings.max_shard_size}" if pieces > 1 else ""
+        console.result(f"{name}: {console.human_bytes(size)}{about}")
+    tokenizer = f"vocabulary of {plan.tokenizer.vocab_size:,}" if plan.tokenizer else "none beside the checkpoint"
+    console.result(f"tokenizer: {tokenizer}")
+    console.result(f"proof before anything is published: {settings.verify}")
 
 
 # The work -------------------------------------------------------------------------------------------------------------
@@ -265,26 +292,6 @@ def remove_interrupted(export_dir: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def held_lock(directory: Path) -> Iterator[bool]:
-    """Hold the lock of a directory that is being made; False where another process holds it.
-
-    The kernel frees it when its process dies. File systems without locks on directories (some NFS) count as free.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
-    finally:
-        os.close(descriptor)
-
-
 def export(plan: ExportPlan, settings: Settings) -> None:
     """Write, prove and publish."""
     export_dir = Path(settings.export_dir).absolute()
@@ -318,6 +325,10 @@ def main(settings: Settings) -> None:
         f"{plan.checkpoint_dir}: {plan.config.name}, {console.human_count(plan.num_parameters)} parameters, "
         f"{plan.dtype_name}{', tied embeddings' if plan.tied else ''}"
     )
+    check_space(plan, settings)
+    if settings.dry_run:
+        print_dry_run(plan, settings)
+        return
     export(plan, settings)
     console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
     if settings.formats != "hf":

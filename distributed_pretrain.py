@@ -37,11 +37,12 @@ from utils.checkpoint import (
     list_checkpoints,
 )
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import held_lock, temporary_sibling, write_json
 from utils.training_log import Follower, make_logger, progress_line, read_metrics
 from utils.training_plan import Plan, check_batch, check_same_run, make_plan, result_settings, shard_size
 from utils.training_settings import STOP_NAME, Settings
 
+CHECKED_PACKAGES = ("torch", "lightning", "litgpt", "litdata", "ray", "numpy", "xxhash")
 RAY_NAME = ".ray"  # in out_dir: what Ray Train and its workers leave for the driver while a run lasts
 
 
@@ -65,9 +66,15 @@ def main(settings: Settings) -> None:
         print_next_commands(settings)
         return
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / STOP_NAME).unlink(missing_ok=True)
-    free_final_name(out_dir)
-    train_on_ray(settings, plan)
+    with held_lock(out_dir) as mine:
+        if not mine:
+            raise UserError(
+                f"--out_dir={out_dir}: another distributed_pretrain.py trains there. Wait for it, or give another directory. "
+                f"To end it with a checkpoint: touch {out_dir / STOP_NAME}"
+            )
+        (out_dir / STOP_NAME).unlink(missing_ok=True)
+        free_final_name(out_dir)
+        train_on_ray(settings, plan)
     report(settings, plan)
 
 
@@ -115,7 +122,8 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
             f"{plan.total_steps}, {console.human_count(plan.tokens_per_step)} tokens a step ({accumulation} micro-batches of "
             f"{settings.train.micro_batch_size} sequences of {plan.context_tokens} a process)"
         )
-        earlier = [record for record in read_metrics(out_dir) if record["step"] <= first_step]
+        # Without a checkpoint the workers begin anew, with a validation at step 0.
+        earlier = [record for record in read_metrics(out_dir) if newest and record["step"] <= first_step]
         logger = make_logger(
             settings.logger_name, out_dir, earlier, result_settings(settings, plan), settings.log, wandb_key
         )
@@ -156,6 +164,25 @@ def with_cluster(settings: Settings) -> Settings:
     return dataclasses.replace(settings, accelerator=accelerator, num_devices=num_devices, precision=precision)
 
 
+def check_training_nodes(settings: Settings, plan: Plan, resource: str) -> None:
+    """Do the nodes that can take part run this software, and see the data and out_dir? Raises UserError with all that do not."""
+    import ray
+
+    from utils.preflight import check_nodes
+
+    able = {node["NodeID"] for node in ray.nodes() if node["Resources"].get(resource, 0) >= settings.num_devices}
+    probe = temporary_sibling(Path(settings.out_dir) / "preflight")
+    probe.touch()
+    paths = {"--dataset_path": plan.train_directories + plan.val_directories, "--out_dir": [str(probe)]}
+    for flag in ("tokenizer_dir", "initial_checkpoint_dir"):
+        if getattr(settings, flag) is not None:
+            paths[f"--{flag}"] = [getattr(settings, flag)]
+    try:
+        check_nodes(paths, CHECKED_PACKAGES, node_ids=able)
+    finally:
+        probe.unlink()
+
+
 def fit(settings: Settings, plan: Plan) -> None:
     """Ray Train: start the workers, wait for them, start them again after a failure as often as allowed."""
     import ray.train
@@ -172,11 +199,12 @@ def fit(settings: Settings, plan: Plan) -> None:
                 if not isinstance(callback, PlacementGroupCleanerCallback)
             ]
 
+    resource = "GPU" if settings.accelerator == "cuda" else "CPU"
+    check_training_nodes(settings, plan, resource)
     problems_file(settings).unlink(missing_ok=True)  # of a driver that was killed
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         # The driver is on the only node: it would go with it. SIGTERM is the notice then.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    resource = "GPU" if settings.accelerator == "cuda" else "CPU"
     trainer = Trainer(
         train_worker,
         train_loop_config={"settings": settings, "plan": plan, "verbosity": console.VERBOSITY},

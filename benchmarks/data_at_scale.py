@@ -9,15 +9,18 @@ its peak memory is its own too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +45,8 @@ class Settings:
     """Directory for the files that are made; null: a temporary one. Removed at the end."""
     small_files: int = 10_000
     """Small parquet files to plan."""
+    many_files: int = 100_000
+    """Parquet files of 20 documents of 200 bytes, tokenized by the whole command."""
     chunks: int = 10_000
     """Chunk files to merge."""
 
@@ -62,12 +67,14 @@ def measured(work: Callable, *arguments) -> tuple[float, int, str]:
     return result
 
 
-def make_small_files(directory: Path, count: int) -> None:
+def make_small_files(directory: Path, count: int, document_bytes: int = 2_000) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     directory.mkdir(parents=True)
-    text = "A text of a hundred bytes, more or less, as one finds it in a file that somebody wrote too small. " * 20
+    text = "A text of a hundred bytes, more or less, as one finds it in a file that somebody wrote too small. " * (
+        document_bytes // 100
+    )
     pq.write_table(pa.table({"text": [text] * 20}), directory / "0.parquet")
     raw = (directory / "0.parquet").read_bytes()
     for i in range(1, count):
@@ -106,11 +113,72 @@ def plan_fineweb(files: int) -> str:
     return f"{len(units):,} units"
 
 
+def tokenize_files(directory: str, tokenizer: str, out: str) -> tuple[float, int, str]:
+    """The whole command on real files; (seconds, the driver's own peak memory, what it said of its workers)."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "optimize_dataset.py"), f"--input_dir={directory}", f"--tokenizer_dir={tokenizer}",
+         f"--output_dir={out}", "--address=local"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    peak_kib = 0
+    reader = threading.Thread(target=lambda: said.append(process.stdout.read()))
+    said: list[str] = []
+    reader.start()
+    while process.poll() is None:  # the kernel keeps the peak, but only as long as the process lives
+        with contextlib.suppress(OSError, AttributeError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak_kib = int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
+    reader.join()
+    if process.returncode:
+        raise RuntimeError(f"optimize_dataset.py left with {process.returncode}: {said[0]}")
+    tokens = re.search(r"train: .*? ([\d,]+) tokens", said[0])[1]
+    return time.perf_counter() - start, peak_kib * 1024, f"{tokens} tokens; the driver alone"
+
+
+def publish_fineweb(progress: str, files: int) -> str:
+    """What the driver holds at the end: plan, records of all units, and the manifests that it writes."""
+    import types
+
+    from utils.tokenization_state import publish
+    from utils.tokenize_unit import UnitRecord
+
+    with open(progress, "rb") as file:
+        records = {i: UnitRecord.from_json(json.loads(line)) for i, line in enumerate(file)}
+    inputs = [
+        {"path": f"CC-MAIN-{i:06}.parquet", "bytes": i, "rows": 1_000_000, "fingerprint": f"{i:016x}"}
+        for i in range(files)
+    ]
+    job = types.SimpleNamespace(dtype="int32", chunk_tokens=64_000_000)
+    plan = types.SimpleNamespace(tokenizer={}, settings={}, fingerprint="0", job=job, inputs=inputs, quarantined=[])
+    output = Path(progress).parent / "published"
+    for split in ("train", "val"):
+        (output / split / "0").mkdir(parents=True)
+    manifest = publish(plan, records, output)
+    return f"{len(records):,} records, {manifest['content']['train']['chunks']:,} chunks"
+
+
 def read_large_footer(path: str) -> str:
     from utils.parquet_input import FileEntry, read_footer
 
     footer = read_footer(os.path.dirname(path), FileEntry(os.path.basename(path), 0), "text")
     return f"{len(footer.rows):,} row groups"
+
+
+def make_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {token: i for i, token in enumerate([*sorted(alphabet), "<|end_of_text|>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|end_of_text|>"])
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>", "add_eos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def make_large_footer(path: Path) -> None:
@@ -120,15 +188,6 @@ def make_large_footer(path: Path) -> None:
     columns = ("text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count")
     table = pa.table({name: [f"{name} {i}" for i in range(FINEWEB_ROW_GROUPS)] for name in columns})
     pq.write_table(table, path, row_group_size=1)
-
-
-def read_progress(path: str) -> str:
-    """The driver's resume and publish: records of all units and their chunks in memory."""
-    from utils.tokenize_unit import UnitRecord
-
-    with open(path, "rb") as file:
-        records = [UnitRecord.from_json(json.loads(line)) for line in file]
-    return f"{len(records):,} records, {sum(len(record.train.chunks) for record in records):,} chunks"
 
 
 def make_progress(path: Path, units: int, chunks_per_unit: int) -> None:
@@ -225,6 +284,15 @@ def main(settings: Settings) -> None:
     try:
         make_small_files(work / "small", settings.small_files)
         add(f"plan {settings.small_files:,} small parquet files (real)", measured(plan_files, str(work / "small")))
+        shutil.rmtree(work / "small")
+        make_small_files(work / "many", settings.many_files, document_bytes=200)
+        make_tokenizer(work / "tokenizer")
+        add(
+            f"tokenize {settings.many_files:,} small parquet files, the whole command (real)",
+            tokenize_files(str(work / "many"), str(work / "tokenizer"), str(work / "tokens")),
+        )
+        shutil.rmtree(work / "many")
+        shutil.rmtree(work / "tokens")
         make_large_footer(work / "large.parquet")
         add(
             "read one footer of 1,000 row groups, 9 columns (real)",
@@ -238,7 +306,10 @@ def main(settings: Settings) -> None:
         num_chunks = FINEWEB_TOKENS // default_chunk_tokens(FINEWEB_FILES * FINEWEB_FILE_BYTES)
         make_progress(work / "progress.jsonl", units, -(-num_chunks // units))
         size = console.human_bytes((work / "progress.jsonl").stat().st_size)
-        add(f"resume: read the records of all units ({size})", measured(read_progress, str(work / "progress.jsonl")))
+        add(
+            f"resume and publish: records of all units ({size}), manifests of all chunks",
+            measured(publish_fineweb, str(work / "progress.jsonl"), FINEWEB_FILES),
+        )
         make_index_file(work / "index", num_chunks)
         size = console.human_bytes((work / "index" / "index.json").stat().st_size)
         add(f"open FineWeb's index of {num_chunks:,} chunks ({size})", measured(open_with_litdata, str(work / "index")))

@@ -114,6 +114,7 @@ def run_a_script(script: str, *arguments, env: dict | None = None, timeout: floa
         cwd=cwd,
         env={**os.environ, **(env or {})},
     )
+    assert "\x1b[" not in process.stdout + process.stderr, "colours are for terminals"
     if check and process.returncode != 0:
         pytest.fail(f"{script} left with {process.returncode}\n{process.stdout}\n{process.stderr}")
     return process
@@ -122,3 +123,15 @@ def run_a_script(script: str, *arguments, env: dict | None = None, timeout: floa
 @pytest.fixture
 def run_script():
     return run_a_script
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB; `mount -o remount,size=..` makes it larger."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root, and a machine that lets it")
+    yield directory
+    subprocess.run(["umount", "-l", directory], check=True)

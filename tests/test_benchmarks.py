@@ -29,3 +29,23 @@ def test_tokenization_is_measured_beside_what_people_use_now(tmp_path, run_scrip
         assert all(re.fullmatch(r"\d+\.\d\d M|\d+\.\d x", cell.strip()) for cell in rows[name][2:6]), rows[name]
     assert re.search(r"On the baseline's files alone \([\d,]+ tokens\), both measured: [\d.]+ s against [\d.]+ s", text)
     assert re.search(r"Largest worker: [\d.]+ MB; on 4MB of random words [\d.]+ MB\.", text)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data_at_scale.py", "--small_files=20", "--many_files=40", "--chunks=20"],
+        ["pretrain_speed.py", "--cases", "small", "--steps", "8", "--rounds", "1"],
+        ["pretrain_checkpoint.py"],
+        ["pretrain_data.py", "--contexts", "1024"],
+        ["export_streaming.py", "--compare=100M", "--sizes=[100M]", "--num_repeats=1"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_benchmark_runs(command, tmp_path, run_script):
+    if command[0] == "export_streaming.py":
+        command = [*command, f"--work_dir={tmp_path}"]
+    report = run_script(f"benchmarks/{command[0]}", *command[1:], timeout=1100).stdout
+    assert re.search(r"\d", report) and ("|---" in report or report.lstrip().startswith(("{", "| ")))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,20 @@ def test_missing_directory_and_wrong_flags(tmp_path):
     assert "no such directory" in refused(tmp_path / "nothing", tmp_path / "out")
     assert "--max_shard_size=lots" in refused(tmp_path, tmp_path / "out", "--max_shard_size=lots")
     assert "formats" in refused(tmp_path, tmp_path / "out", "--formats=onnx")
+
+
+def test_a_dry_run_tells_the_sizes_and_writes_nothing(checkpoint, exported, tmp_path):
+    process = run_export(checkpoint, tmp_path / "out", "--dry_run=true")
+    assert process.returncode == 0, process.stderr
+    assert not any(tmp_path.iterdir())
+    for name in ("lit_model.pth", "model.safetensors"):
+        told = re.search(rf"^{name}: ([\d.]+) kB$", process.stdout, re.MULTILINE)
+        assert float(told[1]) * 1000 == pytest.approx((exported / name).stat().st_size, rel=0.1)
+
+
+def test_a_disk_that_cannot_hold_it_is_named_before_the_work(checkpoint, small_disk):
+    message = refused(checkpoint, small_disk / "out")
+    assert f"export_dir={small_disk / 'out'}: needs " in message and "are free" in message
 
 
 def test_several_problems_are_told_at_once(checkpoint, tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -106,21 +104,11 @@ def test_a_full_disk_leaves_older_checkpoints_whole(interrupted, dataset, config
     assert not list(interrupted.glob(".tmp-*"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_the_space_for_a_checkpoint_is_checked_before_training(dataset, config, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        codes = run_ranks(
-            [settings_of(config, dataset, small / "out", 1)], 1, tmp_path / "job", check=False
-        )  # fmt: skip
-        log = (tmp_path / "job" / "rank-0.log").read_text()
-        assert codes == [1] and "no space: a checkpoint needs 1.0 MB" in log
-        assert not (small / "out" / "metrics.jsonl").read_text()
-    finally:
-        subprocess.run(["umount", small], check=True)
+def test_the_space_for_a_checkpoint_is_checked_before_training(dataset, config, tmp_path, small_disk):
+    codes = run_ranks([settings_of(config, dataset, small_disk / "out", 1)], 1, tmp_path / "job", check=False)
+    log = (tmp_path / "job" / "rank-0.log").read_text()
+    assert codes == [1] and "no space: a checkpoint needs 1.0 MB" in log
+    assert not (small_disk / "out" / "metrics.jsonl").read_text()
 
 
 def test_shortage_is_none_where_there_is_room(tmp_path):
@@ -157,6 +145,15 @@ def test_weights_of_another_model_are_refused_by_name(finished, dataset, tmp_pat
     assert run_ranks([settings], 1, tmp_path / "job", check=False) == [1]
     log = (tmp_path / "job" / "rank-0.log").read_text()
     assert "no weights for lm_head.weight" in log and "has shape (3, 3)" in log
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(finished, dataset, tmp_path):
+    wider = write_config(tmp_path / "c.yaml", model_config={**TINY_MODEL, "intermediate_size": 96, "n_layer": 3})
+    settings = settings_of(wider, dataset, tmp_path / "out", 1, initial_checkpoint_dir=finished / "final")
+    assert run_ranks([settings], 1, tmp_path / "job", check=False) == [1]
+    log = (tmp_path / "job" / "rank-0.log").read_text()
+    assert "UserError" in log and "no weights for transformer.h.2" in log
+    assert "transformer.h.0.mlp.fc_1.weight has shape (64, 32), the model's is (96, 32)" in log
 
 
 def test_meta_holds_primitives_only(finished):

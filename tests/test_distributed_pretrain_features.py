@@ -230,3 +230,5 @@ def test_a_step_that_is_not_finite_on_one_process_updates_none(tmp_path, config,
     first_bad = held_by[token].index(True)
     log = (tmp_path / "job-2" / "rank-0.log").read_text()
     assert f"Last good checkpoint: {tmp_path}/strict/step-{first_bad:08d}" in log
+    last = metrics_of(tmp_path / "strict")[-1]
+    assert last["step"] == first_bad + 1 and last["nonfinite_steps"] == 1

@@ -17,6 +17,7 @@ from pretrain_ranks import digests_of, losses_of, metrics_of, settings_of, weigh
 from pretraining import TINY_MODEL, tokenize_dataset, write_config
 
 from utils.errors import UserError
+from utils.files import held_lock
 from utils.manifest import damaged_files, read_manifest
 from utils.training_log import read_metrics
 from utils.training_plan import check_same_run, make_plan, result_settings
@@ -327,6 +328,25 @@ def test_other_weights_of_a_mixture_are_another_run(tmp_path, config, dataset):
     check_same_run(json.loads(json.dumps(results[0])), results[0], "out")
     with pytest.raises(UserError, match=r"other settings \(data_weights\)"):
         check_same_run(json.loads(json.dumps(results[0])), results[1], "out")
+
+
+def test_a_weight_too_small_to_be_read_is_refused(tmp_path, config, dataset):
+    (tmp_path / "second").symlink_to(dataset)
+    mixture = {str(dataset): 1.0, str(tmp_path / "second"): 1e-5}
+    settings = settings_of(config, dataset, tmp_path / "out", 2)
+    with pytest.raises(UserError, match=r"the weight of .*second is too small"):
+        make_plan(dataclasses.replace(settings, dataset_path=None, data_mixture=mixture))
+
+
+def test_two_trainings_in_one_directory_do_not_meet(tmp_path, run_script, config, dataset):
+    (tmp_path / "out").mkdir()
+    with held_lock(tmp_path / "out") as mine:
+        assert mine
+        process = run_script(
+            SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "out", check=False
+        )
+    assert process.returncode == 2 and "another distributed_pretrain.py trains there" in process.stderr
+    assert "Traceback" not in process.stderr and not list((tmp_path / "out").iterdir())
 
 
 def test_a_damaged_dataset_is_named(tmp_path, run_script, config, dataset):

@@ -52,6 +52,68 @@ def test_commands_have_scripts_and_flags_that_exist(path):
         assert not unknown, f"{path.name}: {script} has no {unknown}"
 
 
+# Where each command of the pages is run: by a test, by .ci/run, or not here, for want of what the page then names.
+RUN_BY = {
+    r"make (demo|test|lint|setup|clean|PYTHON=\S+ demo)\b": ".ci/run",
+    r"make (test-all|format|requirements)\b": "by hand: a subset runs in .ci/run",
+    r"poetry ": "needs Poetry",
+    r"python optimize_dataset\.py ": "test_pipeline.py::test_tokens_are_counted_alike_by_every_step",
+    r"python merge_files\.py ": "test_pipeline.py::test_tokens_are_counted_alike_by_every_step",
+    r"python distributed_pretrain\.py --config config_hub/llama3-8b\.yaml.* --dry_run": (
+        "test_config_hub.py::test_dry_run_plans_it_on_80_gb"
+    ),
+    r"python distributed_pretrain\.py --config config_hub/llama3-8b\.yaml": "needs GPUs",
+    r"python distributed_pretrain\.py --config config_hub/demo-cpu\.yaml": ".ci/run",
+    r"python -m lightning\.pytorch\.utilities\.consolidate_checkpoint ": (
+        "test_pipeline.py::test_consolidation_with_its_renames_then_conversion_gives_the_same_model"
+    ),
+    r"python convert_pretrained_checkpoint\.py --help": (
+        "test_pipeline.py::test_help_is_quick_and_has_the_command_lines"
+    ),
+    r"python convert_pretrained_checkpoint\.py ": (
+        "test_pipeline.py::test_the_model_loads_in_litgpt_and_transformers_alike_and_has_learnt"
+    ),
+    r"litgpt chat ": "test_convert_pretrained_checkpoint_commands.py::test_litgpt_chat",
+    r"litgpt evaluate |lm_eval ": "test_convert_pretrained_checkpoint_commands.py::test_litgpt_evaluate_and_lm_eval",
+    r"litgpt finetune ": ("test_convert_pretrained_checkpoint_commands.py::test_litgpt_finetune_accepts_the_directory"),
+    r"python -m utils\.inspect_dataset ": "test_inspect_dataset.py::test_shows_counts_samples_and_a_picture",
+    r"python -m utils\.plots ": "test_plots.py::test_one_picture_of_one_and_of_several_runs",
+    r"python benchmarks/": "test_benchmarks.py::test_every_benchmark_runs",
+    r"bash pipeline\.sh": "test_pipeline.py::test_again_has_nothing_to_do",
+    r"(hf|litgpt) download |pip install |git clone |docker |wandb sync": "needs a network",
+    r"ray (start|stop|status|get-auth-token)\b": (
+        "test_cluster_examples.py::test_cluster_with_a_token_serves_who_has_it_and_nobody_else"
+    ),
+    r"ray (up|down|exec|attach|dashboard|symmetric-run)\b|kubectl |sbatch |sky ": "needs a cluster",
+}
+
+
+def shown_commands(page: Path) -> list[str]:
+    """Every command of a page that one can paste: in code blocks, and in line where it has an argument."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    programs = r"(?:python|bash|make|poetry|pip|git|hf|litgpt|lm_eval|ray|docker|kubectl|sbatch|sky|wandb)"
+    blocks = [*re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S), *re.findall(r"^ {4}\S.*$", text, re.M)]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines = [re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line) for line in lines]  # VARIABLE=value command
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    in_line = [code for code in re.findall(r"`([^`]+)`", prose) if len(code.split()) > 2]  # `litgpt chat` is a name
+    return [line for line in [*lines, *in_line] if re.match(rf"{programs} \S", line)]
+
+
+def test_every_command_is_run_by_a_test_or_says_what_it_needs():
+    used = set()
+    for page in PAGES:
+        for command in shown_commands(page):
+            pattern = next((pattern for pattern in RUN_BY if re.match(pattern, command)), None)
+            assert pattern, f"{page.name}: nobody runs `{command}`"
+            used.add(pattern)
+    assert used == set(RUN_BY), f"no page shows {set(RUN_BY) - used}"
+    for where in RUN_BY.values():
+        if "::" in where:
+            name, test = where.split("::")
+            assert f"def {test}(" in (ROOT / "tests" / name).read_text(), where
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files_and_headings(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):

@@ -271,27 +271,19 @@ def test_two_runs_on_one_output_do_not_meet(many_parquet, tokenizer_dir, tmp_pat
     assert first.wait(WAIT_S) == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_full_disk(run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, ray_address):
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    try:
-        output = small / "out"
-        arguments = command(many_parquet, tokenizer_dir, output, f"--address={ray_address}")
-        full = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-        assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
-        assert "the disk is full" in full.stderr or "needs more than" in full.stderr
-        for path in output.rglob("*.bin"):
-            assert read_document_offsets(path)[-1] == path.stat().st_size  # whole, or not there
-        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
-        subprocess.run(arguments, check=True, timeout=300)
-        assert_tidy(output)
-        assert merged(run_script, output) == undisturbed
-    finally:
-        subprocess.run(["umount", "-l", small], check=True)
+def test_full_disk(run_script, many_parquet, tokenizer_dir, undisturbed, small_disk, where):
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    output = small_disk / "out"
+    arguments = command(many_parquet, tokenizer_dir, output, where)
+    full = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
+    assert "the disk is full" in full.stderr or "needs more than" in full.stderr
+    for path in output.rglob("*.bin"):
+        assert read_document_offsets(path)[-1] == path.stat().st_size  # whole, or not there
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    subprocess.run(arguments, check=True, timeout=300)
+    assert_tidy(output)
+    assert merged(run_script, output) == undisturbed
 
 
 def rotten_file(path: Path, documents: list[str]) -> None:

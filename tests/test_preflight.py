@@ -15,7 +15,7 @@ from utils.preflight import check_nodes
 
 ray.init(address=sys.argv[1], logging_level="ERROR")
 try:
-    print(len(check_nodes({"--output_dir": sys.argv[2]}, ("xxhash", "numpy"))), "nodes agree")
+    print(len(check_nodes({"--output_dir": [sys.argv[2]]}, ("xxhash", "numpy"))), "nodes agree")
 except UserError as error:
     print("\\n".join(error.problems))
 """

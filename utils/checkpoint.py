@@ -177,7 +177,14 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
     flag = f"--initial_checkpoint_dir={directory}"
     if path.is_dir():
         state = {"model": get_model_state_dict(model)}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+        reader = dcp.FileSystemReader(path)
+        saved = {
+            name.removeprefix("model."): tuple(metadata.size)
+            for name, metadata in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith("model.")
+        }
+        _check_shapes(flag, saved, {name: tuple(tensor.shape) for name, tensor in state["model"].items()})
+        dcp.load(state, storage_reader=reader)
         set_model_state_dict(model, state["model"])
         return
     weights = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
@@ -189,18 +196,27 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
             weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
         if "transformer.wte.weight" in parameters:
             parameters["lm_head.weight"] = parameters.pop("transformer.wte.weight")
-    problems = [f"{flag}: no weights for {name}." for name in sorted(set(parameters) - set(weights))[:3]]
-    problems += [f"{flag}: {name} is not a part of this model." for name in sorted(set(weights) - set(parameters))[:3]]
-    problems += [
-        f"{flag}: {name} has shape {tuple(weights[name].shape)}, the model's is {tuple(parameter.shape)}."
-        for name, parameter in parameters.items()
-        if name in weights and weights[name].shape != parameter.shape
-    ][:3]
-    if problems:
-        raise UserError(problems)
+    _check_shapes(
+        flag,
+        {name: tuple(tensor.shape) for name, tensor in weights.items()},
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+    )
     for name, parameter in parameters.items():
         fill(parameter, functools.partial(_rows, weights[name]))
 
 
 def _rows(full: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return full[first : first + count]
+
+
+def _check_shapes(flag: str, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError when the saved parameters are not those of the model."""
+    problems = [f"{flag}: no weights for {name}." for name in sorted(set(wanted) - set(saved))[:3]]
+    problems += [f"{flag}: {name} is not a part of this model." for name in sorted(set(saved) - set(wanted))[:3]]
+    problems += [
+        f"{flag}: {name} has shape {saved[name]}, the model's is {shape}."
+        for name, shape in wanted.items()
+        if name in saved and saved[name] != shape
+    ][:3]
+    if problems:
+        raise UserError(problems)

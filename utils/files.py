@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -35,6 +36,26 @@ def fsync_directory(directory: str | os.PathLike) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held_lock(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory; yields False where another process holds it.
+
+    The kernel frees it when its process dies. File systems without locks on directories (some NFS) count as free.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
     finally:
         os.close(descriptor)
 

@@ -21,12 +21,15 @@ def _inspect_node(paths: list[str], packages: tuple[str, ...]) -> dict[str, Any]
     return {"versions": versions, "missing": [path for path in paths if not os.path.exists(path)]}
 
 
-def check_nodes(paths: dict[str, str], packages: tuple[str, ...], timeout_s: float = 120) -> list[dict[str, str]]:
+def check_nodes(
+    paths: dict[str, list[str]], packages: tuple[str, ...], node_ids: set[str] | None = None, timeout_s: float = 120
+) -> list[dict[str, str]]:
     """Compare every node with this process.
 
     Args:
-        paths: flag -> local path that each node must see, as on a shared file system.
+        paths: flag -> local paths that each node must see, as on a shared file system.
         packages: distributions whose versions must be equal everywhere.
+        node_ids: Ray's ids of the nodes to look at; None: all.
         timeout_s: how long a node may take to answer.
 
     Returns:
@@ -39,7 +42,11 @@ def check_nodes(paths: dict[str, str], packages: tuple[str, ...], timeout_s: flo
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = sorted(
-        ({"id": node["NodeID"], "address": node["NodeManagerAddress"]} for node in ray.nodes() if node["Alive"]),
+        (
+            {"id": node["NodeID"], "address": node["NodeManagerAddress"]}
+            for node in ray.nodes()
+            if node["Alive"] and (node_ids is None or node["NodeID"] in node_ids)
+        ),
         key=lambda node: (node["address"], node["id"]),
     )
     if len(nodes) == 1 and nodes[0]["address"] == ray.util.get_node_ip_address():
@@ -47,7 +54,7 @@ def check_nodes(paths: dict[str, str], packages: tuple[str, ...], timeout_s: flo
     inspect = ray.remote(num_cpus=0, max_retries=0)(_inspect_node)
     answers = {
         node["id"]: inspect.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)).remote(
-            list(paths.values()), packages
+            [path for group in paths.values() for path in group], packages
         )
         for node in nodes
     }
@@ -68,9 +75,12 @@ def check_nodes(paths: dict[str, str], packages: tuple[str, ...], timeout_s: flo
                 problems.append(
                     f"{name}: {package} {version}, here {here[package]}. Install requirements.txt of this checkout there."
                 )
-        for flag, path in paths.items():
-            if path in found["missing"]:
-                problems.append(f"{name}: does not see {flag}={path}. Put it on a file system that all nodes mount.")
+        for flag, group in paths.items():
+            for path in group:
+                if path in found["missing"]:
+                    problems.append(
+                        f"{name}: does not see {flag}={path}. Put it on a file system that all nodes mount."
+                    )
     if problems:
         raise UserError(problems)
     return nodes

@@ -86,9 +86,9 @@ def _check_nodes(job: Job) -> list[dict[str, str]]:
     # A file that this process has just made: a node with a directory of the same name of its own must not pass.
     probe = temporary_sibling(Path(job.output_dir) / "preflight")
     probe.touch()
-    seen_by_all = {"--output_dir": str(probe)}
+    seen_by_all = {"--output_dir": [str(probe)]}
     if "://" not in job.input_dir:
-        seen_by_all["--input_dir"] = os.path.abspath(job.input_dir)
+        seen_by_all["--input_dir"] = [os.path.abspath(job.input_dir)]
     try:
         return check_nodes(seen_by_all, CHECKED_PACKAGES)
     finally:

@@ -13,7 +13,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -218,12 +218,15 @@ class Trainer:
                 self.step += 1
                 last = self.step == plan.total_steps
                 stop = result.stop or (result.poll_preemption and self._preempted())
-                self._count_nonfinite(result)
+                given_up = self._count_nonfinite(result)
 
                 record = None
-                if last or stop or self.step % train.log_interval == 0:
+                if last or stop or given_up or self.step % train.log_interval == 0:
                     record = self._record(result, window)
                     window = _Window()
+                if given_up:
+                    self._log(record)
+                    self._give_up()
                 if (evaluation.interval and self.step % evaluation.interval == 0) or (
                     last and evaluation.final_validation
                 ):
@@ -319,20 +322,22 @@ class Trainer:
             data_wait_s=values[4] / self.world_size,
         )
 
-    def _count_nonfinite(self, result: StepResult) -> None:
+    def _count_nonfinite(self, result: StepResult) -> bool:
+        """Whether there were so many steps without an update in a row that the run must end."""
         if result.updated:
             self.nonfinite_in_a_row = 0
-            return
+            return False
         self.nonfinite_steps += 1
         self.nonfinite_in_a_row += 1
-        if self.nonfinite_in_a_row >= self.settings.train.max_nonfinite_steps:
-            self.writer.wait()
-            good = self.writer.last_good or "none"
-            raise UserError(
-                f"the loss or the gradient norm was not finite for {self.nonfinite_in_a_row} steps in a row, up to step {self.step} "
-                f"(--train.max_nonfinite_steps). Last good checkpoint: {good}. Lower --optimizer.lr or look at the data, then "
-                "start again."
-            )
+        return self.nonfinite_in_a_row >= self.settings.train.max_nonfinite_steps
+
+    def _give_up(self) -> NoReturn:
+        self.writer.wait()
+        raise UserError(
+            f"the loss or the gradient norm was not finite for {self.nonfinite_in_a_row} steps in a row, up to step {self.step} "
+            f"(--train.max_nonfinite_steps). Last good checkpoint: {self.writer.last_good or 'none'}. Lower --optimizer.lr or "
+            "look at the data, then start again."
+        )
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:

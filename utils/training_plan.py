@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import console
+from utils.block_order import interleave
 from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
 from utils.hf_config import export_problems
@@ -76,6 +77,12 @@ def data_directories(settings: Settings) -> tuple[list[Path], list[float] | None
     weights = list(settings.data_mixture.values())
     if any(not weight > 0 for weight in weights):
         raise UserError(f"data_mixture: weights must be above 0, got {weights}.")
+    without = [path for i, path in enumerate(settings.data_mixture) if i not in interleave(weights)]
+    if without:
+        raise UserError(
+            f"data_mixture: the weight of {', '.join(without)} is too small to be read at all; weights are rounded to 0.1% of their "
+            "sum. Raise it, or leave the dataset out."
+        )
     return [Path(path) for path in settings.data_mixture], weights
 
 
