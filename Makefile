@@ -36,6 +36,7 @@ lint: $(READY)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) shellcheck pipeline.sh .ci/run examples/*.sh
+	$(RUN) hadolint examples/Dockerfile
 
 format: $(READY)
 	$(RUN) ruff check --fix .

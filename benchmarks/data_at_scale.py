@@ -75,7 +75,7 @@ def make_small_files(directory: Path, count: int, document_bytes: int = 2_000) -
     text = "A text of a hundred bytes, more or less, as one finds it in a file that somebody wrote too small. " * (
         document_bytes // 100
     )
-    pq.write_table(pa.table({"text": [text] * 20}), directory / "0.parquet")
+    pq.write_table(pa.table({"text": [f"{i}: {text}" for i in range(20)]}), directory / "0.parquet")
     raw = (directory / "0.parquet").read_bytes()
     for i in range(1, count):
         (directory / f"{i}.parquet").write_bytes(raw)

@@ -112,6 +112,27 @@ def test_kuberay_manifest_is_locked_and_hangs_together(name):
     assert "env" not in worker, "keys belong to the driver alone"
 
 
+@pytest.mark.parametrize("path", sorted(KUBERAY.glob("*.yaml")), ids=lambda path: path.name)
+def test_kubernetes_knows_every_field(path):
+    """Against Kubernetes' own schemas, without unknown fields: whole objects, and the pods inside Ray's."""
+    import kubernetes_validate
+
+    manifest = load(path)
+    objects = [manifest]
+    if manifest["apiVersion"] == "ray.io/v1":
+        spec = manifest["spec"]
+        cluster = spec.get("rayClusterSpec", spec)
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        templates = [*(group["template"] for group in groups), spec.get("submitterPodTemplate")]
+        objects = [
+            {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": "x", **template.get("metadata", {})}}
+            for template in templates
+            if template
+        ]
+    for found in objects:
+        kubernetes_validate.validate(found, "1.34", strict=True)
+
+
 def test_kuberay_dashboard_is_on_localhost_unless_the_submitter_needs_it():
     cluster = load(KUBERAY / "raycluster.yaml")["spec"]
     assert cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
@@ -250,6 +271,12 @@ def test_slurm_job_fails_with_the_pipeline(slurm):
 # ------------------------------------------------------------------------------------------------ Docker
 
 
+def test_dockerfile_is_sound():
+    hadolint = Path(sys.executable).with_name("hadolint")
+    process = subprocess.run([str(hadolint), str(EXAMPLES / "Dockerfile")], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+
+
 def test_dockerfile_installs_the_lock_and_does_not_run_as_root():
     lines = [
         line
@@ -261,7 +288,7 @@ def test_dockerfile_installs_the_lock_and_does_not_run_as_root():
     version = tuple(map(int, re.fullmatch(r"python:(\d+)\.(\d+)-slim-\w+", base).groups()))
     assert (3, 11) <= version < (3, 14), "requires-python of pyproject.toml"
     assert any("--require-hashes -r requirements.txt" in rest for word, rest in instructions if word == "RUN")
-    assert [rest for word, rest in instructions if word == "USER"][-1] == "ray"
+    assert [rest for word, rest in instructions if word == "USER"][-1] == "1000"
     assert not [rest for word, rest in instructions if word in ("ENV", "ARG") and re.search("TOKEN|KEY", rest)]
 
 

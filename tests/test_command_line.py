@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 import yaml
@@ -24,6 +25,7 @@ ESCAPE = "\x1b["
 def on_a_terminal(command: list, **variables: str) -> tuple[int, str]:
     """(exit code, all that appears) of a command whose output is a terminal."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 200))
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200", **variables}
     environment.pop("NO_COLOR", None) if "NO_COLOR" not in variables else None
     process = subprocess.Popen(list(map(str, command)), stdout=theirs, stderr=theirs, cwd=ROOT, env=environment)
@@ -46,7 +48,7 @@ def test_an_empty_directory_is_the_users_error_coloured_on_a_terminal_only(scrip
     arguments = [argument.format(tmp_path) for argument in SCRIPTS[script]]
     piped = run_script(script, *arguments, check=False)
     assert piped.returncode == 2
-    assert piped.stderr.startswith("error: ") and "Traceback" not in piped.stderr
+    assert "\nerror: " in f"\n{piped.stderr}" and "Traceback" not in piped.stderr
     assert ESCAPE not in piped.stdout + piped.stderr and "\r" not in piped.stdout + piped.stderr
     code, shown = on_a_terminal([sys.executable, script, *arguments])
     assert code == 2 and f"{ESCAPE}31;1merror: {ESCAPE}0m" in shown
