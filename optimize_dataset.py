@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from utils import cli, console
 from utils.errors import UserError, WorkerDied
+from utils.machine import available_cpus
 from utils.tokenization_plan import Plan, check_disk_space, free_bytes, make_plan
 from utils.tokenization_state import (
     ProgressFile,
@@ -129,7 +130,7 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
             console.warn(f"{path}, row group {error.row_group}: {error.reason}; the run would stop there")
     tokens = plan.text_bytes * sampled_tokens / max(sampled_bytes, 1)
     disk_bytes = tokens * np.dtype(plan.job.dtype).itemsize
-    cores = settings.num_workers or os.cpu_count() or 1
+    cores = settings.num_workers or available_cpus()
     # The sample is encoded with a cold cache and encoding is about half of the work: the two about cancel.
     estimated_s = plan.text_bytes * seconds / max(sampled_bytes, 1) / cores
     console.result(
@@ -159,7 +160,7 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Any]:
     if cluster is None:
         from utils.local_workers import LocalWorkers
 
-        num_workers = settings.num_workers or min(len(os.sched_getaffinity(0)), len(plan.units))
+        num_workers = settings.num_workers or min(available_cpus(), len(plan.units))
         console.say(f"this machine: {num_workers} worker process{'es'[: 2 * (num_workers != 1)]}")
         with LocalWorkers(num_workers, load, TASK_RETRIES) as workers:
             yield workers

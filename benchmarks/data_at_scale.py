@@ -126,9 +126,10 @@ def tokenize_files(directory: str, tokenizer: str, out: str) -> tuple[float, int
     said: list[str] = []
     reader.start()
     while process.poll() is None:  # the kernel keeps the peak, but only as long as the process lives
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError):
             status = Path(f"/proc/{process.pid}/status").read_text()
-            peak_kib = int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+            if found := re.search(r"VmHWM:\s+(\d+)", status):  # not of a zombie
+                peak_kib = int(found[1])
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.02)
     reader.join()

@@ -31,6 +31,7 @@ from utils.checkpoint import (
 from utils.checkpoint_writer import CheckpointWriter, shortage
 from utils.errors import UserError
 from utils.learning_rate import learning_rate
+from utils.machine import available_cpus
 from utils.manifest import made_by
 from utils.model import (
     build_model,
@@ -94,7 +95,7 @@ class Trainer:
         world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         tensor_size = settings.parallel.tensor_parallel_size
         if settings.accelerator == "cpu":
-            torch.set_num_threads(settings.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(settings.parallel.cpu_threads or max(1, available_cpus() // local_size))
 
         config = plan.model_config
         self.model = build_model(config, settings, plan.context_tokens)
