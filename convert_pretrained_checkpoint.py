@@ -89,6 +89,11 @@ def is_finished(settings: Settings) -> bool:
         UserError: there is something else under that name.
     """
     export_dir = Path(settings.export_dir)
+    if export_dir.is_mount() or export_dir.is_symlink():
+        raise UserError(
+            f"export_dir={export_dir}: a {'mount point' if export_dir.is_mount() else 'symbolic link'}, which cannot appear all at "
+            f"once. Give a directory inside it, as {export_dir / 'model'}."
+        )
     if not export_dir.exists() or (export_dir.is_dir() and not any(export_dir.iterdir())):
         return False
     remedy = "Give another directory, or delete this one."
@@ -296,7 +301,6 @@ def export(plan: ExportPlan, settings: Settings) -> None:
     """Write, prove and publish."""
     export_dir = Path(settings.export_dir).absolute()
     export_dir.parent.mkdir(parents=True, exist_ok=True)
-    remove_interrupted(export_dir)
     temporary = temporary_sibling(export_dir)
     temporary.mkdir()
     try:
@@ -325,10 +329,12 @@ def main(settings: Settings) -> None:
         f"{plan.checkpoint_dir}: {plan.config.name}, {console.human_count(plan.num_parameters)} parameters, "
         f"{plan.dtype_name}{', tied embeddings' if plan.tied else ''}"
     )
-    check_space(plan, settings)
     if settings.dry_run:
+        check_space(plan, settings)
         print_dry_run(plan, settings)
         return
+    remove_interrupted(Path(settings.export_dir).absolute())  # first: it may fill the disk that is measured next
+    check_space(plan, settings)
     export(plan, settings)
     console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
     if settings.formats != "hf":

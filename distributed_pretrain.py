@@ -112,6 +112,7 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
     out_dir = Path(settings.out_dir)
     with ray_session(find_cluster(settings.address)):
         settings = with_cluster(settings)
+        check_training_nodes(settings, plan)
         world_size = settings.num_nodes * settings.num_devices
         accumulation = check_batch(settings, world_size)
         shard_size(settings, world_size, settings.num_devices)
@@ -164,12 +165,13 @@ def with_cluster(settings: Settings) -> Settings:
     return dataclasses.replace(settings, accelerator=accelerator, num_devices=num_devices, precision=precision)
 
 
-def check_training_nodes(settings: Settings, plan: Plan, resource: str) -> None:
+def check_training_nodes(settings: Settings, plan: Plan) -> None:
     """Do the nodes that can take part run this software, and see the data and out_dir? Raises UserError with all that do not."""
     import ray
 
     from utils.preflight import check_nodes
 
+    resource = "GPU" if settings.accelerator == "cuda" else "CPU"
     able = {node["NodeID"] for node in ray.nodes() if node["Resources"].get(resource, 0) >= settings.num_devices}
     probe = temporary_sibling(Path(settings.out_dir) / "preflight")
     probe.touch()
@@ -199,12 +201,11 @@ def fit(settings: Settings, plan: Plan) -> None:
                 if not isinstance(callback, PlacementGroupCleanerCallback)
             ]
 
-    resource = "GPU" if settings.accelerator == "cuda" else "CPU"
-    check_training_nodes(settings, plan, resource)
     problems_file(settings).unlink(missing_ok=True)  # of a driver that was killed
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         # The driver is on the only node: it would go with it. SIGTERM is the notice then.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    resource = "GPU" if settings.accelerator == "cuda" else "CPU"
     trainer = Trainer(
         train_worker,
         train_loop_config={"settings": settings, "plan": plan, "verbosity": console.VERBOSITY},

@@ -191,7 +191,8 @@ def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile
         while left:
             while queue and workers.num_free() > 0:
                 workers.submit(plan.job, queue.popleft())
-            for unit, outcome in workers.finished():
+            # Records first: an error must not lose what was finished beside it.
+            for unit, outcome in sorted(workers.finished(), key=lambda done: not isinstance(done[1], dict)):
                 left -= 1
                 record = record_of(outcome, plan)
                 progress_file.append(record)
@@ -237,7 +238,7 @@ def record_of(outcome: dict[str, Any] | BaseException, plan: Plan) -> dict[str, 
         ) from outcome
     if isinstance(outcome, WorkerDied):
         raise UserError(
-            f"a worker process died {TASK_RETRIES + 1} times on the same unit, most likely for want of memory. "
+            f"a worker process died {TASK_RETRIES + 1} times on the same unit, most likely for want of memory ({outcome}). "
             f"Lower --num_workers or --unit_bytes; {go_on}"
         ) from outcome
     raise outcome
@@ -345,17 +346,23 @@ def main(settings: Settings) -> None:
         check_disk_space(plan, settings.output_dir, done_bytes)
         if "://" not in settings.input_dir:  # workers run in other directories
             plan.job = dataclasses.replace(plan.job, input_dir=os.path.abspath(settings.input_dir))
-        with contextlib.ExitStack() as stack:
-            workers = stack.enter_context(start_workers(plan, settings)) if left else None
-            if left:
-                run_units(plan, left, workers, progress_file, done_bytes)
-                records = progress_file.finished(output_dir)
-            check_all_are_here(plan, records)
-            again = raise_threshold_if_val_is_empty(plan, records)
-            if again:
-                workers = workers or stack.enter_context(start_workers(plan, settings))
-                run_units(plan, again, workers, progress_file, plan.text_bytes)
-                records = progress_file.finished(output_dir)
+        try:
+            with contextlib.ExitStack() as stack:
+                workers = stack.enter_context(start_workers(plan, settings)) if left else None
+                if left:
+                    run_units(plan, left, workers, progress_file, done_bytes)
+                    records = progress_file.finished(output_dir)
+                check_all_are_here(plan, records)
+                again = raise_threshold_if_val_is_empty(plan, records)
+                if again:
+                    workers = workers or stack.enter_context(start_workers(plan, settings))
+                    run_units(plan, again, workers, progress_file, plan.text_bytes)
+                    records = progress_file.finished(output_dir)
+        except BaseException:
+            # What other workers were writing must not fill the disk until the next run.
+            with contextlib.suppress(OSError):
+                remove_unrecorded_files(output_dir, progress_file.finished(output_dir))
+            raise
         check_nothing_lost(plan, records)
         if not sum(record.train.documents for record in records.values()):
             raise UserError(

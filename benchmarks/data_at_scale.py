@@ -143,11 +143,12 @@ def publish_fineweb(progress: str, files: int) -> str:
     """What the driver holds at the end: plan, records of all units, and the manifests that it writes."""
     import types
 
-    from utils.tokenization_state import publish
+    from utils.tokenization_state import _with_shared_keys, publish
     from utils.tokenize_unit import UnitRecord
 
     with open(progress, "rb") as file:
-        records = {i: UnitRecord.from_json(json.loads(line)) for i, line in enumerate(file)}
+        lines = (json.loads(line, object_pairs_hook=_with_shared_keys) for line in file)
+        records = {i: UnitRecord.from_json(line) for i, line in enumerate(lines)}
     inputs = [
         {"path": f"CC-MAIN-{i:06}.parquet", "bytes": i, "rows": 1_000_000, "fingerprint": f"{i:016x}"}
         for i in range(files)

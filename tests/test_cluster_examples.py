@@ -333,15 +333,16 @@ def test_cluster_with_a_token_serves_who_has_it_and_nobody_else(tmp_path, parque
     ray = Path(sys.executable).with_name("ray")
     home = tmp_path / "home"
     home.mkdir()
-    environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token"}
+    temporary = Path("/tmp") / f"ray-{os.getpid()}"  # the paths of Ray's sockets must stay short
+    temporary.mkdir()
+    environment = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(temporary)}
     environment.pop("RAY_ADDRESS", None)
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     address = f"127.0.0.1:{free_port()}"
-    temporary = Path("/tmp") / f"ray-{os.getpid()}"  # the paths of Ray's sockets must stay short
     head = subprocess.Popen(
         [
             *(ray, "start", "--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"),
-            *(f"--ray-client-server-port={free_port()}", f"--temp-dir={temporary}", "--num-cpus=2", "--block"),
+            *(f"--ray-client-server-port={free_port()}", "--num-cpus=2", "--block"),
         ],
         env=environment,
         stdout=subprocess.PIPE,
@@ -355,6 +356,13 @@ def test_cluster_with_a_token_serves_who_has_it_and_nobody_else(tmp_path, parque
         flags = [f"--input_dir={parquet_dir}", f"--tokenizer_dir={tokenizer_dir}", f"--address={address}"]
         run_script("optimize_dataset.py", *flags, f"--output_dir={tmp_path / 'mine'}", env=environment)
         assert (tmp_path / "mine" / "manifest.json").exists()
+        # Without a word about it: the cluster of this machine is found, and its token with it.
+        environment_of_a_beginner = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
+        found = subprocess.run(
+            [sys.executable, ROOT / "optimize_dataset.py", *flags[:2], f"--output_dir={tmp_path / 'found'}"],
+            capture_output=True, text=True, env=environment_of_a_beginner, timeout=300,
+        )  # fmt: skip
+        assert found.returncode == 0 and "cluster: 1 node, 2 CPUs" in found.stdout, found.stdout + found.stderr
         for stranger in ({"RAY_AUTH_TOKEN": "guessed" * 8}, {"RAY_AUTH_MODE": "disabled"}):
             process = run_script(
                 *("optimize_dataset.py", *flags, f"--output_dir={tmp_path / 'theirs'}"),
@@ -362,7 +370,7 @@ def test_cluster_with_a_token_serves_who_has_it_and_nobody_else(tmp_path, parque
                 check=False,
             )
             assert process.returncode == 2
-            assert "token" in process.stderr and f"--address={address}" in process.stderr
+            assert f"--address={address}: the cluster wants a token" in process.stderr
             assert not (tmp_path / "theirs" / "train").exists()
     finally:
         head.terminate()

@@ -16,10 +16,20 @@ from utils import machine
     "written, expected", [("max 100000\n", 8), ("150000 100000\n", 2), ("1000 100000\n", 1), ("?", 8)]
 )
 def test_the_quota_of_a_container_counts(tmp_path, monkeypatch, written, expected):
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
     (tmp_path / "cpu.max").write_text(written)
-    monkeypatch.setattr(machine, "_CGROUP_CPU_MAX", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert machine.available_cpus() == expected
+
+
+def test_the_quota_of_an_older_container_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, expected in (("-1\n", 8), ("300000\n", 3)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+        assert machine.available_cpus() == expected
 
 
 def test_affinity_counts():

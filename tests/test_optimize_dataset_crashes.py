@@ -43,6 +43,7 @@ def command(inputs: Path, tokenizer: Path, output: Path, *more: str) -> list[str
         "--val_fraction=0.05",
         "--unit_bytes=100000",
         "--chunk_tokens=20000",
+        "--num_workers=2",  # so that the work lasts, on whatever machine
         *more,
     ]
 
@@ -130,6 +131,21 @@ def where(request) -> str:
     return f"--address={request.getfixturevalue('ray_address') if request.param == 'cluster' else 'local'}"
 
 
+def ended(processes: list[psutil.Process]) -> bool:
+    """Whether they end by themselves; one that nobody buries has ended too."""
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    deadline = time.monotonic() + WAIT_S
+    while any(map(runs, processes)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(map(runs, processes))
+
+
 def finished_units(output: Path) -> int:
     path = output / "progress.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -148,7 +164,7 @@ def test_two_workers_and_three_nodes_give_the_same_bytes(
     assert len(folders) >= 2  # the work was really spread
     assert merged(run_script, tmp_path / "three") == undisturbed
     subprocess.run(
-        command(many_parquet, tokenizer_dir, tmp_path / "two", "--num_workers=2", "--address=local"),
+        command(many_parquet, tokenizer_dir, tmp_path / "two", "--address=local"),
         check=True,
         timeout=300,
     )
@@ -186,8 +202,9 @@ def test_worker_that_always_dies_ends_the_run_with_a_word(many_parquet, tokenize
     killed = set()
     while process.poll() is None:
         for victim in local_workers(process):
-            victim.kill()
-            killed.add(victim.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                killed.add(victim.pid)
     said = process.stderr.read()
     assert process.returncode == 2 and "Traceback" not in said
     assert len(killed) == 4 and "died 4 times" in said and "--num_workers" in said
@@ -204,7 +221,7 @@ def test_killed_driver_is_resumed_by_the_same_command(
     orphans = local_workers(process)
     process.kill()
     process.wait(WAIT_S)
-    assert not psutil.wait_procs(orphans, WAIT_S)[1]
+    assert ended(orphans)
     before = finished_units(output)
     (output / "progress.jsonl").open("ab").write(b'{"unit": 3, "fol')  # a line that a crash cut off
     (output / "train" / "0").mkdir(parents=True, exist_ok=True)
@@ -254,11 +271,21 @@ def test_ctrl_c_stops_within_seconds_and_says_how_to_go_on(
     pressed = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=WAIT_S)
-    assert time.monotonic() - pressed < 10 and not psutil.wait_procs(workers, WAIT_S)[1]
+    assert time.monotonic() - pressed < 10 and ended(workers)
     assert process.returncode == 130 and "Traceback" not in said
     assert "The same command goes on" in said and f"--output_dir={output}" in said
     subprocess.run(arguments, check=True, timeout=300)
     assert merged(run_script, output) == undisturbed
+
+
+def test_ctrl_c_while_the_workers_start_is_quiet(many_parquet, tokenizer_dir, tmp_path):
+    arguments = command(many_parquet, tokenizer_dir, tmp_path / "out", "--address=local")
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    workers = wait_for(lambda: local_workers(process), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130 and "Traceback" not in said and "The same command goes on" in said
+    assert ended(workers)
 
 
 def test_two_runs_on_one_output_do_not_meet(many_parquet, tokenizer_dir, tmp_path, ray_address):
@@ -278,6 +305,7 @@ def test_full_disk(run_script, many_parquet, tokenizer_dir, undisturbed, small_d
     full = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
     assert "the disk is full" in full.stderr or "needs more than" in full.stderr
+    assert not list(output.rglob(".tmp-*"))
     for path in output.rglob("*.bin"):
         assert read_document_offsets(path)[-1] == path.stat().st_size  # whole, or not there
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)

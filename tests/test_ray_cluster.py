@@ -10,13 +10,14 @@ from utils import ray_cluster
 from utils.errors import UserError
 
 
-@pytest.fixture
-def note(tmp_path, monkeypatch):
+@pytest.fixture(params=["RAY_TMPDIR", "TMPDIR"])
+def note(request, tmp_path, monkeypatch):
     """Where `ray start` leaves its address, in a temporary directory of the test's own."""
     from ray._private.utils import get_ray_address_file
 
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(request.param, str(tmp_path))
+    for name in {"RAY_TMPDIR", "TMPDIR", "RAY_ADDRESS"} - {request.param}:
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "ray").mkdir()
     path = tmp_path / "ray" / "ray_current_cluster"
     assert get_ray_address_file(None) == str(path), "Ray keeps its note elsewhere"
@@ -38,13 +39,12 @@ def silent():
 
 def test_none_runs(note):
     assert ray_cluster.find_cluster(None) is None
-    with pytest.raises(UserError, match="--address=auto: no Ray cluster runs on this machine"):
-        ray_cluster.find_cluster("auto")
+    assert ray_cluster.find_cluster("auto") == "auto"  # Ray looks for one elsewhere, and says if there is none
 
 
 def test_the_running_one_is_found(note, listening):
     note.write_text(listening)
-    assert ray_cluster.find_cluster(None) == ray_cluster.find_cluster("auto") == listening
+    assert ray_cluster.find_cluster(None) == ray_cluster.find_cluster("auto") == "auto"
     assert ray_cluster.find_cluster("local") is None
 
 
@@ -52,6 +52,8 @@ def test_one_that_died_is_passed_over_with_a_word(note, silent, capsys):
     note.write_text(silent)
     assert ray_cluster.find_cluster(None) is None
     assert f"started here at {silent} is gone" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"--address=auto: the Ray cluster that was started here at {silent} is gone"):
+        ray_cluster.find_cluster("auto")
 
 
 def test_an_address_that_was_given_must_answer(note, listening, silent, monkeypatch):
@@ -63,3 +65,11 @@ def test_an_address_that_was_given_must_answer(note, listening, silent, monkeypa
         ray_cluster.find_cluster(None)
     with pytest.raises(UserError, match="no Ray cluster answers"):
         ray_cluster.find_cluster("no-port")
+    with pytest.raises(UserError, match="--address=ray://x:1: Ray's client"):
+        ray_cluster.find_cluster("ray://x:1")
+
+
+def test_an_address_where_nobody_is_is_the_users_error(run_script, tmp_path, parquet_dir, tokenizer_dir):
+    flags = [f"--input_dir={parquet_dir}", f"--tokenizer_dir={tokenizer_dir}", f"--output_dir={tmp_path / 'out'}"]
+    process = run_script("optimize_dataset.py", *flags, "--address=127.0.0.1:1", check=False)
+    assert process.returncode == 2 and "no Ray cluster answers at 127.0.0.1:1" in process.stderr

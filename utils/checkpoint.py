@@ -184,14 +184,25 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
             if name.startswith("model.")
         }
         _check_shapes(flag, saved, {name: tuple(tensor.shape) for name, tensor in state["model"].items()})
+        if _is_tied(model):  # the one tensor behind both names would take whichever is loaded last
+            head = {"model": {"lm_head.weight": torch.empty_like(state["model"]["lm_head.weight"])}}
+            dcp.load(head, storage_reader=reader)
+            dcp.load(
+                {"model": {"transformer.wte.weight": state["model"]["transformer.wte.weight"]}}, storage_reader=reader
+            )
+            _check_tied(
+                flag, _same_everywhere(head["model"]["lm_head.weight"], state["model"]["transformer.wte.weight"])
+            )
         dcp.load(state, storage_reader=reader)
         set_model_state_dict(model, state["model"])
         return
     weights = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     weights = weights.get("model", weights)
     parameters = dict(model.named_parameters())
-    if model.lm_head.weight is model.transformer.wte.weight:
+    if _is_tied(model):
         # Of the shared weight's two names the model lists one, and the file has one or both.
+        if {"lm_head.weight", "transformer.wte.weight"} <= set(weights):
+            _check_tied(flag, torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]))
         if "transformer.wte.weight" in weights:
             weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
         if "transformer.wte.weight" in parameters:
@@ -207,6 +218,29 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
 
 def _rows(full: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return full[first : first + count]
+
+
+def _is_tied(model: torch.nn.Module) -> bool:
+    return model.lm_head.weight is model.transformer.wte.weight
+
+
+def _same_everywhere(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors spread alike are equal, on every process."""
+    import torch
+    import torch.distributed as dist
+
+    mine, other = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (a, b))
+    same = torch.tensor(float(torch.equal(mine, other)), device=mine.device)
+    dist.all_reduce(same, dist.ReduceOp.MIN)
+    return bool(same.item())
+
+
+def _check_tied(flag: str, same: bool) -> None:
+    if not same:
+        raise UserError(
+            f"{flag}: its output layer and its embedding differ, and --train.tie_embeddings=true would lose one of them. Leave it "
+            "false, or start from a model with tied embeddings."
+        )
 
 
 def _check_shapes(flag: str, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:

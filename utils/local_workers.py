@@ -11,6 +11,7 @@ import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -19,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import WorkerDied
+from utils.machine import raise_open_file_limit
 
 if TYPE_CHECKING:
     from utils.tokenize_unit import Job
@@ -48,6 +50,7 @@ class LocalWorkers:
     def __init__(self, num_workers: int, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int):
         # Not fork: Arrow's threads would not survive it.
         self._context = multiprocessing.get_context("spawn")
+        raise_open_file_limit(256 + 4 * num_workers)  # a process takes three of ours
         self._max_retries = max_retries
         self._deaths: dict[int, int] = {}
         self._tokenizer: tuple[bytes, bytes] | None = None
@@ -59,7 +62,12 @@ class LocalWorkers:
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=serve, args=(theirs,), name="tokenize", daemon=True)
-        process.start()
+        # A child inherits what is blocked: Ctrl-C reaches the whole group, and it is for the parent to end its children.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the pipe ends with the process
         worker = _Worker(process, ours)
         if self._tokenizer is not None:
@@ -104,12 +112,12 @@ class LocalWorkers:
     def _replace(self, i: int) -> WorkerDied | None:
         """Start a process in the place of one that died, and give it the unit; or say that this happened too often."""
         dead = self._workers[i]
-        dead.pipe.close()
         dead.process.join()
-        self._workers[i] = self._start()
         self._deaths[dead.unit.index] = deaths = self._deaths.get(dead.unit.index, 0) + 1
         if deaths > self._max_retries:
             return WorkerDied(f"unit {dead.unit.index}, exit code {dead.process.exitcode}")
+        dead.pipe.close()
+        self._workers[i] = self._start()
         self._hand(self._workers[i], dead.job, dead.unit)
         return None
 
@@ -130,25 +138,37 @@ class LocalWorkers:
 
 def serve(pipe: Connection) -> None:
     """The process: the tokenizer first, then units until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
-    from utils.tokenize_unit import process_encoder, tokenize_unit
-
+    with contextlib.suppress(Exception):  # said with the first unit; here it only saves time
+        import utils.tokenize_unit  # noqa: F401
     try:
         tokenizer, job = pipe.recv(), None
         while True:
             news, unit = pipe.recv()
             job = news or job
             try:
+                from utils.tokenize_unit import process_encoder, tokenize_unit
+
                 encoder = process_encoder(job, lambda: tokenizer)
                 answer = dataclasses.asdict(tokenize_unit(job, unit, FOLDER, encoder))
-            except Exception as error:
-                error.add_note("".join(traceback.format_exception(error)))
-                answer = error
+            except BaseException as error:  # a panic of Rust's code is no Exception
+                answer = _as_message(error)
             pipe.send(answer)
     except (EOFError, OSError):  # the parent is gone or has closed
         return
+
+
+def _as_message(error: BaseException) -> Exception:
+    """The error as the parent is to see it: itself if that survives the pipe, else its text."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        error.add_note(text)
+        if isinstance(pickle.loads(pickle.dumps(error)), Exception):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(text)
 
 
 def _die_with_parent() -> None:

@@ -6,14 +6,30 @@ import math
 import os
 from pathlib import Path
 
-_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cpus() -> int:
     """Cores that this process may keep busy: those it may run on, and no more than its container's quota pays for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CGROUP_CPU_MAX.read_text().split()  # "max 100000", or microseconds in each period
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # not Linux, cgroup v1, or no quota
-        return cores
+    # Microseconds in each period; "max" or -1: no quota.
+    for quota_and_period in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, and v1
+        try:
+            quota, period = " ".join((_CGROUPS / name).read_text() for name in quota_and_period).split()
+            if int(quota) > 0:
+                return max(1, min(cores, math.ceil(int(quota) / int(period))))
+        except (OSError, ValueError):
+            continue
+    return cores
+
+
+def raise_open_file_limit(wanted: int) -> int:
+    """Raise the soft limit of open files to `wanted`, as far as the hard one allows; returns the limit."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard if hard != resource.RLIM_INFINITY else wanted, wanted)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return soft

@@ -15,7 +15,8 @@ def _inspect_node(paths: list[str], packages: tuple[str, ...]) -> dict[str, Any]
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
-            versions[package] = importlib.metadata.version(package)
+            # Without what follows a plus: torch for CPUs on the head and for CUDA on the others is one torch.
+            versions[package] = importlib.metadata.version(package).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {"versions": versions, "missing": [path for path in paths if not os.path.exists(path)]}

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-import tempfile
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,38 +20,47 @@ def find_cluster(address: str | None) -> str | None:
     """The Ray cluster to use, as `ray.init` takes it, or None: none runs here and none was asked for.
 
     Args:
-        address: "HOST:PORT", "auto" or "ray://..", as the user gave it; None: RAY_ADDRESS, else what `ray start` started on
-            this machine. "local": none.
+        address: "HOST:PORT" or "auto", as the user gave it; None: RAY_ADDRESS, else what `ray start` started on this machine.
+            "local": none.
 
     Raises:
         UserError: nothing answers at an address that the user gave.
     """
     given = address or os.environ.get("RAY_ADDRESS")
+    flag = f"--address={address}" if address else f"RAY_ADDRESS={given}"
     if given == "local":
         return None
-    flag = f"--address={address}" if address else f"RAY_ADDRESS={given}"
-    found = given if given and given != "auto" else _started_here()
-    if found is None:
-        if given:
-            raise UserError(f"{flag}: no Ray cluster runs on this machine. Start one with `ray start --head`.")
-        return None
-    if "://" in found or _answers(found):
-        return found
-    if given:
+    if given and "://" in given:
         raise UserError(
-            f"{flag}: no Ray cluster answers at {found}. Start one with `ray start --head`, give its HOST:PORT, or leave "
-            "--address out and RAY_ADDRESS unset to run on this machine alone."
+            f"{flag}: Ray's client has no checkout of this project on its server. Run the script on a node of the cluster, with "
+            "HOST:PORT, or submit it with `ray job submit`."
         )
-    # Ray itself would try for minutes.
-    console.warn(f"the Ray cluster that was started here at {found} is gone (`ray stop` forgets it): going on without")
-    return None
+    if given and given != "auto":
+        if not _answers(given):
+            raise UserError(
+                f"{flag}: no Ray cluster answers at {given}. Start one with `ray start --head`, give its HOST:PORT, or leave "
+                "--address out and RAY_ADDRESS unset to run on this machine alone."
+            )
+        return given
+    found = _started_here()
+    if found is not None and not _answers(found):  # Ray itself would try for minutes
+        if given:
+            raise UserError(
+                f"{flag}: the Ray cluster that was started here at {found} is gone. Start one with `ray start --head`."
+            )
+        console.warn(
+            f"the Ray cluster that was started here at {found} is gone (`ray stop` forgets it): going on without"
+        )
+        return None
+    # Not its address: Ray shows ~/.ray/auth_token of its own accord only where it looks for the cluster itself.
+    return "auto" if given or found else None
 
 
 def _started_here() -> str | None:
     """What `ray start` left in Ray's own note; read here because importing ray takes half a second."""
-    note = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    temporary = os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
     try:
-        return note.read_text().strip() or None
+        return (Path(temporary) / "ray" / "ray_current_cluster").read_text().strip() or None
     except OSError:
         return None
 
@@ -61,7 +70,7 @@ def _answers(address: str) -> bool:
     try:
         with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S):
             return True
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return False
 
 
@@ -82,9 +91,14 @@ def ray_session(cluster: str | None) -> Iterator[None]:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         ray.init(address=cluster or "local", include_dashboard=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError) as error:
-        where = f"--address={cluster}"
-        if isinstance(error.__cause__, ray.exceptions.AuthenticationError):
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        where = (
+            f"the Ray cluster at {os.environ.get('RAY_ADDRESS') or 'this machine'}"
+            if cluster == "auto"
+            else f"--address={cluster}"
+        )
+        # Ray gives what its server said as text alone.
+        if isinstance(error, ray.exceptions.AuthenticationError) or "RAY_AUTH_TOKEN" in f"{error} {error.__cause__}":
             raise UserError(
                 f"{where}: the cluster wants a token, and this process shows none or another. Set RAY_AUTH_MODE=token, and "
                 "have the head node's ~/.ray/auth_token here or its content in RAY_AUTH_TOKEN."

@@ -75,10 +75,12 @@ class RayWorkers:
             unit = self._running.pop(reference)
             try:
                 done.append((unit, ray.get(reference)))
-            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-                done.append((unit, WorkerDied(str(error))))
             except ray.exceptions.RayTaskError as error:
                 done.append((unit, error.cause if isinstance(error.cause, Exception) else error))
+            except (
+                ray.exceptions.RayError
+            ) as error:  # a process or a node died too often, for want of memory or taken away
+                done.append((unit, WorkerDied(f"{type(error).__name__}: {str(error).splitlines()[0]}")))
         return done
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from utils.block_order import SequenceOrder
 from utils.chunks import Index, read_index
 from utils.errors import UserError
+from utils.machine import raise_open_file_limit
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ class TokenBlocks:
             {"chunk_bytes": c.bytes, "chunk_size": c.documents, "dim": c.tokens, "filename": c.name}
             for c in index.chunks
         ]
-        mapped = min(len(entries), _MAX_MAPPED_CHUNKS, _raise_open_file_limit() // 2)
+        mapped = min(len(entries), _MAX_MAPPED_CHUNKS, raise_open_file_limit(4 * _MAX_MAPPED_CHUNKS) // 2)
         self._loader = TokensLoader(block_tokens)
         self._loader.setup(_reader_config(index), entries, _get_serializers(None))
         self._loader.set_posix_fast(True, keep=mapped)
@@ -93,18 +94,6 @@ def _reader_config(index: Index) -> dict[str, Any]:
     from utils.chunks import CODE_OF_DTYPE
 
     return {"data_format": [f"no_header_tensor:{CODE_OF_DTYPE[index.dtype]}"], "data_spec": None, "compression": None}
-
-
-def _raise_open_file_limit() -> int:
-    """Raise the soft limit of open files to the hard one; returns it."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(hard if hard != resource.RLIM_INFINITY else 4 * _MAX_MAPPED_CHUNKS, 4 * _MAX_MAPPED_CHUNKS)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return soft
 
 
 class Sequences:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class ProgressFile:
                 break
             good_bytes += len(line)
             try:
-                record = UnitRecord.from_json(json.loads(line))
+                record = UnitRecord.from_json(json.loads(line, object_pairs_hook=_with_shared_keys))
             except (ValueError, KeyError, TypeError):
                 continue
             records[record.unit] = record
@@ -137,6 +138,11 @@ class ProgressFile:
         self._file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _with_shared_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a hundred thousand records with the same keys, each key is held once."""
+    return {sys.intern(key): value for key, value in pairs}
 
 
 def _size(path: Path) -> int:
