@@ -234,6 +234,26 @@ def test_a_disk_that_cannot_hold_it_is_named_before_the_work(checkpoint, small_d
     assert f"export_dir={small_disk / 'out'}: needs " in message and "are free" in message
 
 
+def test_what_an_interrupted_export_left_does_not_count_against_the_next(checkpoint, small_disk):
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    left = small_disk / ".tmp-out-0123456789ab"
+    left.mkdir()
+    (left / "lit_model.pth").write_bytes(bytes(3_800_000))
+    process = run_export(checkpoint, small_disk / "out")
+    assert process.returncode == 0, process.stderr
+    assert [path.name for path in small_disk.iterdir()] == ["out"]
+
+
+def test_a_mount_point_or_a_link_is_refused_before_the_work(checkpoint, small_disk, tmp_path):
+    process = run_export(checkpoint, small_disk)
+    assert process.returncode == 2 and "a mount point, which cannot appear all at once" in process.stderr
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    process = run_export(checkpoint, tmp_path / "link")
+    assert process.returncode == 2 and "a symbolic link" in process.stderr
+    assert not any((tmp_path / "real").iterdir()) and not any(small_disk.iterdir())
+
+
 def test_several_problems_are_told_at_once(checkpoint, tmp_path):
     (empty := tmp_path / "empty").mkdir()
     message = refused(empty, tmp_path / "out")

@@ -156,6 +156,34 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(finished, dataset, tmp
     assert "transformer.h.0.mlp.fc_1.weight has shape (64, 32), the model's is (96, 32)" in log
 
 
+@pytest.mark.parametrize("kind", ["sharded", "one file"])
+def test_untied_weights_do_not_start_a_tied_model(finished, dataset, config, tmp_path, kind):
+    import torch
+
+    source = finished / "final"
+    if kind == "one file":
+        source = tmp_path / "litgpt"
+        source.mkdir()
+        torch.save(weights_of(finished / "final")["model"], source / "lit_model.pth")
+    settings = settings_of(
+        config, dataset, tmp_path / "out", 2, initial_checkpoint_dir=source, train__tie_embeddings="true"
+    )
+    assert all(run_ranks([settings], 2, tmp_path / "job", check=False))
+    assert "its output layer and its embedding differ" in (tmp_path / "job" / "rank-0.log").read_text()
+
+
+def test_tied_weights_start_a_tied_model(dataset, config, tmp_path):
+    tied = {"train__tie_embeddings": "true", "train__max_steps": 2}
+    first = settings_of(config, dataset, tmp_path / "first", 2, **tied)
+    run_ranks([first], 2, tmp_path / "job-1")
+    second = settings_of(
+        config, dataset, tmp_path / "second", 2, initial_checkpoint_dir=tmp_path / "first" / "final", **tied
+    )
+    run_ranks([second], 2, tmp_path / "job-2")
+    expected = metrics_of(tmp_path / "first")[-1]["val_loss"]
+    assert metrics_of(tmp_path / "second")[0]["val_loss"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_meta_holds_primitives_only(finished):
     import torch
 
