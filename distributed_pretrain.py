@@ -38,7 +38,7 @@ from utils.checkpoint import (
 )
 from utils.errors import UserError
 from utils.files import held_lock, temporary_sibling, write_json
-from utils.training_log import Follower, make_logger, progress_line, read_metrics
+from utils.training_log import Follower, make_logger, progress_line, read_metrics, rewind_metrics
 from utils.training_plan import Plan, check_batch, check_same_run, make_plan, result_settings, shard_size
 from utils.training_settings import STOP_NAME, Settings
 
@@ -52,6 +52,7 @@ def main(settings: Settings) -> None:
 
         console.result("\n".join(model_names()))
         return
+    as_given = settings
     settings = with_absolute_paths(settings)
     plan = make_plan(settings)
     if settings.dry_run:
@@ -63,7 +64,7 @@ def main(settings: Settings) -> None:
     newest = newest_checkpoint(settings, plan)
     if newest is not None and newest.step >= plan.total_steps:
         console.say(f"nothing to do: {newest.path} is at step {newest.step} of {plan.total_steps}.")
-        print_next_commands(settings)
+        print_next_commands(as_given)
         return
     out_dir.mkdir(parents=True, exist_ok=True)
     with held_lock(out_dir) as mine:
@@ -74,8 +75,11 @@ def main(settings: Settings) -> None:
             )
         (out_dir / STOP_NAME).unlink(missing_ok=True)
         free_final_name(out_dir)
-        train_on_ray(settings, plan)
-    report(settings, plan)
+        try:
+            train_on_ray(settings, plan)
+        finally:
+            (out_dir / STOP_NAME).unlink(missing_ok=True)
+    report(settings, plan, as_given)
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -95,7 +99,9 @@ def newest_checkpoint(settings: Settings, plan: Plan):
     for line in skipped:
         console.warn(f"skipped checkpoint {line}")
     if newest is not None:
-        check_same_run(newest.manifest["settings"], result_settings(settings, plan), settings.out_dir)
+        changes = check_same_run(newest.manifest["settings"], result_settings(settings, plan), settings.out_dir)
+        for change in changes:
+            console.say(f"resume with another {change}")
     return newest
 
 
@@ -120,11 +126,19 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
         first_step = newest.step if newest else 0
         console.say(
             f"training {plan.model_config['name']} on {world_size} {settings.accelerator} processes: steps {first_step} to "
-            f"{plan.total_steps}, {console.human_count(plan.tokens_per_step)} tokens a step ({accumulation} micro-batches of "
+            f"{plan.total_steps}, {console.human_count(plan.tokens_per_step)} tokens a step ({accumulation} x "
             f"{settings.train.micro_batch_size} sequences of {plan.context_tokens} a process)"
         )
-        # Without a checkpoint the workers begin anew, with a validation at step 0.
-        earlier = [record for record in read_metrics(out_dir) if newest and record["step"] <= first_step]
+        # The records of what will be done again: nobody is to take them for new ones. The workers do the same once they
+        # have compared checksums.
+        dropped = len(read_metrics(out_dir))
+        earlier = rewind_metrics(out_dir, first_step if newest else -1)
+        dropped -= len(earlier)
+        if newest:
+            console.say(
+                f"resume: from {newest.path}"
+                + (f"; {dropped} later records are dropped and made again" if dropped else "")
+            )
         logger = make_logger(
             settings.logger_name, out_dir, earlier, result_settings(settings, plan), settings.log, wandb_key
         )
@@ -133,6 +147,7 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
             console.say(progress_line(record, plan.total_steps))
             logger.log(record)
 
+        console.say("starting the workers; the first step follows in about half a minute, later if --parallel.compile")
         with stop_on_sigterm(out_dir), Follower(out_dir, first_step if newest else -1, consume):
             fit(settings, plan)
         for line in logger.close():
@@ -159,7 +174,7 @@ def with_cluster(settings: Settings) -> Settings:
     if fitting < settings.num_nodes:
         raise UserError(
             f"--num_nodes={settings.num_nodes} with --num_devices={num_devices}: the cluster has {fitting} nodes with so many "
-            f"{resource}s (per node: {room}). Start more, or ask for less."
+            f"{resource}s (per node: {room}). Start more, ask for less, or give --address=local for a cluster of this machine's own."
         )
     precision = settings.precision or ("bf16-mixed" if accelerator == "cuda" else "32-true")
     return dataclasses.replace(settings, accelerator=accelerator, num_devices=num_devices, precision=precision)
@@ -192,6 +207,10 @@ def fit(settings: Settings, plan: Plan) -> None:
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(TorchTrainer):
+        # Ray's handler ends the process in silence. Ctrl-C means here what it means in the other scripts.
+        def _register_sigint_handler(self, controller):
+            pass
+
         # Ray's cleaner is a detached actor that asks the dashboard every second whether the run still lives; without a
         # dashboard it complains every second, and outlives a killed driver. Ray frees a dead driver's resources anyway.
         def _create_default_callbacks(self):
@@ -229,6 +248,14 @@ def fit(settings: Settings, plan: Plan) -> None:
     except ray.train.WorkerGroupError as error:
         raise_user_error_of(error)
         raise
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the Ray cluster went away, or the node of the driver did ({type(error).__name__}: {first_line}). See `ray status`. What "
+            f"is finished is kept; the same command goes on:\n  {console.this_command()}"
+        ) from error
     finally:
         import shutil
 
@@ -261,7 +288,7 @@ def stop_on_sigterm(out_dir: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def report(settings: Settings, plan: Plan) -> None:
+def report(settings: Settings, plan: Plan, as_given: Settings) -> None:
     out_dir = Path(settings.out_dir)
     checkpoints, _ = list_checkpoints(out_dir)
     newest = checkpoints[0] if checkpoints else None
@@ -280,12 +307,14 @@ def report(settings: Settings, plan: Plan) -> None:
     if validated:
         console.result(f"validation loss: {validated[0]:.4f} -> {validated[-1]:.4f}")
     console.result(f"checkpoint: {newest.path}\nmetrics: {out_dir / 'metrics.jsonl'}")
-    print_next_commands(settings)
+    print_next_commands(as_given)
 
 
-def print_next_commands(settings: Settings) -> None:
-    final = os.path.relpath(Path(settings.out_dir) / FINAL_NAME)
-    console.next_command(f"python convert_pretrained_checkpoint.py {final} {final}-export", "to export it")
+def print_next_commands(as_given: Settings) -> None:
+    run = as_given.out_dir.rstrip("/")
+    final = f"{run}/{FINAL_NAME}"
+    console.next_command(f"python -m utils.plots {run}", "to draw its curves")
+    console.next_command(f"python convert_pretrained_checkpoint.py {final} {run}-export", "to export it")
     console.next_command(
         f"python -m lightning.pytorch.utilities.consolidate_checkpoint {final}/{WEIGHTS_NAME}",
         "or, to merge it into one file first",

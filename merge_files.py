@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import errno
+import glob
 import hashlib
 import os
 from pathlib import Path
@@ -290,6 +291,21 @@ def say_result(manifest: dict[str, Any], target: Path) -> None:
     )
 
 
+def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
+    source, target = Path(settings.source_dir), Path(settings.target_dir)
+    if manifest["split"] == "val":
+        config = "llama3-8b" if glob.glob("/dev/nvidia[0-9]*") else "demo-cpu"
+        console.next_command(
+            f"python distributed_pretrain.py --config config_hub/{config}.yaml --dataset_path={target.parent} "
+            "--tokenizer_dir=CKPT --out_dir=OUT_DIR",
+            "next, with this or a config of your own, and the tokenizer of step 1 as CKPT",
+        )
+    elif manifest["split"] == "train" and settings.mode != "index":
+        console.next_command(
+            f"python merge_files.py --source_dir={source.parent / 'val'} --target_dir={target.parent / 'val'}"
+        )
+
+
 def main(settings: Settings) -> None:
     source, target = Path(settings.source_dir), Path(settings.target_dir)
     published = finished_manifest(settings)
@@ -298,6 +314,7 @@ def main(settings: Settings) -> None:
             remove_sources(source, target)
         say_result(published, target)
         console.result("merged already, nothing to do")
+        say_next(settings, published)
         return
     plan = make_plan(settings)
     if settings.mode == "index":
@@ -332,15 +349,7 @@ def main(settings: Settings) -> None:
     if settings.mode == "move":
         remove_sources(source, target)
     say_result(manifest, target)
-    if manifest["split"] == "val":
-        console.next_command(
-            "python distributed_pretrain.py --config config_hub/llama3-8b.yaml "
-            f"--dataset_path={os.path.relpath(target.parent)}"
-        )
-    elif manifest["split"] == "train" and settings.mode != "index":
-        console.next_command(
-            f"python merge_files.py --source_dir={source.parent / 'val'} --target_dir={target.parent / 'val'}"
-        )
+    say_next(settings, manifest)
 
 
 if __name__ == "__main__":

@@ -86,16 +86,17 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
         f"({console.human_bytes(plan.text_bytes)} of text planned) in {settings.input_dir}"
     )
     if plan.quarantined:
-        console.warn(f"{len(plan.quarantined)} files are left out, to be listed in quarantine.jsonl:")
+        num_files = len(plan.quarantined)
+        console.warn(f"left out, to be listed in quarantine.jsonl: {num_files} file{'s'[: num_files != 1]}")
         for bad in plan.quarantined[:10]:
             console.warn(f"  {bad['path']}: {bad['reason']}")
     around = [name for name, token in (("BOS", plan.job.bos_id), ("EOS", plan.job.eos_id)) if token is not None]
     console.say(
-        f"tokens: {' and '.join(around)} around each document, stored as {plan.job.dtype}, vocabulary of "
+        f"tokens: {' and '.join(around)} added to each document, stored as {plan.job.dtype}, vocabulary of "
         f"{plan.tokenizer['vocab_size']:,}"
     )
     console.say(
-        f"work: {len(plan.units)} units of about {console.human_bytes(plan.settings['unit_bytes'])} of text, "
+        f"work: {len(plan.units)} units of about {console.human_bytes(plan.text_bytes / max(len(plan.units), 1))} of text, "
         f"chunks of {plan.job.chunk_tokens:,} tokens, {100 * settings.val_fraction:g}% of the documents for validation"
     )
 
@@ -313,7 +314,7 @@ def report(plan: Plan, records: dict[int, Any], manifest: dict[str, Any], elapse
 
 def say_next(settings: Settings) -> None:
     out = settings.output_dir.rstrip("/")
-    data = os.path.join(os.path.dirname(out) or ".", "DATA")
+    data = os.path.join(os.path.dirname(out), "merged" if os.path.basename(out) == "dataset" else "dataset")
     console.next_command(
         f"python merge_files.py --source_dir={out}/train --target_dir={data}/train\n"
         f"  python merge_files.py --source_dir={out}/val --target_dir={data}/val"
@@ -329,6 +330,7 @@ def main(settings: Settings) -> None:
         check_same_plan(plan, output_dir)
         check_disk_space(plan, settings.output_dir, 0)
         print_estimates(plan, settings)
+        console.say("nothing was written; leave --dry_run out to begin")
         return
     manifest = open_output(plan, output_dir)
     if manifest is not None:

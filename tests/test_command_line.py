@@ -94,6 +94,181 @@ def test_bars_and_quiet(tmp_path, parquet_dir, tokenizer_dir):
     assert [line.partition(":")[0] for line in shown.splitlines()] == ["train", "val"]
 
 
+def said_about(run_script, script: str, *arguments) -> list[str]:
+    """The problems that the script names, one line each; the last line says where all settings are listed."""
+    process = run_script(script, *arguments, check=False, timeout=30)
+    assert process.returncode == 2 and "Traceback" not in process.stderr and process.stdout == ""
+    *problems, pointer = process.stderr.splitlines()
+    assert pointer.startswith(f"All settings: `python {ROOT / script} --help`")
+    assert all(problem.startswith("error: ") for problem in problems), process.stderr
+    return [problem.removeprefix("error: ") for problem in problems]
+
+
+@pytest.mark.parametrize(
+    ("flag", "must_be"),
+    [
+        ("--train.lr_schedule=cosin", "one of cosine, wsd, linear, constant. Did you mean cosine?"),
+        ("--precision=fp16", "one of bf16-mixed, bf16-true, 32-true, or null"),
+        ("--train.max_tokens=1.5", "a whole number, or null"),
+        ("--train.max_tokens=many", "a whole number, or null"),
+        ("--train.micro_batch_size=null", "a whole number"),
+        ("--train.max_tokens=1e-3", "a whole number, or null"),
+        ("--optimizer.lr=high", "a number"),
+        ("--optimizer.betas=[0.9]", "a list of 2, each a number: [.., ..]"),
+        ("--dry_run=perhaps", "true or false"),
+        ("--data_mixture=3", "a mapping, {KEY: VALUE, ..}, each value a number, or null"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line_what_the_setting_takes(run_script, flag, must_be):
+    assert said_about(run_script, "distributed_pretrain.py", flag) == [f"{flag}: must be {must_be}"]
+
+
+def test_a_wrong_entry_of_a_mapping_and_a_section_as_flag(run_script):
+    assert said_about(run_script, "distributed_pretrain.py", "--data_mixture.a=x") == [
+        "--data_mixture: must be a mapping, {KEY: VALUE, ..}, each value a number, or null"
+    ]
+    assert said_about(run_script, "distributed_pretrain.py", "--train=3") == [
+        "--train: a section. Give its settings one by one, as --train.KEY=VALUE."
+    ]
+
+
+def test_all_that_is_wrong_with_a_config_file_and_flags_is_said_at_once(tmp_path, run_script):
+    (tmp_path / "c.yaml").write_text(
+        "train:\n  lr_schedule: cosin\n  max_tokens: 1.5\n  micro_batch_size: null\n  save_intervall: 3\n"
+        "max_steps: 3\nnowhere: 1\neval: 5\nmodel_name: 5\nlog:\n"
+    )
+    config = f"--config={tmp_path / 'c.yaml'}"
+    said = said_about(
+        run_script,
+        "distributed_pretrain.py",
+        config,
+        "--seed=x",
+        "--sede=3",
+        "--max_failurs",
+        "2",
+        "some",
+        "--print_config",
+    )
+    assert sorted(said) == sorted(
+        [
+            f"{config}: train.lr_schedule: cosin: must be one of cosine, wsd, linear, constant. Did you mean cosine?",
+            f"{config}: train.max_tokens: 1.5: must be a whole number, or null",
+            f"{config}: train.micro_batch_size: null: must be a whole number",
+            f"{config}: unknown key train.save_intervall. Did you mean train.save_interval?",
+            f"{config}: unknown key max_steps. Did you mean train.max_steps?",
+            f"{config}: unknown key nowhere.",
+            f"{config}: eval: 5: must be a section, lines of KEY: VALUE",
+            f"{config}: model_name: 5: must be text (quote it in YAML), or null",
+            "--seed=x: must be a whole number",
+            "--sede: unknown flag. Did you mean --seed?",
+            "--max_failurs: unknown flag. Did you mean --max_failures?",
+            "some: unexpected argument. Flags start with --.",
+        ]
+    )
+
+
+def test_whole_numbers_may_have_exponents_and_underscores(tmp_path, run_script):
+    (tmp_path / "c.yaml").write_text(
+        "train: {max_tokens: 1e6, max_steps: 1_000, save_interval: 2.0, epochs: 1}\nseed: 9007199254740993\nlog:\n"
+    )
+    flags = ("--train.lr_warmup_steps=1e2", "--train.global_batch_size=1_024", "--profile_steps=9007199254740993")
+    printed = run_script("distributed_pretrain.py", f"--config={tmp_path / 'c.yaml'}", *flags, "--print_config").stdout
+    settings = yaml.safe_load(printed)
+    train = settings["train"]
+    whole = [train[key] for key in ("max_tokens", "max_steps", "save_interval", "lr_warmup_steps", "global_batch_size")]
+    assert whole == [1_000_000, 1000, 2, 100, 1024] and all(type(number) is int for number in whole)
+    assert settings["seed"] == settings["profile_steps"] == 2**53 + 1 and type(train["epochs"]) is float
+
+
+def test_required_settings_that_are_missing_are_all_named(run_script):
+    said = said_about(run_script, "optimize_dataset.py")
+    assert [line.partition(". ")[0] for line in said] == [
+        f"--{name} is missing" for name in ("input_dir", "tokenizer_dir", "output_dir")
+    ]
+    assert "Directory with the parquet files" in said[0]
+    said = said_about(run_script, "convert_pretrained_checkpoint.py")
+    assert [line.partition(". ")[0] for line in said] == ["checkpoint_dir is missing", "export_dir is missing"]
+    assert said_about(run_script, "merge_files.py", "--sourcedir=a") == [
+        "--sourcedir: unknown flag. Did you mean --source_dir?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file."),
+        (b"train:\n  max_steps: [1, 2\nout_dir: x\n", "line 3: did not find expected ',' or ']' (while parsing a flow"),
+        (b"train:\n  a: b: c\n", "line 2: mapping values are not allowed"),
+        (b"", "holds no settings."),
+        (b"- a\n", "holds no settings."),
+        (b"a\0b", "unacceptable character"),
+        (b"\xff\xfe", "not a text file in UTF-8."),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named_with_the_line(tmp_path, run_script, content, message):
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    process = run_script("distributed_pretrain.py", "--config", path, check=False)
+    assert process.returncode == 2 and process.stderr.startswith(f"error: --config={path}: {message}")
+    assert "Traceback" not in process.stderr and "unicode string" not in process.stderr
+    process = run_script("distributed_pretrain.py", "--config", tmp_path, check=False)
+    assert process.returncode == 2 and process.stderr.startswith(f"error: --config={tmp_path}: is a directory")
+
+
+def test_help_lists_settings_not_the_flags_of_sections(run_script):
+    lines = run_script("distributed_pretrain.py", "--help").stdout.splitlines()
+    flags = [line.split()[0] for line in lines if re.match(r" +--\w", line)]
+    assert "--train.max_steps" in flags and "--config" in flags
+    assert not {"--train", "--eval", "--log", "--optimizer", "--parallel", "--checkpoint"} & set(flags)
+
+
+def run_code(directory, code: str, **keywords) -> subprocess.CompletedProcess:
+    """A script of one setting, `size`, whose main is the code."""
+    (directory / "small.py").write_text(
+        "import dataclasses\nfrom utils import cli, console\n"
+        "@dataclasses.dataclass\nclass Settings:\n    'Settings.'\n    size: int = 1\n    'A size.'\n"
+        f"def main(settings):\n    {code}\n"
+        "cli.run(main, Settings, 'Small.')\n"
+    )
+    return subprocess.run(
+        [sys.executable, directory / "small.py"], text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **keywords,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("say", ["console.say('a')", "print('a')"])
+def test_a_reader_who_left_ends_the_script_quietly(tmp_path, say):
+    reader, writer = os.pipe()
+    os.close(reader)  # as after `.. | head -1`
+    process = run_code(tmp_path, say, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_another_broken_pipe_than_the_terminals_is_our_error(tmp_path):
+    process = run_code(tmp_path, "raise BrokenPipeError(32, 'a socket')", capture_output=True)
+    assert process.returncode == 1 and "a socket" in process.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_python_without_the_packages_is_told_how_to_get_them(script):
+    process = subprocess.run(
+        [sys.executable, "-S", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+    assert process.returncode == 2 and process.stderr == (
+        f"error: the package jsonargparse is not installed in this Python ({sys.executable}). "
+        "Run: make setup && source .venv/bin/activate\n"
+    )
+
+
+def test_a_package_that_the_work_misses_is_named_and_a_missing_part_is_our_error(tmp_path):
+    process = run_code(tmp_path, "import no_such_package_at_all.part", capture_output=True)
+    assert process.returncode == 2 and "the package no_such_package_at_all is not installed" in process.stderr
+    process = run_code(tmp_path, "import yaml.no_such_part", capture_output=True)
+    assert process.returncode == 1 and "No module named 'yaml.no_such_part'" in process.stderr
+
+
 def test_our_own_error_leaves_with_1_a_traceback_and_the_command_that_goes_on(tmp_path):
     (tmp_path / "broken.py").write_text(
         "import dataclasses\nfrom utils import cli\n"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import yaml
 from pretrain_ranks import digests_of, losses_of, metrics_of, settings_of, weights_of
 from pretraining import TINY_MODEL, tokenize_dataset, write_config
 
+from utils.checkpoint import list_checkpoints
 from utils.errors import UserError
 from utils.files import held_lock
 from utils.manifest import damaged_files, read_manifest
@@ -229,10 +232,29 @@ def test_sigterm_saves_and_kill_9_of_the_driver_loses_nothing(tmp_path, dataset,
     wait_for_step(out_dir, max(steps) + 7, process)
     process.kill()
     process.wait()
+
+    process = start_script(*arguments)
+    wait_for_step(out_dir, max(steps) + 10, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert "interrupted; what is finished is kept. The same command goes on" in output
+    assert not (out_dir / "stop").exists()
+
+    (reached,) = metrics_of(out_dir)[-1:]
+    saved, _ = list_checkpoints(out_dir)
     process = start_script(*arguments)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
+    assert f"resume: from {saved[0].path}" in output
+    # Each step is told once, when it is made: not those of the run before.
+    told = [int(step) for step in re.findall(r"^step +(\d+)/", output, re.MULTILINE)]
+    assert told == list(range(saved[0].step + 1, 31)) and reached["step"] > saved[0].step
     assert_same_run(out_dir, undisturbed)
+    with open(out_dir / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    assert [int(row["step"]) for row in rows] == list(range(1, 31))
+    assert [float(row["loss"]) for row in rows] == losses_of(out_dir)
 
 
 @pytest.mark.slow
@@ -325,8 +347,10 @@ def test_other_weights_of_a_mixture_are_another_run(tmp_path, config, dataset):
             settings_of(config, dataset, tmp_path / "out", 2), dataset_path=None, data_mixture=mixture
         )
         results.append(result_settings(settings, make_plan(settings)))
-    check_same_run(json.loads(json.dumps(results[0])), results[0], "out")
-    with pytest.raises(UserError, match=r"other settings \(data_weights\)"):
+    assert check_same_run(json.loads(json.dumps(results[0])), results[0], "out") == []
+    another_rate = {**results[0], "optimizer": {**results[0]["optimizer"], "lr": 0.5}}
+    assert check_same_run(results[0], another_rate, "out") == ["optimizer.lr: was 0.003, is 0.5"]
+    with pytest.raises(UserError, match=r"other settings: data_weights: was \[1.0, 1.0\], is \[1.0, 3.0\]"):
         check_same_run(json.loads(json.dumps(results[0])), results[1], "out")
 
 

@@ -44,7 +44,19 @@ def test_z_loss_and_capping_are_their_definitions(options):
 
 
 def test_auto_avoids_large_logits_only():
-    assert choose_loss("auto", num_tokens=64, vocab_size=1024, z_loss=0, softcap=None) == "full"
-    assert choose_loss("auto", num_tokens=8192, vocab_size=128256, z_loss=0, softcap=None) == "fused"
-    assert choose_loss("auto", num_tokens=8192, vocab_size=128256, z_loss=1e-4, softcap=None) == "chunked"
-    assert choose_loss("full", num_tokens=8192, vocab_size=128256, z_loss=0, softcap=None) == "full"
+    assert choose_loss("auto", num_tokens=64, vocab_size=1024, z_loss=0, softcap=None, float32=True) == "full"
+    assert choose_loss("auto", num_tokens=8192, vocab_size=128256, z_loss=0, softcap=None, float32=True) == "fused"
+    assert choose_loss("auto", num_tokens=8192, vocab_size=128256, z_loss=1e-4, softcap=None, float32=True) == "chunked"
+    assert choose_loss("auto", num_tokens=8192, vocab_size=128256, z_loss=0, softcap=None, float32=False) == "chunked"
+    assert choose_loss("full", num_tokens=8192, vocab_size=128256, z_loss=0, softcap=None, float32=True) == "full"
+
+
+def test_what_auto_takes_in_bfloat16_has_the_digits_of_float32():
+    """Hidden states in bfloat16: the chosen loss equals that of the same values in float32, digit for digit."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(512, 32).bfloat16(), (torch.randn(8192, 32) / 8).bfloat16()
+    targets = torch.randint(0, 8192, (512,))
+    how = choose_loss("auto", num_tokens=512, vocab_size=10**6, z_loss=0, softcap=None, float32=False)
+    entropy, _ = next_token_loss(hidden, weight, None, targets, how=how, chunk_tokens=100)
+    exact = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    torch.testing.assert_close(entropy, exact, rtol=1e-5, atol=1e-3)

@@ -321,3 +321,12 @@ def test_temporaries_of_others_are_left_alone(run_script, source, tmp_path):
     (tmp_path / "t" / ".tmp-upload").mkdir(parents=True)
     assert ".tmp-upload" in merge(run_script, source, tmp_path / "t", code=2).stderr
     assert (tmp_path / "t" / ".tmp-upload").is_dir()
+
+
+def test_what_is_not_merged_yet_is_told_how(tmp_path):
+    from utils.chunks import read_index
+    from utils.errors import UserError
+
+    make_folder(tmp_path / "train" / "0", {"chunk-0000000-0.bin": [5, 6]})
+    with pytest.raises(UserError, match=r"not merged yet: .*\(0\)\. Merge them: python merge_files.py --source_dir="):
+        read_index(tmp_path / "train", "--dataset_path")

@@ -178,13 +178,13 @@ def find_weights(checkpoint_dir: str | os.PathLike) -> dict[str, StoredTensor]:
         return _clean_names(find_in_shards(path), path)
     if path.is_file():
         return _clean_names(find_in_torch_file(path), path)
-    raise UserError(_nothing_there(Path(checkpoint_dir)))
+    raise UserError(nothing_there(Path(checkpoint_dir)))
 
 
-def _nothing_there(directory: Path) -> str:
-    message = f"CKPT={directory}: no {LIT_MODEL} in it"
+def nothing_there(directory: Path) -> str:
+    message = f"checkpoint_dir={directory}: no {LIT_MODEL} in it"
     if not directory.is_dir():
-        return f"CKPT={directory}: no such directory."
+        return f"checkpoint_dir={directory}: no such directory."
     if (directory / f"{LIT_MODEL}.consolidated").is_file():
         return f"{message}, but {LIT_MODEL}.consolidated. Rename it: mv {directory}/{LIT_MODEL}.consolidated {directory}/{LIT_MODEL}"
     if (directory / DCP_METADATA).is_file():

@@ -165,6 +165,12 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
     if not directory.is_dir():
         raise UserError(f"{flag}={directory}: no such directory. Give the output of the step before.")
     if not path.is_file():
+        folders = sorted(index.parent.name for index in directory.glob(f"*/{INDEX_NAME}"))
+        if folders:
+            raise UserError(
+                f"{flag}={directory}: not merged yet: its chunks are in folders of their own ({', '.join(folders[:5])}). Merge them: "
+                f"python merge_files.py --source_dir={directory} --target_dir=DATA/{directory.name}"
+            )
         raise UserError(
             f"{flag}={directory}: no {INDEX_NAME} in it. Give a directory of token chunks, made by optimize_dataset.py, "
             "merge_files.py or litdata.optimize with TokensLoader."

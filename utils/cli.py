@@ -7,50 +7,50 @@ flags on the command line win over it. Only jsonargparse is imported here, so `-
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
-import re
+import importlib.util
+import os
+import select
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jsonargparse
-
 from utils import console
 from utils.errors import UserError
 
+EXIT_USER_ERROR = 2
+
+
+def exit_if_not_installed(error: ModuleNotFoundError) -> None:
+    """A package that is missing means another Python, or `make setup` not done; part of one that is there, our error."""
+    package = (error.name or "utils").partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        console.error(
+            f"the package {package} is not installed in this Python ({sys.executable}). "
+            "Run: make setup && source .venv/bin/activate"
+        )
+        sys.exit(EXIT_USER_ERROR)
+
+
+try:
+    import jsonargparse
+
+    from utils.cli_parser import ConfigFile, Help, Parser
+except ModuleNotFoundError as error:
+    exit_if_not_installed(error)
+    raise
+
 EXIT_OK = 0
 EXIT_OUR_ERROR = 1
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141  # as a shell reports a process that SIGPIPE ended
 
 # What the owner of a disk can mend.
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-
-# Configs are files on this machine's file system: no URL, no fsspec path.
-jsonargparse.set_parsing_settings(
-    docstring_parse_attribute_docstrings=True,
-    config_read_mode_urls_enabled=False,
-    config_read_mode_fsspec_enabled=False,
-)
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None):
-        message = message.removeprefix("Validation failed: ").removeprefix("Parser ")
-        unknown_key = re.match(r"Key '(.+)' is not expected|Group '.+' does not accept nested key '(.+)'", message)
-        if unknown_key:  # flags that do not exist are "Unrecognized arguments": a key stands in a file
-            message = f"--config={self.config_file}: unknown key '{unknown_key[1] or unknown_key[2]}'"
-        raise UserError(
-            f"{message}\nAll settings: `python {self.prog} --help`; as YAML: `python {self.prog} --print_config`."
-        ) from ex
-
-
-class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def add_usage(self, usage, actions, groups, prefix=None):
-        """The generated usage line of sixty flags tells nobody anything; the docstring has the command lines."""
 
 
 def make_parser(settings_class: type, description: str, positional: bool = False) -> jsonargparse.ArgumentParser:
@@ -62,27 +62,29 @@ def make_parser(settings_class: type, description: str, positional: bool = False
         positional: whether settings without default are positional arguments. A list of words is a field with
             metadata {"nargs": "+", "help": ..}.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=sys.argv[0],
         description=description,
-        formatter_class=_Help,
+        formatter_class=Help,
         print_config="--print_config",
     )
-    parser.add_argument("--config", action="config", help="YAML file with settings; flags win over it.")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with settings; flags win over it.")
     parser.add_argument("-q", "--quiet", action="store_true", help="Only results, warnings and errors.")
     parser.add_argument("-v", "--verbose", action="store_true", help="Details too, and tracebacks.")
     several = [field for field in dataclasses.fields(settings_class) if "nargs" in field.metadata]
     for field in several:  # jsonargparse wants lists as one word, [A,B]; shells make several of A B
         parser.add_argument(field.name, nargs=field.metadata["nargs"], help=field.metadata["help"])
     parser.add_class_arguments(settings_class, as_positional=positional, skip={field.name for field in several})
+    for action in parser._actions:
+        if action.dest in parser.groups:  # `--train FILE`, which jsonargparse adds for each section
+            action.help = argparse.SUPPRESS
     return parser
 
 
 def parse_settings(settings_class: type, description: str, argv: list[str] | None = None, positional: bool = False):
-    """Settings from the command line; raises UserError, naming the config file if the fault is there."""
+    """Settings from the command line; raises UserError with all that is wrong with flags and config files."""
     parser = make_parser(settings_class, description, positional)
     argv = _spell_out_switches(settings_class, sys.argv[1:] if argv is None else argv)
-    parser.config_file = _config_file(argv)
     arguments = parser.parse_args(argv)
     if arguments.quiet or arguments.verbose:
         console.VERBOSITY = 0 if arguments.quiet else 2
@@ -110,15 +112,6 @@ def _spell_out_switches(settings_class: type, argv: list[str]) -> list[str]:
     ]
 
 
-def _config_file(argv: list[str]) -> str | None:
-    for flag, following in zip(argv, [*argv[1:], None]):
-        if flag == "--config":
-            return following
-        if flag.startswith("--config="):
-            return flag.partition("=")[2]
-    return None
-
-
 def run(
     main: Callable[[Any], None],
     settings_class: type,
@@ -129,16 +122,25 @@ def run(
 
     0: done. 2: the user's error, every problem in one go, no traceback. 130: Ctrl-C.
     1: our error, with traceback. After a failure the command that resumes is printed.
+    141: nobody reads what is printed any more (`.. | head`), and nothing is said.
     """
     try:
-        main(parse_settings(settings_class, description, positional=positional))
+        try:
+            main(parse_settings(settings_class, description, positional=positional))
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         for problem in error.problems:
             console.error(problem)
         if console.VERBOSITY >= 2:
             traceback.print_exc()
         sys.exit(EXIT_USER_ERROR)
+    except ModuleNotFoundError as error:
+        exit_if_not_installed(error)
+        raise_ours(error)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _drop_unread_streams():
+            sys.exit(EXIT_NO_READER)
         if error.errno not in USERS_ERRNOS:
             raise_ours(error)
         console.error(
@@ -160,3 +162,16 @@ def raise_ours(error: Exception) -> typing.NoReturn:
         f"{type(error).__name__}: {error}\nWhat is finished is kept. The same command goes on:\n  {console.this_command()}"
     )
     sys.exit(EXIT_OUR_ERROR)
+
+
+def _drop_unread_streams() -> bool:
+    """Whether stdout or stderr is a pipe without reader. What is still to be flushed there goes nowhere."""
+    unread = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or no file of the system's
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                unread = True
+    return unread

@@ -56,7 +56,11 @@ def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
         dtype: of the exported weights, as "bfloat16"; "same" keeps the checkpoint's.
     """
     if not checkpoint_dir.is_dir():
-        raise UserError(f"checkpoint_dir={checkpoint_dir}: no such directory.")
+        raise UserError(
+            f"checkpoint_dir={checkpoint_dir}: no such directory. Give one that distributed_pretrain.py made: OUT_DIR/final or "
+            "OUT_DIR/step-.."
+        )
+    check_is_checkpoint(checkpoint_dir)
     problems = Problems()
     checkpoint = problems.collect(read_manifest, checkpoint_dir, kind="checkpoint")
     if checkpoint is None:
@@ -89,6 +93,15 @@ def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
 
         layout = hf_layout(family_of(config), config, weights, tied)
     return ExportPlan(checkpoint_dir, checkpoint, config, tokenizer, weights, tied, layout)
+
+
+def check_is_checkpoint(directory: Path) -> None:
+    """Raises UserError for a directory above or below a checkpoint, whose every other fault would only follow from that."""
+    from utils.checkpoint_reader import LIT_MODEL, nothing_there
+
+    nearby = (directory / ".metadata").is_file() or any(directory.glob(f"*/{LIT_MODEL}"))
+    if nearby and not (directory / LIT_MODEL).exists():
+        raise UserError(nothing_there(directory))
 
 
 def changed_files(checkpoint_dir: Path, checkpoint: dict[str, Any]) -> list[str]:

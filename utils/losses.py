@@ -13,17 +13,23 @@ import torch.nn.functional as F
 _SMALL_LOGITS_BYTES = 16 << 20
 
 
-def choose_loss(wanted: str, *, num_tokens: int, vocab_size: int, z_loss: float, softcap: float | None) -> str:
+def choose_loss(
+    wanted: str, *, num_tokens: int, vocab_size: int, z_loss: float, softcap: float | None, float32: bool
+) -> str:
     """The loss that "auto" stands for; the others are returned as they are.
 
     torch's fused function returns only the loss: the log-partition function that z-loss needs, and logits that are capped
-    before the softmax, are beyond it.
+    before the softmax, are beyond it. And it returns the loss in the type of the hidden states, which in bfloat16 leaves
+    two or three digits of it.
+
+    Args:
+        float32: whether the hidden states are.
     """
     if wanted != "auto":
         return wanted
     if num_tokens * vocab_size * 4 <= _SMALL_LOGITS_BYTES:
         return "full"
-    return "chunked" if z_loss or softcap else "fused"
+    return "chunked" if z_loss or softcap or not float32 else "fused"
 
 
 def next_token_loss(

@@ -129,6 +129,7 @@ def _logit_bytes(settings: Settings, plan: Plan) -> int:
         vocab_size=vocabulary,
         z_loss=settings.train.z_loss,
         softcap=plan.model_config["final_logit_softcapping"],
+        float32=settings.precision == "32-true",
     )
     rows = tokens if how == "full" else min(tokens, settings.parallel.loss_chunk_tokens)
     held = 2 * rows * vocabulary * 4  # the logits, and their softmax or its gradient
@@ -239,9 +240,9 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
     epoch_tokens = plan.train_blocks * plan.context_tokens
     lines = [
         ("model", f"{plan.model_config['name']}, {memory.num_parameters:,} parameters"),
-        ("processes", f"{settings.num_nodes} nodes x {num_devices} = {world_size}, precision {settings.precision}"),
+        ("processes", f"{world_size}: {settings.num_nodes} x {num_devices} a node, precision {settings.precision}"),
         ("data", f"{plan.train_blocks:,} sequences of {plan.context_tokens} tokens, {console.human_count(epoch_tokens)} tokens an epoch"),
-        ("steps", f"{plan.total_steps:,} of {console.human_count(plan.tokens_per_step)} tokens ({check_batch(settings, world_size)} micro-batches of {settings.train.micro_batch_size} a process)"),
+        ("steps", f"{plan.total_steps:,} of {console.human_count(plan.tokens_per_step)} tokens ({check_batch(settings, world_size)} x {settings.train.micro_batch_size} sequences a process)"),
         ("tokens", f"{console.human_count(tokens)}, {tokens / epoch_tokens:.2f} epochs"),
         ("memory a process", bytes_of(memory.total)),
         ("  parameters", bytes_of(memory.parameters)),

@@ -130,6 +130,7 @@ def build_model(
                     vocab_size=self.lm_head.weight.size(0),
                     z_loss=z_loss,
                     softcap=self.config.final_logit_softcapping,
+                    float32=x.dtype == torch.float32,
                 ),
                 chunk_tokens=parallel.loss_chunk_tokens,
                 z_loss=z_loss,

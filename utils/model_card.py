@@ -69,6 +69,7 @@ def _summary(export: dict[str, Any], checkpoint: dict[str, Any] | None) -> list[
     content = checkpoint["content"] if checkpoint else {}
     tokenizer = export["tokenizer"] or {}
     loss, bits = content.get("val_loss"), content.get("val_bits_per_byte")
+    context = checkpoint["settings"].get("context_tokens") if checkpoint else None
     return [
         ("Architecture", f"{export['architecture'] or 'litgpt GPT'}, configured like {config.name}"),
         ("Parameters", f"{export['parameters']:,}{' (embedding and output share weights)' if export['tied'] else ''}"),
@@ -78,6 +79,7 @@ def _summary(export: dict[str, Any], checkpoint: dict[str, Any] | None) -> list[
             f"{config.n_head}, {config.n_query_groups}, {config.head_size}",
         ),
         ("Context length", f"{config.block_size:,} tokens"),
+        ("Trained on sequences of", f"{context:,} tokens" if context else None),
         ("Number type", export["dtype"]),
         ("Embedding rows", f"{config.padded_vocab_size:,}"),
         ("Tokenizer", _tokenizer(tokenizer) if tokenizer else None),

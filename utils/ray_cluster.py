@@ -104,6 +104,9 @@ def ray_session(cluster: str | None) -> Iterator[None]:
                 "have the head node's ~/.ray/auth_token here or its content in RAY_AUTH_TOKEN."
             ) from error
         raise UserError(f"{where}: no Ray cluster that this Ray can join ({error}).") from error
+    if cluster is not None:
+        hint = "; --address=local for this machine alone" if cluster == "auto" else ""
+        console.say(f"Ray: joined the cluster at {ray.get_runtime_context().gcs_address}{hint}")
     try:
         yield
     finally:

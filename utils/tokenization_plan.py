@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,7 @@ from utils.manifest import MANIFEST_NAME
 PLAN_NAME = "plan.json"
 PROGRESS_NAME = "progress.jsonl"
 QUARANTINE_NAME = "quarantine.jsonl"
+MAX_FILES_NAMED = 20  # with one fault; of more, a few stand for all
 CHUNK_PATTERN = re.compile(r"chunk-\d{7,}-\d+\.bin")
 
 
@@ -75,11 +77,7 @@ def make_plan(settings: Any) -> Plan:
     unit_bytes = settings.unit_bytes or default_unit_bytes(input_bytes)
     units = plan_units(usable(), unit_bytes, settings.limit_documents)
     if settings.on_bad_file == "fail":
-        for bad in quarantined:
-            problems.add(
-                f"--input_dir={settings.input_dir}: {bad['path']}: {bad['reason']}. Mend or remove it, or leave such "
-                "files out with --on_bad_file=quarantine."
-            )
+        add_bad_files(quarantined, len(entries), settings.input_dir, problems)
     if entries and not units and not problems.found:
         problems.add(f"--input_dir={settings.input_dir}: no rows in its {len(entries)} files. Give files with text.")
 
@@ -130,6 +128,23 @@ def make_plan(settings: Any) -> Plan:
         fingerprint=fingerprint,
         **identity,
     )
+
+
+def add_bad_files(bad_files: list[dict[str, Any]], num_files: int, input_dir: str, problems: Problems) -> None:
+    """Each of a few bad files by name; many with the same fault together."""
+    alike = collections.defaultdict(list)
+    for bad in bad_files:
+        alike[bad["reason"]].append(bad["path"])
+    for reason, paths in alike.items():
+        hint = "Name the column of the text with --text_column, mend" if "column" in reason else "Mend"
+        remedy = f"{hint} or remove {'it' if len(paths) == 1 else 'them'}, or leave such files out with --on_bad_file=quarantine."
+        if len(paths) <= MAX_FILES_NAMED:
+            problems.add(f"--input_dir={input_dir}: {', '.join(paths)}: {reason}. {remedy}")
+        else:
+            shown = ", ".join(paths[:3])
+            problems.add(
+                f"--input_dir={input_dir}: {len(paths)} of {num_files} files ({shown}, ..): {reason}. {remedy}"
+            )
 
 
 def check_ranges(settings: Any, problems: Problems) -> None:

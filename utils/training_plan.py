@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from pathlib import Path
@@ -28,7 +29,7 @@ _PLACE_SETTINGS = (
 )  # fmt: skip
 # What must not change between the parts of one run: with it the sequence of batches or the model would change.
 _FIXED_SETTINGS = (
-    "model",
+    "model.",
     "context_tokens",
     "data",
     "data_weights",
@@ -133,6 +134,10 @@ def make_plan(settings: Settings) -> Plan:
                 )
     tokenizer = next((manifest["tokenizer"] for manifest in manifests if manifest and manifest.get("tokenizer")), None)
     _check_vocabulary(settings, config, manifests, problems)
+    if config is not None and context < config.block_size:
+        console.say(
+            f"context: trained on {context:,} tokens; the exported model will claim {config.block_size:,}, model_config.block_size"
+        )
     if (
         settings.initial_checkpoint_dir is not None
         and not (Path(settings.initial_checkpoint_dir) / "lit_model.pth").exists()
@@ -309,6 +314,12 @@ def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems
             f"{records[0]['sha256'][:12]}..). Give that one, or tokenize again."
         )
     sizes = [record["vocab_size"] for record in records] + ([info.vocab_size] if info else [])
+    if config is not None and sizes and config.padded_vocab_size > 1.25 * max(sizes):
+        spare = (config.padded_vocab_size - max(sizes)) * config.n_embd * (1 if settings.train.tie_embeddings else 2)
+        console.warn(
+            f"the model has {config.padded_vocab_size:,} embeddings for {max(sizes):,} tokens: "
+            f"--model_config.padded_vocab_size={max(sizes)} saves {console.human_count(spare)} parameters"
+        )
     if config is not None and sizes and max(sizes) > config.padded_vocab_size:
         problems.add(
             f"--model_name={settings.model_name}: has {config.padded_vocab_size} embeddings, the tokenizer {max(sizes)} tokens. Set "
@@ -390,20 +401,32 @@ def result_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
     }
 
 
-def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], out_dir: str) -> None:
-    """Raises UserError when the checkpoints in out_dir belong to a run that this one cannot go on with."""
+def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], out_dir: str) -> list[str]:
+    """What differs from the settings that the checkpoints in out_dir were made with, as "NAME: was A, is B".
 
-    def at(settings: dict[str, Any], path: str) -> Any:
-        for key in path.split("."):
-            settings = settings.get(key, {}) if isinstance(settings, dict) else {}
-        return settings
-
-    changed = [name for name in _FIXED_SETTINGS if at(manifest_settings, name) != at(current, name)]
-    if changed:
+    Raises:
+        UserError: what differs would make another run of it.
+    """
+    before, now = _flat(manifest_settings), _flat(json.loads(json.dumps(current)))  # as a manifest keeps them
+    differences = {name: f"{name}: was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
+                   if before.get(name) != now.get(name) and (name, now.get(name)) != ("precision", None)}  # fmt: skip
+    fixed = {name: text for name, text in differences.items() if name.startswith(_FIXED_SETTINGS)}
+    if fixed:
+        hashes = {"data": "data: another dataset, or another merge of it"}
         raise UserError(
-            f"--out_dir={out_dir}: holds checkpoints of a run with other settings ({', '.join(changed)}). Use another directory; to "
-            "train on from these weights, give the checkpoint as --initial_checkpoint_dir."
+            f"--out_dir={out_dir}: holds checkpoints of a run with other settings: "
+            f"{'; '.join(hashes.get(name, text) for name, text in fixed.items())}. Use another directory; to train on from these "
+            "weights, give the checkpoint as --initial_checkpoint_dir."
         )
+    return list(differences.values())
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} as {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def provenance(plan: Plan) -> list[dict[str, Any]]:

@@ -126,8 +126,9 @@ class ParallelSettings:
     compile: bool = False
     """torch.compile each block."""
     loss: Literal["auto", "full", "fused", "chunked"] = "auto"
-    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy; chunked: chunk by chunk, recomputed in
-    the backward pass. auto: full for small logits, else fused, or chunked with z-loss or soft-capping."""
+    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy, which rounds the loss to the type that
+    is computed in; chunked: chunk by chunk, in float32, recomputed in the backward pass. auto: full for small logits, else
+    fused in float32, and chunked in bfloat16, with z-loss or soft-capping."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits are held at once by the fused and the chunked loss."""
     cpu_threads: int | None = None
@@ -173,7 +174,8 @@ class Settings:
     num_devices: int | None = None
     """Processes on each node (null: one a GPU; without a GPU, one CPU process)."""
     address: str | None = None
-    """Ray cluster: 'auto' or HOST:PORT (null: RAY_ADDRESS or the cluster on this machine, else a local one of our own)."""
+    """Ray cluster: HOST:PORT, 'auto', or 'local' for one of its own (null: RAY_ADDRESS, or the cluster that runs on this
+    machine, else one of its own)."""
     accelerator: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where the cluster has GPUs."""
     precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
