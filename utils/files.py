@@ -78,9 +78,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Atomic; sorted keys, so that equal values give equal bytes."""
+    """Atomic; sorted keys, so that equal values give equal bytes. Piece by piece: a manifest can list a million files."""
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        for piece in json.JSONEncoder(indent=1, sort_keys=True, ensure_ascii=False).iterencode(value):
+            file.write(piece.encode())
+        file.write(b"\n")
 
 
 def remove_temporaries(directory: str | os.PathLike) -> list[str]:
