@@ -85,6 +85,8 @@ def ray_session(cluster: str | None) -> Iterator[None]:
     # Ray starts its workers at niceness 15, behind its own agents and whatever else a busy machine does.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the workers' lines
     import ray
 
     # Says at every start that tokens guard the cluster, as they should.
