@@ -38,8 +38,10 @@ from utils.checkpoint import (
 )
 from utils.errors import UserError
 from utils.files import held_lock, temporary_sibling, write_json
+from utils.process_layout import check_batch, shard_size
+from utils.run_identity import check_same_run, result_settings
 from utils.training_log import Follower, make_logger, progress_line, read_metrics, rewind_metrics
-from utils.training_plan import Plan, check_batch, check_same_run, make_plan, result_settings, shard_size
+from utils.training_plan import Plan, make_plan
 from utils.training_settings import STOP_NAME, Settings
 
 CHECKED_PACKAGES = ("torch", "lightning", "litgpt", "litdata", "ray", "numpy", "xxhash")

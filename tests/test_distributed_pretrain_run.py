@@ -22,8 +22,9 @@ from utils.checkpoint import list_checkpoints
 from utils.errors import UserError
 from utils.files import held_lock
 from utils.manifest import damaged_files, read_manifest
+from utils.run_identity import check_same_run, result_settings
 from utils.training_log import read_metrics
-from utils.training_plan import check_same_run, make_plan, result_settings
+from utils.training_plan import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "distributed_pretrain.py"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from utils import console
 from utils.errors import UserError
-from utils.training_plan import Plan, check_batch, shard_size
+from utils.process_layout import check_batch, shard_size
+from utils.training_plan import Plan
 from utils.training_settings import Settings
 
 if TYPE_CHECKING:

@@ -156,7 +156,7 @@ def device_mesh(settings: Settings, device_type: str, world_size: int, local_wor
     """Processes as (replicate, shard, tensor): model copies, pieces of a copy, and MLP columns within a node."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from utils.training_plan import shard_size
+    from utils.process_layout import shard_size
 
     tensor = settings.parallel.tensor_parallel_size
     shard = shard_size(settings, world_size, local_world_size)

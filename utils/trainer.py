@@ -42,9 +42,11 @@ from utils.model import (
     training_flops_per_token,
 )
 from utils.optimizers import global_gradient_norm, make_optimizers, scale_gradients, set_learning_rate
+from utils.process_layout import check_batch
+from utils.run_identity import provenance, result_settings
 from utils.token_blocks import Prefetcher, Sequences, rank_positions
 from utils.training_log import MetricsFile, rewind_metrics
-from utils.training_plan import Plan, check_batch, provenance, result_settings
+from utils.training_plan import Plan
 from utils.training_settings import STOP_NAME, Settings
 
 _PREEMPTION_POLL_S = 10.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 from pathlib import Path
@@ -15,30 +14,13 @@ from utils.block_order import interleave
 from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
 from utils.hf_config import export_problems
-from utils.manifest import as_input, read_manifest
+from utils.manifest import read_manifest
 from utils.model import resolve_model_config
+from utils.process_layout import check_batch, shard_size
 from utils.token_blocks import count_blocks
 from utils.tokenizer import read_tokenizer_info
 from utils.training_log import check_logger
 from utils.training_settings import Settings
-
-# Settings that say where and how to run, not what comes out.
-_PLACE_SETTINGS = (
-    "address", "num_nodes", "num_devices", "out_dir", "dry_run", "max_failures", "logger_name", "log", "accelerator",
-    "profile_steps", "checkpoint",
-)  # fmt: skip
-# What must not change between the parts of one run: with it the sequence of batches or the model would change.
-_FIXED_SETTINGS = (
-    "model.",
-    "context_tokens",
-    "data",
-    "data_weights",
-    "seed",
-    "train.global_batch_size",
-    "train.tie_embeddings",
-    "optimizer.name",
-    "parallel.tensor_parallel_size",  # the optimizer's groups of parameters follow from it
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,59 +232,6 @@ def _check_numbers(settings: Settings, problems: Problems) -> None:
         )
 
 
-def shard_size(settings: Settings, world_size: int, local_size: int) -> int:
-    """Processes that share one copy of the model by FSDP2, tensor parallelism apart.
-
-    Args:
-        world_size, local_size: processes in total, and on a node.
-
-    Raises:
-        UserError: copies of this size do not fill the processes, or tensor parallelism does not fill a node or a copy.
-    """
-    parallel = settings.parallel
-    tensor = parallel.tensor_parallel_size
-    if local_size % tensor:
-        raise UserError(
-            f"--parallel.tensor_parallel_size={tensor}: does not divide the {local_size} processes of a node (--num_devices), "
-            "and must not reach over nodes. Give a divisor."
-        )
-    data_parallel = world_size // tensor
-    if parallel.sharding != "hybrid":
-        return data_parallel if parallel.sharding == "full" else 1
-    copy = parallel.shard_size or local_size
-    if copy % tensor:
-        raise UserError(
-            f"--parallel.shard_size={copy}: not a multiple of --parallel.tensor_parallel_size={tensor}. Give a multiple."
-        )
-    if world_size % copy:
-        raise UserError(
-            f"--parallel.shard_size={copy}: copies of so many processes do not fill {world_size} processes. Give a divisor."
-        )
-    return copy // tensor
-
-
-def check_batch(settings: Settings, world_size: int) -> int:
-    """Micro-batches a process computes between two optimizer steps.
-
-    Raises:
-        UserError: the global batch does not divide evenly.
-    """
-    parallel, train = settings.parallel, settings.train
-    if world_size % parallel.tensor_parallel_size:
-        raise UserError(
-            f"--parallel.tensor_parallel_size={parallel.tensor_parallel_size}: does not divide {world_size} processes."
-        )
-    at_once = train.micro_batch_size * (world_size // parallel.tensor_parallel_size)
-    if train.global_batch_size % at_once:
-        lower = train.global_batch_size // at_once * at_once
-        near = f"{lower} or {lower + at_once}" if lower else f"{at_once}"
-        raise UserError(
-            f"--train.global_batch_size={train.global_batch_size}: not a multiple of --train.micro_batch_size="
-            f"{train.micro_batch_size} times {at_once // train.micro_batch_size} processes. Use {near}, or another micro-batch."
-        )
-    return train.global_batch_size // at_once
-
-
 def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems: Problems) -> None:
     records = [manifest["tokenizer"] for manifest in manifests if manifest and manifest.get("tokenizer")]
     if len({record["sha256"] for record in records}) > 1:
@@ -381,54 +310,3 @@ def _identity(index: Index) -> str:
     for chunk in index.chunks:
         digest.update(f"{chunk.name} {chunk.tokens} {chunk.bytes} {files.get(chunk.name)}\n".encode())
     return digest.hexdigest()
-
-
-def result_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
-    """What shapes the trained model, for its manifest."""
-    values = dataclasses.asdict(settings)
-    for name in _PLACE_SETTINGS:
-        values.pop(name)
-    for name in ("model_name", "model_config", "dataset_path", "data_mixture", "tokenizer_dir"):
-        values.pop(name)
-    values["train"].pop("max_time")
-    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
-    return {
-        **values,
-        "model": plan.model_config,
-        "context_tokens": plan.context_tokens,
-        "data": plan.data_identity,
-        "data_weights": plan.weights,
-    }
-
-
-def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], out_dir: str) -> list[str]:
-    """What differs from the settings that the checkpoints in out_dir were made with, as "NAME: was A, is B".
-
-    Raises:
-        UserError: what differs would make another run of it.
-    """
-    before, now = _flat(manifest_settings), _flat(json.loads(json.dumps(current)))  # as a manifest keeps them
-    differences = {name: f"{name}: was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
-                   if before.get(name) != now.get(name) and (name, now.get(name)) != ("precision", None)}  # fmt: skip
-    fixed = {name: text for name, text in differences.items() if name.startswith(_FIXED_SETTINGS)}
-    if fixed:
-        hashes = {"data": "data: another dataset, or another merge of it"}
-        raise UserError(
-            f"--out_dir={out_dir}: holds checkpoints of a run with other settings: "
-            f"{'; '.join(hashes.get(name, text) for name, text in fixed.items())}. Use another directory; to train on from these "
-            "weights, give the checkpoint as --initial_checkpoint_dir."
-        )
-    return list(differences.values())
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} as {"train.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def provenance(plan: Plan) -> list[dict[str, Any]]:
-    """The `inputs` of a checkpoint's manifest."""
-    return [as_input(directory) for directory in plan.train_directories + plan.val_directories]
