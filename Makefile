@@ -21,16 +21,16 @@ $(READY): requirements.txt
 	@echo "setting up $(VENV): $$(grep -c == requirements.txt) packages, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.txt
-	touch $@
+	@touch $@
 
 demo: $(READY)
-	$(RUN) DEMO_DIR="$(DEMO_DIR)" DEMO_SIZE="$(DEMO_SIZE)" DEMO_TRAIN_FLAGS="$(DEMO_TRAIN_FLAGS)" bash examples/demo.sh
+	@$(RUN) DEMO_DIR="$(DEMO_DIR)" DEMO_SIZE="$(DEMO_SIZE)" DEMO_TRAIN_FLAGS="$(DEMO_TRAIN_FLAGS)" bash examples/demo.sh
 
 test: $(READY)
-	$(RUN) python -m pytest -m "not slow"
+	@$(RUN) python -m pytest -m "not slow"
 
 test-all: $(READY)
-	$(RUN) python -m pytest
+	@$(RUN) python -m pytest
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -97,7 +97,7 @@ def test_one_picture_of_one_and_of_several_runs(tmp_path):
     shown = texts_of_svg(tmp_path / "two.svg")
     assert {"Two runs", "learning rate", "gradient norm", "tokens/s", "tokens"} <= shown
     # named apart by as much of their paths as it takes
-    assert {"a/run: training, 8.000 to 2.030", "b/run: validation, 2.220 to 2.140"} <= shown
+    assert {"a/run: training, 8.000 to 2.030 (last steps)", "b/run: validation, 2.220 to 2.140"} <= shown
 
 
 def test_equal_runs_give_equal_files(tmp_path):

@@ -106,7 +106,10 @@ def draw_lengths(lengths: np.ndarray, path: str) -> None:
     tokens.set(xscale="log", xlabel="document length, tokens", ylabel="% of all tokens")
     for axes in (documents, tokens):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.axvline(np.median(positive), color="#666666", linewidth=0.8, linestyle="--")
+        middle = np.median(positive)
+        label = f"median document: {middle:,.0f} tokens"
+        axes.axvline(middle, color="#666666", linewidth=0.8, linestyle="--", label=label)
+    documents.legend(frameon=False)
     with atomic_write(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=150)
     plt.close(figure)

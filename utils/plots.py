@@ -164,7 +164,8 @@ def draw_loss(axes: Axes, runs: Mapping[str, Records], x: str) -> None:
         if at:
             axes.plot(at, loss, color=colour, alpha=0.25, linewidth=0.8)
             at, middle = smoothed(at, loss)
-            axes.plot(at, middle, color=colour, label=f"{prefix}training, {loss[0]:.3f} to {end_level(loss):.3f}")
+            label = f"{prefix}training, {loss[0]:.3f} to {end_level(loss):.3f} (last steps)"
+            axes.plot(at, middle, color=colour, label=label)
             shown += middle
         at, loss = series(records, x, "val_loss")
         if at:

@@ -7,6 +7,7 @@ from sums over all of them: one small all-reduce a step carries the loss, the fl
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import resource
@@ -97,6 +98,8 @@ class Trainer:
         world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         tensor_size = settings.parallel.tensor_parallel_size
         if settings.accelerator == "cpu":
+            # It misses CUDA when the model is compiled for a CPU.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             torch.set_num_threads(settings.parallel.cpu_threads or max(1, available_cpus() // local_size))
 
         config = plan.model_config

@@ -236,6 +236,10 @@ class _WandbLogger:
         # WANDB_MODE wins, as everywhere in wandb.
         mode = os.environ.get("WANDB_MODE") or ("offline" if key is None else "online")
         self._offline = mode != "online"
+        if self._offline:
+            console.say(
+                f"wandb: {'no WANDB_API_KEY, so ' if key is None else ''}offline; its files can be uploaded later"
+            )
         # In this process's environment for the length of the call only: nothing that is started later inherits it.
         environment = {"WANDB_API_KEY": key} if key is not None else {}
         os.environ.update(environment)

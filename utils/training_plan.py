@@ -143,6 +143,9 @@ def make_plan(settings: Settings) -> Plan:
     batch = settings.train.global_batch_size
     train_blocks = sum(count_blocks(index, context + 1) for index in train)
     total = _total_steps(settings, batch * context, train_blocks)
+    warmup = _warmup_steps(settings, batch * context, total)
+    if warmup >= total > 1:
+        console.warn(f"the learning rate warms up for {warmup} steps of a run of {total}: it never reaches its course")
     return Plan(
         model_config=dataclasses.asdict(config),
         context_tokens=context,
@@ -153,7 +156,7 @@ def make_plan(settings: Settings) -> Plan:
         val_blocks=sum(count_blocks(index, context + 1) for index in val),
         tokens_per_step=batch * context,
         total_steps=total,
-        warmup_steps=_warmup_steps(settings, total, batch * context),
+        warmup_steps=min(warmup, total),
         decay_steps=math.ceil(settings.train.lr_decay_fraction * total),
         bits_per_nat=_bits_per_nat(val, located[1]),
         tokenizer=tokenizer,
@@ -277,7 +280,7 @@ def _total_steps(settings: Settings, tokens_per_step: int, train_blocks: int) ->
     return max(1, min(limits))
 
 
-def _warmup_steps(settings: Settings, total_steps: int, tokens_per_step: int) -> int:
+def _warmup_steps(settings: Settings, tokens_per_step: int, total_steps: int) -> int:
     train = settings.train
     if train.lr_warmup_tokens is not None:
         steps = math.ceil(train.lr_warmup_tokens / tokens_per_step)
@@ -285,7 +288,7 @@ def _warmup_steps(settings: Settings, total_steps: int, tokens_per_step: int) ->
         steps = math.ceil(train.lr_warmup_fraction * total_steps)
     else:
         steps = train.lr_warmup_steps or 0
-    return min(steps, total_steps)
+    return steps
 
 
 def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None:
