@@ -287,7 +287,7 @@ def remove_sources(source: Path, target: Path) -> None:
 def say_result(manifest: dict[str, Any], target: Path) -> None:
     content = manifest["content"]
     console.result(
-        f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {content['chunks']:,} chunks"
+        f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {console.counted(content['chunks'], 'chunk')}"
     )
 
 
@@ -322,7 +322,7 @@ def main(settings: Settings) -> None:
     else:
         check_target(target, plan.chunks)
     console.say(
-        f"source: {len(plan.chunks):,} chunks, {console.human_bytes(plan.bytes)}, "
+        f"source: {console.counted(len(plan.chunks), 'chunk')}, {console.human_bytes(plan.bytes)}, "
         f"{sum(chunk.tokens for chunk in plan.chunks):,} tokens of {plan.dtype} in {source}"
     )
     if settings.dry_run:
@@ -340,7 +340,7 @@ def main(settings: Settings) -> None:
     by_checksum = not copies and (
         settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
     )
-    console.say(f"verify: sizes and document offsets{' and checksums' if by_checksum or copies else ''}")
+    console.say(f"verify: sizes, document offsets{', checksums' if by_checksum or copies else ''}")
     chunks = in_parallel(lambda chunk: verify_chunk(chunk, plan.dtype, by_checksum), plan.chunks, "verify")
     if settings.mode != "index":
         target.mkdir(parents=True, exist_ok=True)

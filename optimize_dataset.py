@@ -81,13 +81,12 @@ class Settings:
 def describe_plan(plan: Plan, settings: Settings) -> None:
     rows = sum(entry["rows"] for entry in plan.inputs)
     console.say(
-        f"input: {len(plan.inputs)} parquet files, {rows:,} rows, "
+        f"input: {console.counted(len(plan.inputs), 'parquet file')}, {rows:,} rows, "
         f"{console.human_bytes(sum(entry['bytes'] for entry in plan.inputs))} "
         f"({console.human_bytes(plan.text_bytes)} of text planned) in {settings.input_dir}"
     )
     if plan.quarantined:
-        num_files = len(plan.quarantined)
-        console.warn(f"left out, to be listed in quarantine.jsonl: {num_files} file{'s'[: num_files != 1]}")
+        console.warn(f"left out, to be listed in quarantine.jsonl: {console.counted(len(plan.quarantined), 'file')}")
         for bad in plan.quarantined[:10]:
             console.warn(f"  {bad['path']}: {bad['reason']}")
     around = [name for name, token in (("BOS", plan.job.bos_id), ("EOS", plan.job.eos_id)) if token is not None]
@@ -96,7 +95,7 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
         f"{plan.tokenizer['vocab_size']:,}"
     )
     console.say(
-        f"work: {len(plan.units)} units of about {console.human_bytes(plan.text_bytes / max(len(plan.units), 1))} of text, "
+        f"work: {console.counted(len(plan.units), 'unit')} of about {console.human_bytes(plan.text_bytes / max(len(plan.units), 1))} of text, "
         f"chunks of {plan.job.chunk_tokens:,} tokens, {100 * settings.val_fraction:g}% of the documents for validation"
     )
 
@@ -171,7 +170,7 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Any]:
         with ray_session(cluster):
             ray_workers = RayWorkers(settings.num_workers, plan.job, load, TASK_RETRIES)
             nodes, cpus = len(ray_workers.nodes), ray_workers.num_cpus()
-            console.say(f"cluster: {nodes} node{'s'[: nodes != 1]}, {cpus} CPUs")
+            console.say(f"cluster: {console.counted(nodes, 'node')}, {console.counted(cpus, 'CPU')}")
             yield ray_workers
 
 
@@ -271,7 +270,7 @@ def report(plan: Plan, records: dict[int, Any], manifest: dict[str, Any], elapse
         part = content[split]
         console.result(
             f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
-            f"{console.human_bytes(part['text_bytes'])} of text, {part['chunks']} chunks"
+            f"{console.human_bytes(part['text_bytes'])} of text, {console.counted(part['chunks'], 'chunk')}"
         )
     skipped = content["skipped_null"] + content["skipped_empty"]
     console.say(

@@ -50,6 +50,11 @@ def this_command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
+def counted(number: int, noun: str) -> str:
+    """1 chunk, 2,000 chunks."""
+    return f"{number:,} {noun}{'s'[: number != 1]}"
+
+
 def human_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 1000 or unit == "TB":
