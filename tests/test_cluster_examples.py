@@ -112,6 +112,33 @@ def test_kuberay_manifest_is_locked_and_hangs_together(name):
     assert "env" not in worker, "keys belong to the driver alone"
 
 
+# Of the API ray.io/v1 (KubeRay 1.5.1), as far as a manifest of ours may use them.
+RAY_FIELDS = {
+    "job": {
+        "entrypoint", "rayClusterSpec", "submitterPodTemplate", "submitterConfig", "shutdownAfterJobFinishes",
+        "ttlSecondsAfterFinished", "activeDeadlineSeconds", "backoffLimit", "submissionMode", "suspend",
+    },
+    "cluster": {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "suspend"},
+    "head": {"rayStartParams", "template", "serviceType", "headService", "enableIngress"},
+    "workers": {
+        "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template", "scaleStrategy",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_knows_every_field(name):
+    spec = load(KUBERAY / name)["spec"]
+    if "rayClusterSpec" in spec:
+        assert set(spec) <= RAY_FIELDS["job"]
+    cluster = spec.get("rayClusterSpec", spec)
+    assert set(cluster) <= RAY_FIELDS["cluster"] and set(cluster["headGroupSpec"]) <= RAY_FIELDS["head"]
+    for group in cluster["workerGroupSpecs"]:
+        assert set(group) <= RAY_FIELDS["workers"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+    assert all(isinstance(value, str) for value in cluster["headGroupSpec"]["rayStartParams"].values())
+
+
 @pytest.mark.parametrize("path", sorted(KUBERAY.glob("*.yaml")), ids=lambda path: path.name)
 def test_kubernetes_knows_every_field(path):
     """Against Kubernetes' own schemas, without unknown fields: whole objects, and the pods inside Ray's."""
