@@ -172,6 +172,7 @@ def test_untied_weights_do_not_start_a_tied_model(finished, dataset, config, tmp
     assert "its output layer and its embedding differ" in (tmp_path / "job" / "rank-0.log").read_text()
 
 
+@pytest.mark.slow
 def test_tied_weights_start_a_tied_model(dataset, config, tmp_path):
     tied = {"train__tie_embeddings": "true", "train__max_steps": 2}
     first = settings_of(config, dataset, tmp_path / "first", 2, **tied)
