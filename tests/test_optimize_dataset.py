@@ -246,6 +246,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run_script, tmp_path, tokeni
         f"--output_dir={tmp_path / 'out'}",
         "--dry_run",
     )
-    for expected in ("3 parquet files", "rows", "units", "tokens,", "on disk", "free", "cores"):
+    for expected in ("3 parquet files", "rows", "work: 1 unit of about", "tokens,", "on disk", "free", "cores"):
         assert expected in process.stdout
     assert not (tmp_path / "out").exists()
