@@ -156,6 +156,11 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
             console.say(line)
 
 
+def resource_of(accelerator: str) -> str:
+    """Ray's word for what one process takes."""
+    return "GPU" if accelerator == "cuda" else "CPU"
+
+
 def with_cluster(settings: Settings) -> Settings:
     """Settle accelerator, processes and precision by what the cluster has.
 
@@ -169,7 +174,7 @@ def with_cluster(settings: Settings) -> Settings:
     accelerator = settings.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if gpus and gpus[0] > 0 else "cpu"
-    resource = "GPU" if accelerator == "cuda" else "CPU"
+    resource = resource_of(accelerator)
     room = sorted((int(node["Resources"].get(resource, 0)) for node in nodes), reverse=True)
     num_devices = settings.num_devices or (room[0] if accelerator == "cuda" else 1)
     fitting = sum(1 for count in room if count >= num_devices > 0)
@@ -188,7 +193,7 @@ def check_training_nodes(settings: Settings, plan: Plan) -> None:
 
     from utils.preflight import check_nodes
 
-    resource = "GPU" if settings.accelerator == "cuda" else "CPU"
+    resource = resource_of(settings.accelerator)
     able = {node["NodeID"] for node in ray.nodes() if node["Resources"].get(resource, 0) >= settings.num_devices}
     probe = temporary_sibling(Path(settings.out_dir) / "preflight")
     probe.touch()
@@ -226,7 +231,7 @@ def fit(settings: Settings, plan: Plan) -> None:
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         # The driver is on the only node: it would go with it. SIGTERM is the notice then.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    resource = "GPU" if settings.accelerator == "cuda" else "CPU"
+    resource = resource_of(settings.accelerator)
     trainer = Trainer(
         train_worker,
         train_loop_config={"settings": settings, "plan": plan, "verbosity": console.VERBOSITY},

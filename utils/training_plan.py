@@ -60,7 +60,8 @@ def data_directories(settings: Settings) -> tuple[list[Path], list[float] | None
     weights = list(settings.data_mixture.values())
     if any(not weight > 0 for weight in weights):
         raise UserError(f"data_mixture: weights must be above 0, got {weights}.")
-    without = [path for i, path in enumerate(settings.data_mixture) if i not in interleave(weights)]
+    read = set(interleave(weights).tolist())
+    without = [path for i, path in enumerate(settings.data_mixture) if i not in read]
     if without:
         raise UserError(
             f"data_mixture: the weight of {', '.join(without)} is too small to be read at all; weights are rounded to 0.1% of their "
