@@ -37,7 +37,7 @@ from utils.checkpoint import (
     list_checkpoints,
 )
 from utils.errors import UserError
-from utils.files import held_lock, temporary_sibling, write_json
+from utils.files import held_lock, write_json
 from utils.process_layout import check_batch, shard_size
 from utils.run_identity import check_same_run, result_settings
 from utils.training_log import Follower, make_logger, progress_line, read_metrics, rewind_metrics
@@ -191,20 +191,16 @@ def check_training_nodes(settings: Settings, plan: Plan) -> None:
     """Do the nodes that can take part run this software, and see the data and out_dir? Raises UserError with all that do not."""
     import ray
 
-    from utils.preflight import check_nodes
+    from utils.preflight import check_nodes, probe_in
 
     resource = resource_of(settings.accelerator)
     able = {node["NodeID"] for node in ray.nodes() if node["Resources"].get(resource, 0) >= settings.num_devices}
-    probe = temporary_sibling(Path(settings.out_dir) / "preflight")
-    probe.touch()
-    paths = {"--dataset_path": plan.train_directories + plan.val_directories, "--out_dir": [str(probe)]}
+    paths = {"--dataset_path": plan.train_directories + plan.val_directories}
     for flag in ("tokenizer_dir", "initial_checkpoint_dir"):
         if getattr(settings, flag) is not None:
             paths[f"--{flag}"] = [getattr(settings, flag)]
-    try:
-        check_nodes(paths, CHECKED_PACKAGES, node_ids=able)
-    finally:
-        probe.unlink()
+    with probe_in(settings.out_dir) as probe:
+        check_nodes({**paths, "--out_dir": [probe]}, CHECKED_PACKAGES, node_ids=able)
 
 
 def fit(settings: Settings, plan: Plan) -> None:

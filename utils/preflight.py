@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import temporary_sibling
+
+
+@contextlib.contextmanager
+def probe_in(directory: str) -> Iterator[str]:
+    """A file that this process has just made: a node with a directory of the same name of its own does not see it."""
+    probe = temporary_sibling(Path(directory) / "preflight")
+    probe.touch()
+    try:
+        yield str(probe)
+    finally:
+        probe.unlink()
 
 
 def _inspect_node(paths: list[str], packages: tuple[str, ...]) -> dict[str, Any]:

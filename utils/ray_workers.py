@@ -6,12 +6,10 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import WorkerDied
-from utils.files import temporary_sibling
-from utils.preflight import check_nodes
+from utils.preflight import check_nodes, probe_in
 
 if TYPE_CHECKING:
     from utils.tokenize_unit import Job
@@ -85,16 +83,9 @@ class RayWorkers:
 
 
 def _check_nodes(job: Job) -> list[dict[str, str]]:
-    # A file that this process has just made: a node with a directory of the same name of its own must not pass.
-    probe = temporary_sibling(Path(job.output_dir) / "preflight")
-    probe.touch()
-    seen_by_all = {"--output_dir": [str(probe)]}
-    if "://" not in job.input_dir:
-        seen_by_all["--input_dir"] = [os.path.abspath(job.input_dir)]
-    try:
-        return check_nodes(seen_by_all, CHECKED_PACKAGES)
-    finally:
-        probe.unlink()
+    seen_by_all = {} if "://" in job.input_dir else {"--input_dir": [os.path.abspath(job.input_dir)]}
+    with probe_in(job.output_dir) as probe:
+        return check_nodes({"--output_dir": [probe], **seen_by_all}, CHECKED_PACKAGES)
 
 
 def tokenize_on_node(job: Job, unit: Unit, folders: dict[str, str], tokenizer: list) -> dict[str, Any]:
