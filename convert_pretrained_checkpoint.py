@@ -24,10 +24,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from export.plan import ExportPlan, make_plan
+from export.tokenizer_files import write_tokenizer
 from utils import cli, console
 from utils.errors import UserError
-from utils.export_plan import ExportPlan, make_plan
-from utils.export_tokenizer import write_tokenizer
 from utils.files import TEMPORARY_PREFIX, held_lock, publish_directory, temporary_sibling, write_json
 from utils.manifest import as_input, damaged_files, file_entry, made_by, read_manifest, write_manifest
 
@@ -161,7 +161,7 @@ def print_dry_run(plan: ExportPlan, settings: Settings) -> None:
 
 def write_small_files(plan: ExportPlan, directory: Path) -> None:
     """Configurations and tokenizer; litgpt's evaluation and tokenizer read generation_config.json too."""
-    from utils.hf_config import generation_config, hf_config
+    from export.hf_config import generation_config, hf_config
 
     shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
@@ -174,7 +174,7 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
 
 def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
     """One pass over the checkpoint's weights; each block of rows goes to its places in both formats."""
-    from utils.weight_files import TensorSpec, lay_out_safetensors, lay_out_torch_file
+    from export.weight_files import TensorSpec, lay_out_safetensors, lay_out_torch_file
 
     lit = hf = None
     if settings.formats != "hf":
@@ -206,9 +206,9 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
     if settings.verify == "off":
         console.warn("--verify=off: the export has not been checked.")
         return {"mode": "off"}
-    from utils.checkpoint_reader import find_in_torch_file
-    from utils.export_proof import KL_TOLERANCE, compare_logits, compare_weights
-    from utils.weight_files import find_in_safetensors
+    from export.checkpoint_reader import find_in_torch_file
+    from export.proof import KL_TOLERANCE, compare_logits, compare_weights
+    from export.weight_files import find_in_safetensors
 
     lit = find_in_torch_file(directory / "lit_model.pth") if settings.formats != "hf" else None
     hf = find_in_safetensors(directory) if plan.layout else None
@@ -238,8 +238,8 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
 
 
 def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
-    from utils.hf_config import FAMILIES, family_of
-    from utils.model_card import read_run_metrics, write_model_card
+    from export.hf_config import FAMILIES, family_of
+    from export.model_card import read_run_metrics, write_model_card
 
     model_type = family_of(plan.config) if plan.layout else None
     step = plan.checkpoint["content"].get("step") if plan.checkpoint else None

@@ -28,21 +28,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils import cli, console
-from utils.checkpoint import (
+from pretraining.checkpoint import (
     FINAL_NAME,
     WEIGHTS_NAME,
     find_newest_good,
     free_final_name,
     list_checkpoints,
 )
+from pretraining.loggers import Follower, make_logger, progress_line
+from pretraining.plan import Plan, make_plan
+from pretraining.process_layout import check_batch, shard_size
+from pretraining.run_identity import check_same_run, result_settings
+from pretraining.settings import STOP_NAME, Settings
+from utils import cli, console
 from utils.errors import UserError
 from utils.files import held_lock, write_json
-from utils.process_layout import check_batch, shard_size
-from utils.run_identity import check_same_run, result_settings
-from utils.training_log import Follower, make_logger, progress_line, read_metrics, rewind_metrics
-from utils.training_plan import Plan, make_plan
-from utils.training_settings import STOP_NAME, Settings
+from utils.metrics_file import read_metrics, rewind_metrics
 
 CHECKED_PACKAGES = ("torch", "lightning", "litgpt", "litdata", "ray", "numpy", "xxhash")
 RAY_NAME = ".ray"  # in out_dir: what Ray Train and its workers leave for the driver while a run lasts
@@ -50,7 +51,7 @@ RAY_NAME = ".ray"  # in out_dir: what Ray Train and its workers leave for the dr
 
 def main(settings: Settings) -> None:
     if settings.model_name == "list":
-        from utils.model import model_names
+        from pretraining.model_config import model_names
 
         console.result("\n".join(model_names()))
         return
@@ -58,7 +59,7 @@ def main(settings: Settings) -> None:
     settings = with_absolute_paths(settings)
     plan = make_plan(settings)
     if settings.dry_run:
-        from utils.memory_plan import print_dry_run
+        from pretraining.memory import print_dry_run
 
         print_dry_run(settings, plan)
         return
@@ -191,7 +192,7 @@ def check_training_nodes(settings: Settings, plan: Plan) -> None:
     """Do the nodes that can take part run this software, and see the data and out_dir? Raises UserError with all that do not."""
     import ray
 
-    from utils.preflight import check_nodes, probe_in
+    from utils.node_check import check_nodes, probe_in
 
     resource = resource_of(settings.accelerator)
     able = {node["NodeID"] for node in ray.nodes() if node["Resources"].get(resource, 0) >= settings.num_devices}
@@ -316,7 +317,7 @@ def report(settings: Settings, plan: Plan, as_given: Settings) -> None:
 def print_next_commands(as_given: Settings) -> None:
     run = as_given.out_dir.rstrip("/")
     final = f"{run}/{FINAL_NAME}"
-    console.next_command(f"python -m utils.plots {run}", "to draw its curves")
+    console.next_command(f"python -m tools.plot_curves {run}", "to draw its curves")
     console.next_command(f"python convert_pretrained_checkpoint.py {final} {run}-export", "to export it")
     console.next_command(
         f"python -m lightning.pytorch.utilities.consolidate_checkpoint {final}/{WEIGHTS_NAME}",
@@ -333,7 +334,7 @@ def train_worker(job: dict[str, Any]) -> None:
     plan: Plan = job["plan"]
     console.VERBOSITY = job["verbosity"]
 
-    from utils.trainer import Trainer
+    from pretraining.trainer import Trainer
 
     if failed_before(settings):
         return

@@ -24,9 +24,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenization.merge_plan import Plan, SourceChunk, make_plan
 from utils import cli, console
 from utils.errors import Problems, UserError
-from utils.merge_plan import Plan, SourceChunk, make_plan
 
 # Up to so much, reading everything once to compare checksums is a matter of a minute.
 AUTO_VERIFY_BYTES = 64 << 30
@@ -140,7 +140,7 @@ def copy_verified(chunk: SourceChunk, path: Path) -> SourceChunk:
 
 def in_parallel(work: Any, chunks: list[SourceChunk], label: str) -> list[SourceChunk]:
     """Apply `work` to every chunk on a few threads, in order, with a progress bar; all user errors at once."""
-    from utils.progress import Progress
+    from utils.console import Progress
 
     problems = Problems()
     done = []
@@ -204,7 +204,8 @@ def merged_manifest(plan: Plan, chunks: list[SourceChunk]) -> dict[str, Any]:
 
 def publish(plan: Plan, chunks: list[SourceChunk], target: Path) -> dict[str, Any]:
     """index.json, then manifest.json."""
-    from utils.chunks import INDEX_NAME, Chunk, make_index
+    from tokenization.chunk_writer import make_index
+    from utils.chunks import INDEX_NAME, Chunk
     from utils.files import fsync_directory, write_json
     from utils.manifest import write_manifest
 

@@ -22,11 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from utils import cli, console
-from utils.errors import UserError, WorkerDied
-from utils.machine import available_cpus
-from utils.tokenization_plan import Plan, check_disk_space, free_bytes, make_plan
-from utils.tokenization_state import (
+from tokenization.output import (
     ProgressFile,
     check_all_are_here,
     check_nothing_lost,
@@ -35,6 +31,10 @@ from utils.tokenization_state import (
     publish,
     remove_unrecorded_files,
 )
+from tokenization.plan import Plan, check_disk_space, free_bytes, make_plan
+from utils import cli, console
+from utils.errors import UserError, WorkerDied
+from utils.machine import available_cpus
 
 TASK_RETRIES = 3
 
@@ -104,8 +104,8 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
     """For --dry_run: tokens from a sample of the text, disk, cores, time."""
     import numpy as np
 
-    from utils.encoding import Encoder
-    from utils.parquet_input import CorruptRowGroup, stream_texts
+    from tokenization.encoder import Encoder
+    from tokenization.parquet import CorruptRowGroup, stream_texts
 
     encoder = Encoder(plan.tokenizer_json.read_bytes(), settings.parse_special_tokens)
     sampled_bytes = sampled_tokens = sampled_documents = 0
@@ -142,7 +142,7 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
 
 def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
     """tokenizer.json, and what gigatoken is to load: made once here, not once in every worker."""
-    from utils.encoding import fast_tokenizer_json
+    from tokenization.encoder import fast_tokenizer_json
 
     tokenizer_json = plan.tokenizer_json.read_bytes()
     return tokenizer_json, fast_tokenizer_json(tokenizer_json, plan.job.parse_special_tokens)
@@ -158,14 +158,14 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Any]:
 
     cluster = find_cluster(settings.address)
     if cluster is None:
-        from utils.local_workers import LocalWorkers
+        from tokenization.local_workers import LocalWorkers
 
         num_workers = settings.num_workers or min(available_cpus(), len(plan.units))
         console.say(f"this machine: {num_workers} worker process{'es'[: 2 * (num_workers != 1)]}")
         with LocalWorkers(num_workers, load, TASK_RETRIES) as workers:
             yield workers
     else:
-        from utils.ray_workers import RayWorkers
+        from tokenization.ray_workers import RayWorkers
 
         with ray_session(cluster):
             ray_workers = RayWorkers(settings.num_workers, plan.job, load, TASK_RETRIES)
@@ -181,7 +181,7 @@ def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile
         workers: what `start_workers` gives.
         done_bytes: of text that an earlier run finished.
     """
-    from utils.progress import Progress
+    from utils.console import Progress
 
     queue = collections.deque(sorted(units, key=lambda unit: (-unit.text_bytes, unit.index)))
     left = len(queue)
@@ -209,8 +209,8 @@ def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile
 
 def record_of(outcome: dict[str, Any] | BaseException, plan: Plan) -> dict[str, Any]:
     """A finished unit's record; what went wrong in it becomes a UserError where the user can mend it."""
-    from utils.encoding import EncodingMismatch
-    from utils.parquet_input import CorruptRowGroup
+    from tokenization.encoder import EncodingMismatch
+    from tokenization.parquet import CorruptRowGroup
 
     if isinstance(outcome, dict):
         return outcome

@@ -82,8 +82,8 @@ def make_small_files(directory: Path, count: int, document_bytes: int = 2_000) -
 
 
 def plan_files(directory: str) -> str:
-    from utils.parquet_input import list_parquet_files, read_footers
-    from utils.units import default_unit_bytes, plan_units
+    from tokenization.parquet import list_parquet_files, read_footers
+    from tokenization.units import default_unit_bytes, plan_units
 
     entries = list_parquet_files(directory)
     footers = ((i, footer) for i, (_, footer, _) in enumerate(read_footers(directory, entries, "text")))
@@ -93,8 +93,8 @@ def plan_files(directory: str) -> str:
 
 def plan_fineweb(files: int) -> str:
     """Planning from made-up footers; keeps what optimize_dataset.py keeps of each file."""
-    from utils.parquet_input import Footer
-    from utils.units import default_unit_bytes, plan_units
+    from tokenization.parquet import Footer
+    from tokenization.units import default_unit_bytes, plan_units
 
     footer = Footer(
         (1000,) * FINEWEB_ROW_GROUPS,
@@ -143,8 +143,8 @@ def publish_fineweb(progress: str, files: int) -> str:
     """What the driver holds at the end: plan, records of all units, and the manifests that it writes."""
     import types
 
-    from utils.tokenization_state import _with_shared_keys, publish
-    from utils.tokenize_unit import UnitRecord
+    from tokenization.job import UnitRecord
+    from tokenization.output import _with_shared_keys, publish
 
     with open(progress, "rb") as file:
         lines = (json.loads(line, object_pairs_hook=_with_shared_keys) for line in file)
@@ -163,7 +163,7 @@ def publish_fineweb(progress: str, files: int) -> str:
 
 
 def read_large_footer(path: str) -> str:
-    from utils.parquet_input import FileEntry, read_footer
+    from tokenization.parquet import FileEntry, read_footer
 
     footer = read_footer(os.path.dirname(path), FileEntry(os.path.basename(path), 0), "text")
     return f"{len(footer.rows):,} row groups"
@@ -235,7 +235,8 @@ def schedule(num_tasks: int) -> str:
 
 
 def make_index_file(directory: Path, num_chunks: int) -> None:
-    from utils.chunks import Chunk, make_index
+    from tokenization.chunk_writer import make_index
+    from utils.chunks import Chunk
 
     directory.mkdir(parents=True)
     chunks = [
@@ -272,7 +273,7 @@ def run_command(*command: str) -> float:
 
 
 def main(settings: Settings) -> None:
-    from utils.units import default_chunk_tokens, default_unit_bytes
+    from tokenization.units import default_chunk_tokens, default_unit_bytes
 
     work = Path(tempfile.mkdtemp(dir=settings.work_dir))
     rows: list[tuple[str, str, str]] = []

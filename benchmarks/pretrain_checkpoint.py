@@ -32,9 +32,9 @@ NUM_SAVES = 5
 
 
 def worker(directory: Path) -> None:
-    from utils.trainer import Trainer
-    from utils.training_plan import make_plan
-    from utils.training_settings import CheckpointSettings, EvalSettings, ParallelSettings, Settings, TrainSettings
+    from pretraining.plan import make_plan
+    from pretraining.settings import CheckpointSettings, EvalSettings, ParallelSettings, Settings, TrainSettings
+    from pretraining.trainer import Trainer
 
     processes = int(os.environ["WORLD_SIZE"])
     settings = Settings(
@@ -89,7 +89,7 @@ def measure_resume(trainer) -> float:
     """Seconds to find and verify the newest checkpoint, load it, and read the first batch, 10^12 sequences into the data."""
     import numpy as np
 
-    from utils.token_blocks import Prefetcher
+    from pretraining.data import Prefetcher
 
     started = time.perf_counter()
     trainer.resume_or_initialise()

@@ -52,7 +52,7 @@ def measure(train: Path, contexts: list[int]) -> None:
     import torch
     from litdata import StreamingDataset, TokensLoader
 
-    from utils.token_blocks import Sequences, read_micro_batch
+    from pretraining.data import Sequences, read_micro_batch
 
     torch.set_num_threads(1)
     results = []

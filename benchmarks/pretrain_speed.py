@@ -47,7 +47,7 @@ def model_config(case: dict) -> dict:
 
 
 def settings_for(case: dict, directory: Path, steps: int, processes: int, threads: int, compile: bool):
-    from utils.training_settings import CheckpointSettings, EvalSettings, ParallelSettings, Settings, TrainSettings
+    from pretraining.settings import CheckpointSettings, EvalSettings, ParallelSettings, Settings, TrainSettings
 
     return Settings(
         dataset_path=str(directory / "data"),
@@ -70,8 +70,8 @@ def settings_for(case: dict, directory: Path, steps: int, processes: int, thread
 
 def run_ours(case: dict, directory: Path, steps: int, threads: int, compile: bool = False) -> None:
     """One rank; prints its result on rank 0."""
-    from utils.trainer import Trainer
-    from utils.training_plan import make_plan
+    from pretraining.plan import make_plan
+    from pretraining.trainer import Trainer
 
     settings = settings_for(case, directory, steps, int(os.environ["WORLD_SIZE"]), threads, compile)
     Path(settings.out_dir).mkdir(exist_ok=True)
@@ -90,8 +90,8 @@ def run_ours(case: dict, directory: Path, steps: int, threads: int, compile: boo
 def run_bare(case: dict, directory: Path, steps: int, threads: int) -> None:
     import torch
 
-    from utils.model import build_model, initialise
-    from utils.optimizers import make_optimizers, scale_gradients
+    from pretraining.model import build_model, initialise
+    from pretraining.optimizer import make_optimizers, scale_gradients
 
     torch.set_num_threads(threads)
     settings = settings_for(case, directory, steps, 1, threads, False)

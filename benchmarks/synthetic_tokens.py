@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.chunks import Chunk, chunk_header, dtype_for_vocabulary, make_index
+from tokenization.chunk_writer import chunk_header, make_index
+from utils.chunks import Chunk, dtype_for_vocabulary
 from utils.files import write_json
 from utils.manifest import file_entry, write_manifest
 

@@ -30,7 +30,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli, console, prose
+import prose
+
+from utils import cli, console
 from utils.errors import Problems, UserError
 from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, write_json
 from utils.manifest import damaged_files, file_entry, made_by, read_manifest, write_manifest

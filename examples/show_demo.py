@@ -29,8 +29,8 @@ class Settings:
 
 
 def show_training(run_dir: Path) -> None:
-    from utils.plots import draw_curves, read_records
-    from utils.training_log import read_metrics
+    from export.curves import draw_curves, read_records
+    from utils.metrics_file import read_metrics
 
     records = read_metrics(run_dir)
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]

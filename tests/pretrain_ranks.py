@@ -25,8 +25,8 @@ def free_port() -> int:
 
 def settings_of(config: Path, dataset: Path, out_dir: Path, num_devices: int, **changes):
     """Settings as the command line would make them; `changes` are flags with '.' written as '__'."""
+    from pretraining.settings import Settings
     from utils.cli import parse_settings
-    from utils.training_settings import Settings
 
     flags = [f"--{name.replace('__', '.')}={value}" for name, value in changes.items()]
     settings = parse_settings(
@@ -47,7 +47,7 @@ def settings_of(config: Path, dataset: Path, out_dir: Path, num_devices: int, **
 
 def start_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = None) -> list[subprocess.Popen]:
     """Start `num_ranks` processes that train every one of `runs` (Settings)."""
-    from utils.training_plan import make_plan
+    from pretraining.plan import make_plan
 
     directory.mkdir(parents=True, exist_ok=True)
     job = directory / "job.pickle"
@@ -114,7 +114,7 @@ def train_one_rank(job: Path) -> None:
 
     import torch
 
-    from utils.trainer import Trainer
+    from pretraining.trainer import Trainer
 
     if limit := os.environ.get("LIMIT_FILE_BYTES"):  # writing beyond it fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
@@ -132,7 +132,7 @@ def measure_memory(trainer) -> None:
     """Write what this process really holds, in bytes, to out_dir/allocated-RANK.json."""
     import torch
 
-    from utils.memory_plan import kept_tensors
+    from pretraining.memory import kept_tensors
 
     def held(tensors) -> int:
         """Bytes of the distinct storages: FSDP2 reduces the gradients of a block into one."""

@@ -330,7 +330,11 @@ def test_image_has_what_the_scripts_need_and_nothing_else():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     kept = {name for name in tracked if any(matches(name, rule[1:]) for rule in rules[1:])}
     scripts = {
-        name for name in tracked if re.fullmatch(r"[a-z_]+\.(py|sh)|utils/[a-z_]+\.py|config_hub/.*\.yaml", name)
+        name
+        for name in tracked
+        if re.fullmatch(
+            r"[a-z_]+\.(py|sh)|(utils|tokenization|pretraining|export|tools)/[a-z_]+\.py|config_hub/.*\.yaml", name
+        )
     }
     assert scripts | {"requirements.txt"} <= kept
     assert not {name for name in kept if name.startswith((".", "tests/", "docs/"))}

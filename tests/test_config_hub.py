@@ -11,7 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from utils.chunks import Chunk, chunk_header, make_index
+from tokenization.chunk_writer import chunk_header, make_index
+from utils.chunks import Chunk
 
 CONFIGS = sorted((ROOT / "config_hub").glob("*.yaml"))
 EXPECTED = {

@@ -21,7 +21,7 @@ OTHERS = [
 ]
 # Of other programs, or generic.
 COMMAND = re.compile(
-    r"python (?:-m )?((?:examples/|benchmarks/)?[a-z_]+\.py(?!\w)|utils\.[a-z_]+)((?: [^\n`|]*)?(?:\\\n[^\n`]*)*)"
+    r"python (?:-m )?((?:examples/|benchmarks/)?[a-z_]+\.py(?!\w)|tools\.[a-z_]+)((?: [^\n`|]*)?(?:\\\n[^\n`]*)*)"
 )
 
 
@@ -39,7 +39,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
 @cache
 def known_flags(script: str) -> set[str]:
     """From --help."""
-    command = ["-m", script] if script.startswith("utils.") else [script]
+    command = ["-m", script] if script.startswith("tools.") else [script]
     process = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert process.returncode == 0, process.stderr
     return set(re.findall(r"--([a-zA-Z_.]+)", process.stdout))
@@ -73,11 +73,13 @@ RUN_BY = {
     r"python convert_pretrained_checkpoint\.py ": (
         "test_pipeline.py::test_the_model_loads_in_litgpt_and_transformers_alike_and_has_learnt"
     ),
-    r"litgpt chat ": "test_convert_pretrained_checkpoint_commands.py::test_litgpt_chat",
-    r"litgpt evaluate |lm_eval ": "test_convert_pretrained_checkpoint_commands.py::test_litgpt_evaluate_and_lm_eval",
-    r"litgpt finetune ": ("test_convert_pretrained_checkpoint_commands.py::test_litgpt_finetune_accepts_the_directory"),
-    r"python -m utils\.inspect_dataset ": "test_inspect_dataset.py::test_shows_counts_samples_and_a_picture",
-    r"python -m utils\.plots ": "test_plots.py::test_one_picture_of_one_and_of_several_runs",
+    r"litgpt chat ": "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_chat",
+    r"litgpt evaluate |lm_eval ": "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_evaluate_and_lm_eval",
+    r"litgpt finetune ": (
+        "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_finetune_accepts_the_directory"
+    ),
+    r"python -m tools\.inspect_dataset ": "tools/test_inspect_dataset.py::test_shows_counts_samples_and_a_picture",
+    r"python -m tools\.plot_curves ": "tools/test_plot_curves.py::test_one_picture_of_one_and_of_several_runs",
     r"python benchmarks/": "test_benchmarks.py::test_every_benchmark_runs",
     r"bash pipeline\.sh": "test_pipeline.py::test_again_has_nothing_to_do",
     r"(hf|litgpt) download |pip install |git clone |docker |wandb sync": "needs a network",

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils.chunks import Chunk, chunk_header, make_index, read_document_offsets, read_documents, read_index
+from tokenization.chunk_writer import chunk_header, make_index
+from utils.chunks import Chunk, read_document_offsets, read_documents, read_index
 from utils.errors import UserError
 from utils.manifest import damaged_files, read_manifest, safe_member, write_manifest
 
@@ -157,7 +158,7 @@ def test_one_flipped_byte_of_a_header_is_noticed(directory, lengths, dtype, data
         read_document_offsets(path)
 
 
-@pytest.mark.parametrize("script", ["merge_files.py", "-m utils.inspect_dataset"])
+@pytest.mark.parametrize("script", ["merge_files.py", "-m tools.inspect_dataset"])
 @pytest.mark.parametrize(
     "index, manifest",
     [
@@ -185,7 +186,7 @@ def test_the_commands_say_it_without_a_traceback(tmp_path, script, index, manife
     arguments = (
         ["merge_files.py", f"--source_dir={tmp_path / 'OUT'}", f"--target_dir={tmp_path / 'DATA'}"]
         if script == "merge_files.py"
-        else ["-m", "utils.inspect_dataset", str(folder)]
+        else ["-m", "tools.inspect_dataset", str(folder)]
     )
     process = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.returncode == 2, process.stdout + process.stderr

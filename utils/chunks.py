@@ -18,9 +18,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,9 +31,6 @@ MAX_CHUNK_BYTES = 2**32 - 1
 # litdata/constants.py, _TORCH_DTYPES_MAPPING
 CODE_OF_DTYPE = {"int32": 16, "int64": 18, "uint16": 20}
 DTYPE_OF_CODE = {15: "int32", **{code: dtype for dtype, code in CODE_OF_DTYPE.items()}, 17: "int64"}
-
-# torch's pytree of a single leaf, as litdata stores it.
-_SINGLE_LEAF = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +52,6 @@ def header_bytes(num_documents: int) -> int:
 def dtype_for_vocabulary(vocab_size: int) -> str:
     """The narrowest type that litdata and litgpt both read and that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 2**16 else "int32"
-
-
-def chunk_header(document_tokens: np.ndarray, dtype: str) -> np.ndarray:
-    """The uint32 words before the tokens.
-
-    Args:
-        document_tokens: number of tokens of each document; shape (n,).
-        dtype: of the tokens.
-
-    Returns:
-        uint32 array of shape (n + 2,).
-
-    Raises:
-        ValueError: the chunk would be 4 GiB or larger.
-    """
-    n = len(document_tokens)
-    ends = np.cumsum(document_tokens, dtype=np.int64) * np.dtype(dtype).itemsize + header_bytes(n)
-    if n and ends[-1] > MAX_CHUNK_BYTES:
-        raise ValueError(f"a chunk of {ends[-1]} bytes does not fit the format's 32-bit offsets")
-    return np.concatenate(([n, header_bytes(n)], ends)).astype("<u4")
 
 
 def read_document_offsets(path: str | os.PathLike) -> np.ndarray:
@@ -102,38 +77,6 @@ def read_documents(path: str | os.PathLike, dtype: str) -> list[np.ndarray]:
     offsets = read_document_offsets(path)
     raw = np.memmap(path, mode="r")
     return [raw[start:end].view(np.dtype(dtype).newbyteorder("<")) for start, end in itertools.pairwise(offsets)]
-
-
-def make_index(chunks: Sequence[Chunk], dtype: str, chunk_tokens: int | None, fingerprint: str) -> dict[str, Any]:
-    """The content of index.json.
-
-    Args:
-        chunks: in the order in which the dataset is read.
-        dtype: of the tokens.
-        chunk_tokens: the size that chunks were cut at.
-        fingerprint: hexadecimal, changes with the content. litdata takes `updated_at` to tell whether its cache of
-            a remote directory is stale; a clock there would make equal datasets differ.
-    """
-    return {
-        "chunks": [
-            {"chunk_bytes": chunk.bytes, "chunk_size": chunk.documents, "dim": chunk.tokens, "filename": chunk.name}
-            for chunk in chunks
-        ],
-        "config": {
-            "chunk_bytes": None,
-            "chunk_size": chunk_tokens,
-            "compression": None,
-            "compression_batch_size": None,
-            "compression_level": None,
-            "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"],
-            "data_spec": _SINGLE_LEAF,
-            "encryption": None,
-            "ipc_compression": None,
-            "item_loader": "TokensLoader",
-            "types": "tensor",
-        },
-        "updated_at": str(int(fingerprint[:12], 16)),
-    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""The curves of training runs in one picture: for the model card, and for `python -m tools.plot_curves`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.metrics_file import METRICS_NAME
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# Okabe and Ito's colours, told apart by everybody.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
+
+
+Records = list[dict[str, Any]]
+
+
+def read_records(run_dir: str | os.PathLike) -> Records:
+    """The logged steps of a run, in order of their number, each once.
+
+    Lines that are no whole JSON object, as a crash leaves them, are skipped.
+
+    Raises:
+        UserError: there is no metrics.jsonl, or no step in it.
+    """
+    path = Path(run_dir)
+    path = path / METRICS_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{run_dir}: no {METRICS_NAME} there. Give the --out_dir of a run that has logged a step.")
+    of_step: dict[int, dict[str, Any]] = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            step = record.get("step") if isinstance(record, dict) else None
+            if isinstance(step, int):
+                # The last one wins, but a validation may have a line of its own beside the step's.
+                of_step[step] = {**of_step.get(step, {}), **record}
+    if not of_step:
+        raise UserError(f"{path}: no step was logged yet. Draw it later.")
+    return [of_step[step] for step in sorted(of_step)]
+
+
+def series(records: Records, x: str, y: str) -> tuple[list[float], list[float]]:
+    """The points at which both were logged as finite numbers."""
+    points = [(record[x], record[y]) for record in records if is_number(record.get(x)) and is_number(record.get(y))]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def smoothed(at: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The median over about a fiftieth of the curve around each point: no lag, and a single spike does not show.
+
+    At most 2,000 points of it, which is more than a picture has pixels for.
+    """
+    reach = len(values) // 100
+    points = range(0, len(values), max(1, len(values) // 2000))
+    # Towards the ends the window shrinks on both sides alike: the steep fall at the beginning stays where it is.
+    windows = [(i, min(reach, i, len(values) - 1 - i)) for i in [*points, len(values) - 1]]
+    return [at[i] for i, _ in windows], [statistics.median(values[i - r : i + r + 1]) for i, r in windows]
+
+
+def draw_curves(
+    runs: Mapping[str, Records], output: str | os.PathLike, x: str = "auto", title: str | None = None
+) -> None:
+    """Draw loss, validation loss, learning rate, gradient norm and throughput.
+
+    Args:
+        runs: name to what `read_records` gives.
+        output: picture; its suffix tells the format.
+        x: "step", "tokens", or "auto" for tokens if every run logged them.
+        title: above the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if x == "auto":
+        x = "tokens" if all(len(series(records, "tokens", "step")[0]) for records in runs.values()) else "step"
+    style = {
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "font.size": 9,
+        "grid.color": "#E6E6E6",
+        "legend.frameon": False,
+        "lines.linewidth": 1.4,
+        "savefig.dpi": 150,
+        "svg.hashsalt": "curves",
+    }
+    with plt.rc_context(style):
+        figure = plt.figure(figsize=(11, 5.6), layout="constrained")
+        grid = figure.add_gridspec(len(PANELS), 2, width_ratios=(1.9, 1))
+        draw_loss(figure.add_subplot(grid[:, 0]), runs, x)
+        for row, (key, name) in enumerate(PANELS.items()):
+            draw_panel(figure.add_subplot(grid[row, 1]), runs, x, key, name, is_last=row + 1 == len(PANELS))
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        with atomic_write(output) as file:
+            # No date inside: equal curves give equal files.
+            figure.savefig(file, format=Path(output).suffix[1:], metadata=_without_date(Path(output).suffix))
+        plt.close(figure)
+
+
+def _without_date(suffix: str) -> dict[str, None]:
+    return {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[suffix]
+
+
+def colour_of(runs: Mapping[str, Records], name: str) -> str:
+    return COLOURS[list(runs).index(name) % len(COLOURS)]
+
+
+def draw_loss(axes: Axes, runs: Mapping[str, Records], x: str) -> None:
+    """Training loss, faint, with its moving median; validation loss as points."""
+    shown: list[float] = []
+    for name, records in runs.items():
+        colour = colour_of(runs, name)
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        at, loss = series(records, x, "loss")
+        if at:
+            axes.plot(at, loss, color=colour, alpha=0.25, linewidth=0.8)
+            at, middle = smoothed(at, loss)
+            label = f"{prefix}training, {loss[0]:.3f} to {end_level(loss):.3f} (last steps)"
+            axes.plot(at, middle, color=colour, label=label)
+            shown += middle
+        at, loss = series(records, x, "val_loss")
+        if at:
+            dark = colour if len(runs) > 1 else COLOURS[1]
+            label = f"{prefix}validation, {loss[0]:.3f} to {loss[-1]:.3f}"
+            axes.plot(at, loss, color=dark, linestyle="--", marker="o", markersize=3.5, linewidth=1, label=label)
+            shown += loss
+    if shown:
+        low, high = min(shown), max(shown)
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)  # a spike of the raw loss must not flatten the curve
+        axes.legend(loc="upper right")
+    else:
+        axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center", color="#888888")
+    axes.set_title("loss, nats per token")
+    format_x(axes, x)
+
+
+def end_level(values: Sequence[float]) -> float:
+    """The median of the last fiftieth: a single step's loss is noise."""
+    return statistics.median(values[-max(1, len(values) // 50) :])
+
+
+def draw_panel(axes: Axes, runs: Mapping[str, Records], x: str, key: str, name: str, is_last: bool) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    shown: list[float] = []
+    for run, records in runs.items():
+        at, values = series(records, x, key)
+        if at:
+            shown += values
+            axes.plot(at, values, color=colour_of(runs, run), linewidth=1, marker="." if len(at) == 1 else None)
+    axes.set_title(name)
+    if not shown:
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="#888888")
+        axes.set_yticks([])
+    elif key == "tokens_per_s":
+        axes.set_ylim(0, 1.15 * max(shown) or 1)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    elif key == "lr":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    else:
+        typical = sorted(shown)[int(0.99 * (len(shown) - 1))]
+        if max(shown) > 4 * typical > 0:  # a spike must not flatten the rest
+            axes.set_ylim(0, 2 * typical)
+    format_x(axes, x, with_label=is_last)
+
+
+def format_x(axes: Axes, x: str, with_label: bool = True) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    if with_label:
+        axes.set_xlabel(x)
+    else:
+        axes.tick_params(labelbottom=False)
+
+
+def short_count(value: float) -> str:
+    """2500 is "2.5 k", 3000000 is "3 M"."""
+    for unit, size in ((" T", 1e12), (" G", 1e9), (" M", 1e6), (" k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"

@@ -1,0 +1,192 @@
+"""Random access to the training sequences of merged datasets, and their delivery ahead of time.
+
+The files are read by litdata's own `TokensLoader`, without the cache and the download threads that
+`litdata.StreamingDataset` puts around it: nothing can evict a chunk of a local dataset. Block i is the same as `StreamingDataset(directory, item_loader=TokensLoader(block_tokens))[i]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretraining.data_order import SequenceOrder
+from utils.chunks import Index, read_index
+from utils.errors import UserError
+from utils.machine import raise_open_file_limit
+
+if TYPE_CHECKING:
+    import torch
+
+# Each mapped chunk holds a file descriptor and a mapping; the kernel's default limit is 65,530 mappings a process.
+_MAX_MAPPED_CHUNKS = 16384
+
+
+def count_blocks(index: Index, block_tokens: int) -> int:
+    """Blocks of a dataset: litdata cuts each chunk into blocks and drops the chunk's incomplete last one."""
+    return sum(chunk.tokens // block_tokens for chunk in index.chunks)
+
+
+class TokenBlocks:
+    """The blocks of one dataset by number.
+
+    Args:
+        directory: holds index.json and the chunk files.
+        block_tokens: tokens of a block; context plus one, because targets are inputs moved by one.
+
+    Raises:
+        UserError: no block of this size fits into any chunk, or a file is missing or of another size than its index says.
+    """
+
+    def __init__(self, directory: str | Path, block_tokens: int):
+        from litdata.streaming.item_loader import TokensLoader
+        from litdata.streaming.serializers import _get_serializers
+
+        index = read_index(directory, "--dataset_path")
+        self.block_tokens = block_tokens
+        self._paths = [str(index.directory / chunk.name) for chunk in index.chunks]
+        self._bytes = [chunk.bytes for chunk in index.chunks]
+        _check_files(index)
+        self._begins = np.concatenate([[0], np.cumsum([chunk.tokens // block_tokens for chunk in index.chunks])])
+        if len(self) == 0:
+            raise UserError(
+                f"--dataset_path: {directory} has {index.tokens} tokens in {len(index.chunks)} chunks, too few for one block "
+                f"of {block_tokens}. Give more text, or a smaller --train.max_seq_length."
+            )
+        entries = [
+            {"chunk_bytes": c.bytes, "chunk_size": c.documents, "dim": c.tokens, "filename": c.name}
+            for c in index.chunks
+        ]
+        mapped = min(len(entries), _MAX_MAPPED_CHUNKS, raise_open_file_limit(4 * _MAX_MAPPED_CHUNKS) // 2)
+        self._loader = TokensLoader(block_tokens)
+        self._loader.setup(_reader_config(index), entries, _get_serializers(None))
+        self._loader.set_posix_fast(True, keep=mapped)
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    def __getitem__(self, block: int):
+        """The tokens of a block: a tensor of shape (block_tokens,) of the dataset's integer type."""
+        chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
+        return self._loader.load_item_from_chunk(
+            int(block), chunk, self._paths[chunk], int(self._begins[chunk]), self._bytes[chunk]
+        )
+
+
+def _check_files(index: Index) -> None:
+    wrong = []
+    for chunk in index.chunks:
+        path = index.directory / chunk.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != chunk.bytes:
+            wrong.append(f"{path}: {'missing' if size is None else f'{size} bytes'}, index.json says {chunk.bytes}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"--dataset_path: {'; '.join(wrong[:3])}{more}. Merge the dataset again.")
+
+
+def _reader_config(index: Index) -> dict[str, Any]:
+    from utils.chunks import CODE_OF_DTYPE
+
+    return {"data_format": [f"no_header_tensor:{CODE_OF_DTYPE[index.dtype]}"], "data_spec": None, "compression": None}
+
+
+class Sequences:
+    """The endless sequence of training blocks of one or several datasets, by position."""
+
+    def __init__(self, directories: list[Path], weights: list[float] | None, block_tokens: int, seed: int):
+        self.datasets = [TokenBlocks(directory, block_tokens) for directory in directories]
+        self.num_blocks = [len(dataset) for dataset in self.datasets]
+        self.order = SequenceOrder(self.num_blocks, weights, seed)
+
+    def read(self, positions: np.ndarray):
+        """int64 tensor of shape (len(positions), block_tokens)."""
+        import torch
+
+        located = self.order.locate(positions)
+        blocks = [self.datasets[s][b] for s, b in zip(located.source.tolist(), located.block.tolist())]
+        return torch.stack(blocks).long()
+
+
+def rank_positions(first: int, count: int, rank: int, world_size: int) -> np.ndarray:
+    """Those of the positions first, .., first + count - 1 that belong to a rank: position p is read by p mod world_size."""
+    positions = np.arange(first, first + count, dtype=np.int64)
+    return positions[positions % world_size == rank]
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    tokens: torch.Tensor
+    """int64, shape (sequences, block_tokens)."""
+    digest: int
+    """Sum over sequences of a 64-bit hash of position and tokens, modulo 2^64: it tells which sequences a global batch
+    holds, in whatever pieces they were read."""
+
+
+def read_micro_batch(sequences: Sequences, positions: np.ndarray, pin_memory: bool) -> MicroBatch:
+    import xxhash
+
+    tokens = sequences.read(positions)
+    digest = sum(
+        xxhash.xxh3_64_intdigest(row.numpy(), seed=position) for row, position in zip(tokens, positions.tolist())
+    )
+    return MicroBatch(tokens.pin_memory() if pin_memory else tokens, digest % 2**64)
+
+
+class Prefetcher:
+    """Reads micro-batches in a thread, ahead of the training loop.
+
+    Args:
+        sequences: where to read.
+        batches: the positions of each micro-batch, in the order of use.
+        pin_memory: whether to copy into page-locked memory, so that the copy to a GPU overlaps with work.
+        depth: micro-batches that are ready at most.
+    """
+
+    _END = object()
+
+    def __init__(self, sequences: Sequences, batches: Iterator[np.ndarray], pin_memory: bool, depth: int = 8):
+        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+
+        def work() -> None:
+            item: Any = self._END
+            try:
+                for positions in batches:
+                    if not self._put(read_micro_batch(sequences, positions, pin_memory)):
+                        return
+            except BaseException as error:  # handed to the training loop, which raises it
+                item = error
+            self._put(item)
+
+        self._thread = threading.Thread(target=work, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _put(self, item: Any) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> MicroBatch:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        if item is self._END:
+            raise StopIteration
+        return item
+
+    def __iter__(self):
+        return self
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()

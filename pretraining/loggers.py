@@ -1,0 +1,235 @@
+"""metrics.jsonl, and what is made of it: the progress line, csv, TensorBoard, wandb.
+
+Rank 0 of the training processes appends one JSON object a logged step. The driver, which started them, follows the file
+and passes the records on. So the loggers live in the process whose terminal and environment are the user's: a wandb key
+never reaches Ray, its logs or its dashboard.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils import console
+from utils.errors import UserError
+from utils.metrics_file import METRICS_NAME, _whole_records
+
+
+class Follower:
+    """The reading end: calls `consume(record)` for each record appended after its start, in a thread.
+
+    The file is read anew from its beginning when it becomes shorter (the workers were restarted and rewound it); records
+    of steps that were passed on before are not repeated.
+    """
+
+    def __init__(self, out_dir: Path, last_step: int, consume: Callable[[dict[str, Any]], None]):
+        self._path = out_dir / METRICS_NAME
+        self._last_step = last_step
+        self._consume = consume
+        self._offset = 0
+        self._inode: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.2):
+            self._read_new()
+        self._read_new()
+
+    def _read_new(self) -> None:
+        try:
+            with open(self._path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._inode, self._offset = status.st_ino, 0
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for record in _whole_records(whole.decode(errors="replace").splitlines(keepends=True)):
+            if record.get("step", 0) > self._last_step:
+                self._last_step = record["step"]
+                try:
+                    self._consume(record)
+                except Exception as error:  # a logger must not end a training run
+                    console.warn(f"logger: {type(error).__name__}: {error}")
+
+
+def progress_line(record: dict[str, Any], total_steps: int) -> str:
+    """One step for a person: what, how good, how fast, how long still."""
+    step = record["step"]
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps} ({100 * step / total_steps:.1f}%)"]
+    if record.get("loss") is not None:
+        parts.append(f"loss {record['loss']:.4f}")
+    if record.get("val_loss") is not None:
+        bits = record.get("val_bits_per_byte")
+        parts.append(f"val {record['val_loss']:.4f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else ""))
+    if record.get("grad_norm") is not None:
+        parts.append(f"norm {record['grad_norm']:.2f}")
+    if record.get("lr") is not None:
+        parts.append(f"lr {record['lr']:.2e}")
+    if record.get("tokens_per_s") is not None:
+        parts.append(f"{console.human_count(record['tokens_per_s'])} tok/s")
+    if record.get("mfu") is not None:
+        parts.append(f"mfu {100 * record['mfu']:.1f}%")
+    if record.get("nonfinite_steps"):
+        parts.append(f"{record['nonfinite_steps']} steps skipped")
+    if record.get("eta_s") is not None:
+        parts.append(f"eta {console.human_seconds(record['eta_s'])}")
+    return " | ".join(parts)
+
+
+# --- loggers ----------------------------------------------------------------------------------------------------------
+
+
+def make_logger(
+    name: str,
+    out_dir: Path,
+    earlier: list[dict[str, Any]],
+    settings: dict[str, Any],
+    log: Any,
+    wandb_key: str | None,
+):
+    """A logger: an object with log(record) and close() -> lines for the user.
+
+    Args:
+        earlier: the records that stay from before a resume.
+        settings: shown beside the curves; without secrets.
+        log: training_settings.LogSettings.
+        wandb_key: None: wandb writes its files without network.
+    """
+    if name == "csv":
+        return _CsvLogger(out_dir, earlier)
+    if name == "tensorboard":
+        return _TensorBoardLogger(out_dir, earlier)
+    return _WandbLogger(out_dir, earlier, settings, log, wandb_key)
+
+
+def check_logger(name: str) -> None:
+    """Raises UserError when the package behind the logger is not installed."""
+    import importlib.util
+
+    if name != "csv" and importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"--logger_name={name}: the package {name} is not installed. Install the extra (`pip install {name}`), or use "
+            "--logger_name=csv."
+        )
+
+
+class _CsvLogger:
+    COLUMNS = (
+        "step", "epoch", "tokens", "loss", "val_loss", "val_perplexity", "val_bits_per_byte", "lr", "grad_norm",
+        "nonfinite_steps", "tokens_per_s", "tokens_per_s_per_device", "mfu", "step_s", "data_wait_s",
+        "checkpoint_stall_s", "memory_peak_bytes", "eta_s",
+    )  # fmt: skip
+
+    def __init__(self, out_dir: Path, earlier: list[dict[str, Any]]):
+        self._path = out_dir / "metrics.csv"
+        self._file = open(self._path, "w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, self.COLUMNS, extrasaction="ignore")
+        self._writer.writeheader()
+        for record in earlier:
+            self._writer.writerow(record)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._writer.writerow(record)
+        self._file.flush()
+
+    def close(self) -> list[str]:
+        self._file.close()
+        return []
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
+
+
+class _TensorBoardLogger:
+    def __init__(self, out_dir: Path, earlier: list[dict[str, Any]]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._directory = out_dir / "tensorboard"
+        last = earlier[-1]["step"] if earlier else -1
+        # TensorBoard drops what an earlier process logged from purge_step on.
+        self._writer = SummaryWriter(str(self._directory), purge_step=last + 1 if self._directory.is_dir() else None)
+
+    def log(self, record: dict[str, Any]) -> None:
+        for key, value in _scalars(record).items():
+            self._writer.add_scalar(key, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> list[str]:
+        self._writer.close()
+        return [f"curves: tensorboard --logdir {self._directory}"]
+
+
+class _WandbLogger:
+    def __init__(
+        self, out_dir: Path, earlier: list[dict[str, Any]], settings: dict[str, Any], log: Any, key: str | None
+    ):
+        import wandb
+
+        id_file = out_dir / "wandb_run_id"
+        run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
+        id_file.write_text(run_id + "\n")
+        # WANDB_MODE wins, as everywhere in wandb.
+        mode = os.environ.get("WANDB_MODE") or ("offline" if key is None else "online")
+        self._offline = mode != "online"
+        if self._offline:
+            console.say(
+                f"wandb: {'no WANDB_API_KEY, so ' if key is None else ''}offline; its files can be uploaded later"
+            )
+        # In this process's environment for the length of the call only: nothing that is started later inherits it.
+        environment = {"WANDB_API_KEY": key} if key is not None else {}
+        os.environ.update(environment)
+        try:
+            self._run = wandb.init(
+                dir=str(out_dir),
+                project=log.project or "pretrain",
+                name=log.run or out_dir.name,
+                group=log.group,
+                id=run_id,
+                resume=None if self._offline else "allow",
+                config=settings,
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off", save_code=False, disable_git=True),
+            )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if key is not None:
+                reason = reason.replace(key, "[key]")
+            # Without its cause, which may quote the key.
+            raise UserError(
+                f"--logger_name=wandb: wandb did not start ({reason}). Check WANDB_API_KEY and the network, or set "
+                "WANDB_MODE=offline to keep its files here until `wandb sync`."
+            ) from None
+        finally:
+            for name in environment:
+                os.environ.pop(name, None)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log(_scalars(record), step=record["step"])
+
+    def close(self) -> list[str]:
+        directory = self._run.dir
+        self._run.finish()
+        run_directory = re.sub(r"/files/?$", "", directory)
+        if self._offline:
+            return [f"wandb ran offline. To upload, with WANDB_API_KEY set: wandb sync {run_directory}"]
+        return [f"wandb: {self._run.url}"]

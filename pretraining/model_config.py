@@ -1,0 +1,70 @@
+"""litgpt's Config for a run, without importing litgpt or torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+from typing import Any
+
+from pretraining.settings import Settings
+from utils.errors import UserError
+
+
+@functools.cache
+def litgpt_config_module():
+    """litgpt/config.py by itself: importing the package around it costs eight seconds, for torch and transformers."""
+    if "litgpt.config" in sys.modules:
+        return sys.modules["litgpt.config"]
+    origin = importlib.util.find_spec("litgpt").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("_litgpt_config_alone", f"{origin}/config.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def model_names() -> list[str]:
+    return sorted(litgpt_config_module().name_to_config)
+
+
+def resolve_model_config(settings: Settings) -> Any:
+    """litgpt's Config for --model_name and model_config.
+
+    Raises:
+        UserError: neither is given, the name is unknown (with the nearest names), or a key or size is wrong.
+    """
+    module = litgpt_config_module()
+    sizes = dict(settings.model_config or {})
+    name = settings.model_name
+    known = {field.name for field in dataclasses.fields(module.Config)}
+    unknown = sorted(set(sizes) - known)
+    if unknown:
+        import difflib
+
+        hints = [
+            f"{key} (did you mean {near[0]}?)" if (near := difflib.get_close_matches(key, known, 1)) else key
+            for key in unknown
+        ]
+        raise UserError(f"model_config: litgpt's Config has no {', '.join(hints)}.")
+    if name is None and not sizes:
+        raise UserError("--model_name: give the name of a model ('list' prints them), or sizes under model_config.")
+    try:
+        if name is None:
+            return module.Config(**{"name": "custom", **sizes})
+        own_name = sizes.pop("name", None)
+        config = module.Config.from_name(name.rpartition("/")[2] if name.count("/") == 1 else name, **sizes)
+        config.name = own_name or config.name
+        return config
+    except ValueError as error:
+        import difflib
+
+        near = ", ".join(difflib.get_close_matches(name or "", model_names(), 3, cutoff=0.4))
+        raise UserError(
+            f"--model_name={name}: {error}. {f'Near: {near}. ' if near else ''}`--model_name list` prints all names."
+        ) from error
+    except (AssertionError, TypeError) as error:
+        raise UserError(
+            f"model_config: these sizes do not fit together ({error or 'n_embd must be a multiple of n_head'})."
+        ) from error

@@ -1,0 +1,78 @@
+"""What a local worker process says when something goes wrong in it; its deaths are in test_optimize_dataset_crashes.py."""
+
+from __future__ import annotations
+
+import pickle
+import resource
+
+import pyarrow.parquet as pq
+import pytest
+
+from tokenization.job import Job, RowGroupRange, Unit
+from tokenization.local_workers import LocalWorkers, _as_message
+from tokenization.parquet import CorruptRowGroup
+
+
+class TakesTwo(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+class Panic(BaseException):
+    pass
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def test_an_error_that_can_travel_travels_with_its_traceback():
+    message = _as_message(raised(CorruptRowGroup(1, 2, 3, "bad page")))
+    assert isinstance(message, CorruptRowGroup) and message.row_group == 2
+    assert "bad page" in message.__notes__[0] and "Traceback" in message.__notes__[0]
+    assert isinstance(pickle.loads(pickle.dumps(message)), CorruptRowGroup)
+
+
+@pytest.mark.parametrize("error", [TakesTwo("left", "right"), Panic("of Rust"), ValueError(lambda: None)])
+def test_an_error_that_cannot_arrives_as_text(error):
+    message = _as_message(raised(error))
+    assert type(message) is RuntimeError and type(error).__name__ in str(message)
+    assert str(pickle.loads(pickle.dumps(message))) == str(message)
+
+
+def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet_dir, tokenizer_dir):
+    """Also that as many processes start as there are descriptors for, with a low soft limit."""
+    from tokenization.encoder import fast_tokenizer_json
+
+    def load() -> tuple[bytes, bytes]:
+        content = (tokenizer_dir / "tokenizer.json").read_bytes()
+        return content, fast_tokenizer_json(content, False)
+
+    name = "000_00000.parquet"
+    rows = pq.read_metadata(parquet_dir / name).num_rows
+    job = Job(
+        input_dir=str(parquet_dir), paths=(name, "gone.parquet"), output_dir=str(tmp_path), text_column="text",
+        tokenizer_sha256="x", dtype="uint16", chunk_tokens=10**6, bos_id=0, eos_id=None, val_threshold=0,
+        parse_special_tokens=False, shuffle_seed=None, quarantine=False,
+    )  # fmt: skip
+    unit = {"rows": rows, "text_bytes": 1000, "max_rows": None}
+    good, bad = (Unit(index=i, ranges=(RowGroupRange(i, 0, 1),), **unit) for i in (0, 1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        with LocalWorkers(1, load, max_retries=0) as workers:
+            workers.submit(job, bad)
+            ((unit, outcome),) = workers.finished()
+            assert unit is bad and isinstance(outcome, FileNotFoundError), outcome
+            workers.submit(job, good)
+            ((unit, outcome),) = workers.finished()
+            assert (
+                unit is good
+                and outcome["train"]["documents"] == pq.read_metadata(parquet_dir / name).row_group(0).num_rows
+            )
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,0 +1,137 @@
+"""Writing litdata's TokensLoader chunks and their index.json; utils/chunks.py draws the format."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from utils.chunks import CODE_OF_DTYPE, MAX_CHUNK_BYTES, Chunk, header_bytes
+from utils.files import atomic_write
+
+# torch's pytree of a single leaf, as litdata stores it.
+_SINGLE_LEAF = '[1, {"type": null, "context": null, "children_spec": []}]'
+
+
+def chunk_header(document_tokens: np.ndarray, dtype: str) -> np.ndarray:
+    """The uint32 words before the tokens.
+
+    Args:
+        document_tokens: number of tokens of each document; shape (n,).
+        dtype: of the tokens.
+
+    Returns:
+        uint32 array of shape (n + 2,).
+
+    Raises:
+        ValueError: the chunk would be 4 GiB or larger.
+    """
+    n = len(document_tokens)
+    ends = np.cumsum(document_tokens, dtype=np.int64) * np.dtype(dtype).itemsize + header_bytes(n)
+    if n and ends[-1] > MAX_CHUNK_BYTES:
+        raise ValueError(f"a chunk of {ends[-1]} bytes does not fit the format's 32-bit offsets")
+    return np.concatenate(([n, header_bytes(n)], ends)).astype("<u4")
+
+
+def make_index(chunks: Sequence[Chunk], dtype: str, chunk_tokens: int | None, fingerprint: str) -> dict[str, Any]:
+    """The content of index.json.
+
+    Args:
+        chunks: in the order in which the dataset is read.
+        dtype: of the tokens.
+        chunk_tokens: the size that chunks were cut at.
+        fingerprint: hexadecimal, changes with the content. litdata takes `updated_at` to tell whether its cache of
+            a remote directory is stale; a clock there would make equal datasets differ.
+    """
+    return {
+        "chunks": [
+            {"chunk_bytes": chunk.bytes, "chunk_size": chunk.documents, "dim": chunk.tokens, "filename": chunk.name}
+            for chunk in chunks
+        ],
+        "config": {
+            "chunk_bytes": None,
+            "chunk_size": chunk_tokens,
+            "compression": None,
+            "compression_batch_size": None,
+            "compression_level": None,
+            "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"],
+            "data_spec": _SINGLE_LEAF,
+            "encryption": None,
+            "ipc_compression": None,
+            "item_loader": "TokensLoader",
+            "types": "tensor",
+        },
+        "updated_at": str(int(fingerprint[:12], 16)),
+    }
+
+
+class ChunkWriter:
+    """Collects the documents of a unit and split, and writes a chunk file when it is full.
+
+    A chunk is cut after the document with which it reaches `chunk_tokens`.
+    """
+
+    def __init__(self, directory: Path, name_of: Callable[[int], str], dtype: str, chunk_tokens: int):
+        self._directory, self._name_of, self._dtype, self._chunk_tokens = directory, name_of, dtype, chunk_tokens
+        self._pieces: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []
+        self._tokens = 0
+        self._documents = 0
+        self.chunks: list[dict[str, Any]] = []
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents that lie one after the other.
+
+        Args:
+            tokens: shape (sum of lengths,); may be kept by reference until the chunk is written.
+            lengths: tokens of each document, shape (n,).
+        """
+        ends = np.cumsum(lengths)
+        first, begin = 0, 0
+        while first < len(lengths):
+            # the first document with which the chunk is full, or the last one there is
+            last = int(np.searchsorted(ends, begin + self._chunk_tokens - self._tokens)) + 1
+            last = min(last, len(lengths))
+            end = int(ends[last - 1])
+            piece = tokens[begin:end]
+            # A view would keep the whole batch alive: a few validation documents of each would hold a unit in memory.
+            batch = piece if piece.base is None else piece.base
+            self._pieces.append(piece.copy() if 2 * piece.nbytes < batch.nbytes else piece)
+            self._lengths.append(lengths[first:last])
+            self._tokens += end - begin
+            self._documents += last - first
+            first, begin = last, end
+            if self._tokens >= self._chunk_tokens:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what was collected as a chunk file, whole or not at all."""
+        if not self._documents:
+            return
+
+        path = self._directory / self._name_of(len(self.chunks))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = chunk_header(np.concatenate(self._lengths), self._dtype)
+        digest = xxhash.xxh3_128()
+        with atomic_write(path) as file:
+            for piece in (header, *self._pieces):
+                view = memoryview(np.ascontiguousarray(piece)).cast("B")
+                digest.update(view)
+                file.write(view)
+        chunk = Chunk(
+            name=path.name,
+            documents=self._documents,
+            tokens=self._tokens,
+            bytes=header.nbytes + self._tokens * np.dtype(self._dtype).itemsize,
+        )
+        self.chunks.append({**dataclasses.asdict(chunk), "xxh3_128": digest.hexdigest()})
+        self._pieces, self._lengths, self._tokens, self._documents = [], [], 0, 0
+
+
+def largest_chunk_tokens(dtype: str) -> int:
+    """Tokens that surely fit a chunk file besides a header of as many documents."""
+    return (MAX_CHUNK_BYTES - header_bytes(0)) // (np.dtype(dtype).itemsize + 4)

@@ -1,0 +1,114 @@
+"""What the driver and the workers of step 1 hand to each other: the job, its units, and the record of a finished unit.
+
+A unit's chunks are OUT/{train,val}/NODE/chunk-UNIT-i.bin; its record is a line of OUT/progress.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+SPLITS = ("train", "val")
+HASH_RANGE = 1 << 64
+CHUNK_PATTERN = re.compile(r"chunk-\d{7,}-\d+\.bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGroupRange:
+    """Row groups first .. last - 1 of one file."""
+
+    file_index: int
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The work of one task."""
+
+    index: int
+    ranges: tuple[RowGroupRange, ...]
+    rows: int
+    text_bytes: int
+    """Uncompressed, as the footers say."""
+    max_rows: int | None = None
+    """Stop after so many rows (--limit_documents ends inside this unit)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is the same for all units of a run."""
+
+    input_dir: str
+    paths: tuple[str, ...]
+    """Of the input files, relative to input_dir."""
+    output_dir: str
+    text_column: str
+    tokenizer_sha256: str
+    dtype: str
+    chunk_tokens: int
+    bos_id: int | None
+    """Put before every document; None: no BOS."""
+    eos_id: int | None
+    val_threshold: int
+    """A document whose text hash is below it is validation data."""
+    parse_special_tokens: bool
+    shuffle_seed: int | None
+    """Shuffle the documents inside a unit; None: keep their order."""
+    quarantine: bool
+    """Leave out row groups that cannot be read, instead of failing."""
+
+
+@dataclasses.dataclass
+class SplitRecord:
+    """What a unit put into one split."""
+
+    chunks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """name, documents, tokens, bytes, xxh3_128 of each chunk file."""
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    """UTF-8 bytes of the documents, before tokenization."""
+
+
+@dataclasses.dataclass
+class UnitRecord:
+    """The result of a unit; as JSON, a line of progress.jsonl."""
+
+    unit: int
+    folder: str
+    """Sub-folder of train/ and val/ that the chunks are in: the node that did the work."""
+    train: SplitRecord
+    val: SplitRecord
+    skipped_null: int = 0
+    skipped_empty: int = 0
+    min_hash: int = HASH_RANGE
+    """Smallest text hash of the unit: the document that becomes val if no hash is below the threshold."""
+    checked_documents: int = 0
+    quarantined: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    encoder: str = ""
+    """Library that encoded: gigatoken or tokenizers."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Spent in read, hash, encode, check, assemble, write."""
+    cpu_seconds: float = 0.0
+    """Processor time of the worker process meanwhile, all its threads: what a core is busy with, whoever else runs."""
+    peak_bytes: int = 0
+    """Largest resident memory of the worker process so far."""
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> UnitRecord:
+        splits = {split: SplitRecord(**record.pop(split)) for split in SPLITS}
+        return cls(**splits, **record)
+
+    @property
+    def documents(self) -> int:
+        return self.train.documents + self.val.documents
+
+    @property
+    def tokens(self) -> int:
+        return self.train.tokens + self.val.tokens
+
+
+def chunk_name(unit: int, chunk: int) -> str:
+    return f"chunk-{unit:07d}-{chunk}.bin"

@@ -1,0 +1,176 @@
+"""Tokenization on this machine alone: a few processes, ready in two seconds, without a cluster around them.
+
+A process holds one end of a pipe: it reads a unit, and answers with the unit's record or with the exception that it met.
+A process that dies closes its end; its unit goes to a fresh process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import WorkerDied
+from utils.machine import raise_open_file_limit
+
+if TYPE_CHECKING:
+    from tokenization.job import Job, Unit
+
+FOLDER = "0"
+"""Sub-folder of train/ and val/: this machine is the only node."""
+
+
+@dataclasses.dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    unit: Unit | None = None
+    job: Job | None = None
+    """The last one that it was given."""
+
+
+class LocalWorkers:
+    """`num_workers` processes that tokenize one unit at a time each; tokenization/ray_workers.py has the same methods.
+
+    Args:
+        load_tokenizer: gives tokenizer.json and `fast_tokenizer_json` of it; called once, while the processes start.
+        max_retries: how often a unit is tried again when its process died.
+    """
+
+    def __init__(self, num_workers: int, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int):
+        # Not fork: Arrow's threads would not survive it.
+        self._context = multiprocessing.get_context("spawn")
+        raise_open_file_limit(256 + 4 * num_workers)  # a process takes three of ours
+        self._max_retries = max_retries
+        self._deaths: dict[int, int] = {}
+        self._tokenizer: tuple[bytes, bytes] | None = None
+        self._workers = [self._start() for _ in range(num_workers)]
+        self._tokenizer = load_tokenizer()
+        for worker in self._workers:
+            self._send(worker, self._tokenizer)
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=serve, args=(theirs,), name="tokenize", daemon=True)
+        # A child inherits what is blocked: Ctrl-C reaches the whole group, and it is for the parent to end its children.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # so that the pipe ends with the process
+        worker = _Worker(process, ours)
+        if self._tokenizer is not None:
+            self._send(worker, self._tokenizer)
+        return worker
+
+    @staticmethod
+    def _send(worker: _Worker, message: Any) -> None:
+        with contextlib.suppress(OSError):  # it has died: `finished` sees that, and starts another
+            worker.pipe.send(message)
+
+    def num_free(self) -> int:
+        """Units that can be submitted now."""
+        return sum(worker.unit is None for worker in self._workers)
+
+    def submit(self, job: Job, unit: Unit) -> None:
+        """Give a unit to a free process."""
+        worker = next(worker for worker in self._workers if worker.unit is None)
+        self._hand(worker, job, unit)
+
+    def _hand(self, worker: _Worker, job: Job, unit: Unit) -> None:
+        news = None if worker.job is job else job  # it lists all input files: not with every unit
+        worker.unit, worker.job = unit, job
+        self._send(worker, (news, unit))
+
+    def finished(self) -> list[tuple[Unit, dict[str, Any] | BaseException]]:
+        """Wait until at least one unit is done: each with its record, or what went wrong."""
+        done: list[tuple[Unit, dict[str, Any] | BaseException]] = []
+        while not done:
+            pipes = {worker.pipe: i for i, worker in enumerate(self._workers) if worker.unit is not None}
+            for pipe in multiprocessing.connection.wait(list(pipes)):
+                i = pipes[pipe]
+                unit = self._workers[i].unit
+                try:
+                    done.append((unit, pipe.recv()))
+                    self._workers[i].unit = None
+                except (EOFError, OSError):
+                    if (death := self._replace(i)) is not None:
+                        done.append((unit, death))
+        return done
+
+    def _replace(self, i: int) -> WorkerDied | None:
+        """Start a process in the place of one that died, and give it the unit; or say that this happened too often."""
+        dead = self._workers[i]
+        dead.process.join()
+        self._deaths[dead.unit.index] = deaths = self._deaths.get(dead.unit.index, 0) + 1
+        if deaths > self._max_retries:
+            return WorkerDied(f"unit {dead.unit.index}, exit code {dead.process.exitcode}")
+        dead.pipe.close()
+        self._workers[i] = self._start()
+        self._hand(self._workers[i], dead.job, dead.unit)
+        return None
+
+    def __enter__(self) -> LocalWorkers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes, whatever they do: what they were at is not recorded, and will be done again."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+
+
+def serve(pipe: Connection) -> None:
+    """The process: the tokenizer first, then units until the pipe ends."""
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+    with contextlib.suppress(Exception):  # said with the first unit; here it only saves time
+        import tokenization.tokenize_unit  # noqa: F401
+    try:
+        tokenizer, job = pipe.recv(), None
+        while True:
+            news, unit = pipe.recv()
+            job = news or job
+            try:
+                from tokenization.tokenize_unit import process_encoder, tokenize_unit
+
+                encoder = process_encoder(job, lambda: tokenizer)
+                answer = dataclasses.asdict(tokenize_unit(job, unit, FOLDER, encoder))
+            except BaseException as error:  # a panic of Rust's code is no Exception
+                answer = _as_message(error)
+            pipe.send(answer)
+    except (EOFError, OSError):  # the parent is gone or has closed
+        return
+
+
+def _as_message(error: BaseException) -> Exception:
+    """The error as the parent is to see it: itself if that survives the pipe, else its text."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        error.add_note(text)
+        if isinstance(pickle.loads(pickle.dumps(error)), Exception):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(text)
+
+
+def _die_with_parent() -> None:
+    """Not even the unit at hand is finished: whoever takes the work up may be writing the same files already."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

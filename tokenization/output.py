@@ -1,0 +1,265 @@
+"""What survives a crash of optimize_dataset.py, and what it publishes in the end.
+
+OUT/plan.json           settings, tokenizer and inputs: what the directory was begun with
+OUT/progress.jsonl      a line for each finished unit
+OUT/train/0/            chunk-*.bin as the units are finished; at the end index.json and manifest.json
+OUT/train/manifest.json, OUT/manifest.json      last: now the directory is complete
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenization.chunk_writer import make_index
+from tokenization.job import CHUNK_PATTERN, SPLITS, UnitRecord
+from tokenization.plan import PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, Plan
+from utils import console
+from utils.chunks import INDEX_NAME, Chunk
+from utils.errors import UserError
+from utils.files import atomic_write, remove_temporaries, write_json
+from utils.manifest import MANIFEST_NAME, made_by, read_manifest, write_manifest
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    return {"settings": plan.settings, "tokenizer": plan.tokenizer, "inputs": plan.inputs}
+
+
+def check_same_plan(plan: Plan, output_dir: Path) -> bool:
+    """Whether `output_dir` was begun with this plan; False where it was not begun.
+
+    Raises:
+        UserError: it was begun with other settings, another tokenizer or other inputs; names each difference.
+    """
+    path = output_dir / PLAN_NAME
+    if not path.exists():
+        return False
+    try:
+        differences = [*_differences(json.loads(path.read_bytes()), _identity(plan))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not readable ({error}). Remove {output_dir} and start over.") from error
+    if differences:
+        raise UserError(
+            f"--output_dir={output_dir}: was begun with something else; nothing was touched. Give another "
+            "directory, or the former settings:\n  " + "\n  ".join(differences)
+        )
+    return True
+
+
+def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
+    """Make `output_dir` this plan's, or find that it is.
+
+    Returns:
+        The manifest of the finished run, or None while there is work to do.
+    """
+    if check_same_plan(plan, output_dir):
+        return read_manifest(output_dir, "tokens")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / PLAN_NAME, _identity(plan))
+    return None
+
+
+def _differences(begun: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for group in ("settings", "tokenizer"):
+        for key in sorted({*begun[group], *now[group]}):
+            before, after = begun[group].get(key), now[group].get(key)
+            if before != after:
+                yield f"{group}.{key}: was {before!r}, is {after!r}"
+    before = {entry["path"]: entry for entry in begun["inputs"]}
+    after = {entry["path"]: entry for entry in now["inputs"]}
+    for kind, paths in (
+        ("missing now", before.keys() - after.keys()),
+        ("new", after.keys() - before.keys()),
+        ("changed", {path for path in before.keys() & after.keys() if before[path] != after[path]}),
+    ):
+        if paths:
+            shown = ", ".join(sorted(paths)[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+            yield f"input files {kind}: {shown}"
+
+
+class ProgressFile:
+    """progress.jsonl: a line for each finished unit, written when its chunks are on disk. Locked while in use."""
+
+    def __init__(self, output_dir: Path):
+        self._path = output_dir / PROGRESS_NAME
+        self._file = open(self._path, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise UserError(
+                f"--output_dir={output_dir}: another optimize_dataset.py writes there. Wait for it or end it."
+            ) from error
+        except OSError as error:
+            console.warn(
+                f"{output_dir}: this file system has no locks ({error.strerror}), so make sure yourself that no other "
+                "optimize_dataset.py writes there"
+            )
+
+    def __enter__(self) -> ProgressFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def finished(self, output_dir: Path) -> dict[int, Any]:
+        """Records of units whose chunks are all there; cuts off a line that a crash left incomplete."""
+        self._file.seek(0)
+        records, good_bytes = {}, 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            good_bytes += len(line)
+            try:
+                record = UnitRecord.from_json(json.loads(line, object_pairs_hook=_with_shared_keys))
+            except (ValueError, KeyError, TypeError):
+                continue
+            records[record.unit] = record
+        self._file.truncate(good_bytes)
+        return {
+            unit: record
+            for unit, record in records.items()
+            if all(
+                _size(output_dir / split / record.folder / chunk["name"]) == chunk["bytes"]
+                for split in SPLITS
+                for chunk in getattr(record, split).chunks
+            )
+        }
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _with_shared_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a hundred thousand records with the same keys, each key is held once."""
+    return {sys.intern(key): value for key, value in pairs}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def remove_unrecorded_files(output_dir: Path, records: dict[int, Any]) -> None:
+    """Delete temporaries, and chunks of units that did not get as far as a record (a worker or node died)."""
+    remove_temporaries(output_dir)
+    for split in SPLITS:
+        kept = {
+            (record.folder, chunk["name"]) for record in records.values() for chunk in getattr(record, split).chunks
+        }
+        for folder in _sub_folders(output_dir / split):
+            remove_temporaries(folder)
+            for name in os.listdir(folder):
+                if CHUNK_PATTERN.fullmatch(name) and (folder.name, name) not in kept:
+                    os.unlink(folder / name)
+
+
+def _sub_folders(directory: Path) -> list[Path]:
+    """Ours are directories, not links to somewhere else."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def check_all_are_here(plan: Plan, records: dict[int, Any]) -> None:
+    """After the work every unit's chunks must be visible from here; raises UserError."""
+    missing = [unit.index for unit in plan.units if unit.index not in records]
+    if missing:
+        raise UserError(
+            f"--output_dir={plan.job.output_dir}: the chunks of {len(missing)} units were written, but are not to be seen "
+            f"from this machine (units {', '.join(map(str, missing[:5]))} ..). Give a directory that all nodes mount; the same "
+            "command does these units again."
+        )
+
+
+def check_nothing_lost(plan: Plan, records: dict[int, Any]) -> None:
+    """Rows that were planned and rows that were accounted for must agree."""
+    for unit in plan.units:
+        record = records[unit.index]
+        planned = unit.rows if unit.max_rows is None else unit.max_rows
+        quarantined = sum(entry["rows"] for entry in record.quarantined)
+        found = record.documents + record.skipped_null + record.skipped_empty + quarantined
+        if found != planned and not (unit.max_rows is not None and found > planned and quarantined):
+            raise RuntimeError(f"unit {unit.index}: {planned} rows planned, {found} accounted for")
+
+
+def publish(plan: Plan, records: dict[int, Any], output_dir: Path) -> dict[str, Any]:
+    """Write an index and a manifest a folder, then one a split, then the run's own, which completes it."""
+    common = {
+        "kind": "tokens",
+        "made_by": made_by("optimize_dataset.py", "gigatoken", "tokenizers", "pyarrow", "litdata"),
+        "tokenizer": plan.tokenizer,
+        "settings": plan.settings,
+        "fingerprint": plan.fingerprint,
+    }
+    ordered = [records[unit] for unit in sorted(records)]
+    totals = {}
+    for split in SPLITS:
+        per_folder: dict[str, list[Any]] = collections.defaultdict(list)
+        for record in ordered:
+            if getattr(record, split).chunks:
+                per_folder[record.folder].append(record)
+        for folder, folder_records in per_folder.items():
+            path = output_dir / split / folder
+            files = [chunk for record in folder_records for chunk in getattr(record, split).chunks]
+            chunks = [Chunk(c["name"], c["documents"], c["tokens"], c["bytes"]) for c in files]
+            fingerprint = hashlib.sha256("".join(c["xxh3_128"] for c in files).encode()).hexdigest()
+            write_json(path / INDEX_NAME, make_index(chunks, plan.job.dtype, plan.job.chunk_tokens, fingerprint))
+            content = _content(folder_records, split, plan.job.dtype)
+            write_manifest(path, {**common, "split": split, "content": content, "files": files, "inputs": []})
+        for folder in _sub_folders(output_dir / split):
+            if folder.name not in per_folder:  # an interrupted run used it, its units were then done elsewhere
+                for name in (INDEX_NAME, MANIFEST_NAME):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        totals[split] = _content(ordered, split, plan.job.dtype)
+        write_manifest(
+            output_dir / split,
+            {**common, "split": split, "content": totals[split], "files": [], "inputs": plan.inputs}
+            | {"folders": sorted(per_folder)},
+        )
+
+    quarantined = plan.quarantined + [entry for record in ordered for entry in record.quarantined]
+    if quarantined:
+        with atomic_write(output_dir / QUARANTINE_NAME) as file:
+            for entry in quarantined:
+                file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+    manifest = {
+        **common,
+        "content": {
+            **totals,
+            "skipped_null": sum(record.skipped_null for record in ordered),
+            "skipped_empty": sum(record.skipped_empty for record in ordered),
+            "quarantined": len(quarantined),
+            "checked_documents": sum(record.checked_documents for record in ordered),
+        },
+        "files": [],
+        "inputs": plan.inputs,
+    }
+    write_manifest(output_dir, manifest)
+    return manifest
+
+
+def _content(records: list[Any], split: str, dtype: str) -> dict[str, Any]:
+    parts = [getattr(record, split) for record in records]
+    return {
+        "documents": sum(part.documents for part in parts),
+        "tokens": sum(part.tokens for part in parts),
+        "text_bytes": sum(part.text_bytes for part in parts),
+        "chunks": sum(len(part.chunks) for part in parts),
+        "dtype": dtype,
+    }

@@ -1,0 +1,275 @@
+"""One unit of parquet text to finished chunk files: what a Ray task does.
+
+Per batch of a few MB, and never per document or token in Python where numpy can do it:
+
+    read (Arrow) -> drop null and empty -> hash, which decides train or val -> encode (gigatoken)
+                 -> put BOS and EOS between the documents -> cut into chunks -> write, fsync, rename
+
+The text hash is the one thing that costs a call a document; xxhash takes 0.3 us for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tokenization.chunk_writer import ChunkWriter
+from tokenization.encoder import Encoder, arrow_text_buffers
+from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
+from tokenization.parquet import CorruptRowGroup, stream_texts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+# Documents of a unit that are encoded by the reference too. It is a hundred times slower: so little text of each unit
+# costs a few percent of the time. A document above the last limit is never among them.
+CHECKED_DOCUMENTS = 8
+MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 16 << 10
+CHECKED_SHARE = 1 / 2048
+LONGEST_CHECKED_BYTES = 1 << 20
+
+
+def text_hashes(texts: pa.Array) -> np.ndarray:
+    """XXH3-64 of each text's UTF-8 bytes, shape (n,), uint64."""
+    import xxhash
+
+    offsets, data = arrow_text_buffers(texts)
+    view, bounds = memoryview(data), offsets.tolist()
+    digest = xxhash.xxh3_64_intdigest
+    return np.fromiter((digest(view[a:b]) for a, b in itertools.pairwise(bounds)), np.uint64, len(texts))
+
+
+def assemble(
+    ids: np.ndarray, ends: np.ndarray, bos_id: int | None, eos_id: int | None, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put BOS before and EOS after every document.
+
+    Args:
+        ids: token ids of n documents, back to back, shape (tokens,).
+        ends: offsets of the documents into them, shape (n + 1,).
+
+    Returns:
+        tokens, shape (tokens + n * specials,), and the length of each document in them, shape (n,).
+    """
+    specials = (bos_id is not None) + (eos_id is not None)
+    lengths = np.diff(ends) + specials
+    out = np.empty(len(ids) + specials * len(lengths), dtype)
+    stops = np.cumsum(lengths)
+    is_text = np.ones(len(out), bool)
+    if bos_id is not None:
+        out[stops - lengths] = bos_id
+        is_text[stops - lengths] = False
+    if eos_id is not None:
+        out[stops - 1] = eos_id
+        is_text[stops - 1] = False
+    out[is_text] = ids
+    return out, lengths
+
+
+def sample_rows(document_bytes: np.ndarray, unit_bytes: int) -> list[int]:
+    """Which documents of a batch to check: some that lie apart, and no more text than the unit's size allows.
+
+    Args:
+        document_bytes: UTF-8 bytes of each document, shape (n,).
+        unit_bytes: bytes of text in the whole unit.
+    """
+    budget = min(MAX_CHECKED_BYTES, max(MIN_CHECKED_BYTES, unit_bytes * CHECKED_SHARE))
+    rows = []
+    for row in dict.fromkeys(np.linspace(0, len(document_bytes) - 1, CHECKED_DOCUMENTS).astype(int).tolist()):
+        if document_bytes[row] <= budget:
+            budget -= document_bytes[row]
+            rows.append(row)
+    shortest = int(document_bytes.argmin())
+    return rows or ([shortest] if document_bytes[shortest] <= LONGEST_CHECKED_BYTES else [])
+
+
+def runs(is_val: np.ndarray) -> Iterator[tuple[str, int, int]]:
+    """Stretches of consecutive documents of one split: (split, first, last + 1)."""
+    bounds = [0, *(np.flatnonzero(np.diff(is_val)) + 1).tolist(), len(is_val)]
+    for first, last in itertools.pairwise(bounds):
+        if first < last:
+            yield SPLITS[int(is_val[first])], first, last
+
+
+def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRecord:
+    """Tokenize `unit` into chunk files below `job.output_dir`/{train,val}/`folder`.
+
+    Doing it again, anywhere, writes the same bytes under the same names.
+
+    Raises:
+        CorruptRowGroup: a page cannot be decoded, and `job.quarantine` is off.
+        EncodingMismatch: the encoder does not agree with `tokenizers`.
+        OSError: from writing, for example when the disk is full.
+    """
+    excluded: dict[tuple[int, int], CorruptRowGroup] = {}
+    while True:
+        try:
+            record = _tokenize_once(job, unit, folder, encoder, excluded)
+        except CorruptRowGroup as error:
+            if not job.quarantine:
+                raise
+            # From the start without it: what a row group gave before its bad page must not depend on batch sizes.
+            excluded[error.file_index, error.row_group] = error
+        else:
+            record.quarantined = [
+                {"path": job.paths[file], "row_group": group, "rows": error.rows, "reason": error.reason}
+                for (file, group), error in sorted(excluded.items(), key=lambda item: item[0])
+            ]
+            return record
+
+
+class _Stopwatch:
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def _tokenize_once(
+    job: Job, unit: Unit, folder: str, encoder: Encoder, excluded: dict[tuple[int, int], CorruptRowGroup]
+) -> UnitRecord:
+    record = UnitRecord(unit.index, folder, SplitRecord(), SplitRecord())
+    writers = {
+        split: ChunkWriter(
+            Path(job.output_dir) / split / folder,
+            lambda i: chunk_name(unit.index, i),
+            job.dtype,
+            job.chunk_tokens,
+        )
+        for split in SPLITS
+    }
+    held: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    watch, cpu_begin = _Stopwatch(), time.process_time()
+
+    for texts in _texts_of(job, unit, excluded, record):
+        watch.lap("read")
+        hashes = text_hashes(texts)
+        is_val = hashes < np.uint64(job.val_threshold) if job.val_threshold < HASH_RANGE else np.ones(len(texts), bool)
+        record.min_hash = min(record.min_hash, int(hashes.min()))
+        watch.lap("hash")
+        ids, ends = encoder.encode(texts)
+        watch.lap("encode")
+        if not record.checked_documents:
+            rows = sample_rows(np.diff(arrow_text_buffers(texts)[0]), unit.text_bytes)
+            record.checked_documents = encoder.check(texts, ids, ends, rows)
+            watch.lap("check")
+        tokens, lengths = assemble(ids, ends, job.bos_id, job.eos_id, job.dtype)
+        stops = np.concatenate(([0], np.cumsum(lengths)))
+        text_offsets = arrow_text_buffers(texts)[0]
+        watch.lap("assemble")
+        for split, first, last in runs(is_val):
+            counts: SplitRecord = getattr(record, split)
+            counts.documents += last - first
+            counts.tokens += int(stops[last] - stops[first])
+            counts.text_bytes += int(text_offsets[last] - text_offsets[first])
+            if job.shuffle_seed is None:
+                writers[split].add(tokens[stops[first] : stops[last]], lengths[first:last])
+            else:
+                held[split].extend(np.split(tokens[stops[first] : stops[last]], stops[first + 1 : last] - stops[first]))
+        watch.lap("write")
+
+    for split, writer in writers.items():
+        if job.shuffle_seed is not None:
+            order = np.random.default_rng([job.shuffle_seed, unit.index]).permutation(len(held[split]))
+            for i in order.tolist():
+                writer.add(held[split][i], np.array([len(held[split][i])]))
+        writer.flush()
+        getattr(record, split).chunks = writer.chunks
+    watch.lap("write")
+    record.encoder, record.peak_bytes = encoder.backend, peak_resident_bytes()
+    record.cpu_seconds = round(time.process_time() - cpu_begin, 4)
+    record.seconds = {phase: round(seconds, 4) for phase, seconds in watch.seconds.items()}
+    return record
+
+
+def _texts_of(
+    job: Job, unit: Unit, excluded: dict[tuple[int, int], CorruptRowGroup], record: UnitRecord
+) -> Iterator[pa.Array]:
+    """The unit's non-empty texts, batch by batch; counts what is skipped."""
+    import pyarrow.compute as pc
+
+    rows_left = unit.rows if unit.max_rows is None else unit.max_rows
+    for piece in unit.ranges:
+        groups = []
+        for group in range(piece.first, piece.last):
+            corrupt = excluded.get((piece.file_index, group))
+            if corrupt is None:
+                groups.append(group)
+            else:
+                rows_left -= corrupt.rows
+        for begin, end in _consecutive(groups):
+            path = job.paths[piece.file_index]
+            for texts in stream_texts(job.input_dir, path, piece.file_index, range(begin, end), job.text_column):
+                texts = texts[: max(rows_left, 0)]
+                if not len(texts):
+                    return
+                rows_left -= len(texts)
+                record.skipped_null += texts.null_count
+                if texts.null_count:
+                    texts = texts.drop_null()
+                is_text = pc.greater(pc.binary_length(texts), 0)
+                empty = len(texts) - (pc.sum(is_text).as_py() or 0)
+                record.skipped_empty += empty
+                if empty:
+                    texts = texts.filter(is_text)
+                if len(texts):
+                    yield texts
+
+
+def _consecutive(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    first = None
+    for i, number in enumerate(numbers):
+        if first is None:
+            first = number
+        if i + 1 == len(numbers) or numbers[i + 1] != number + 1:
+            yield first, number + 1
+            first = None
+
+
+# One encoder a worker process: its cache of pretokens is what makes the next unit fast.
+_encoders: dict[tuple[str, bool], Encoder] = {}
+
+
+def process_encoder(job: Job, load: Callable[[], tuple[bytes, bytes]]) -> Encoder:
+    """This process's encoder for `job`, loaded when it is needed first.
+
+    Args:
+        load: gives tokenizer.json, and `fast_tokenizer_json` of it.
+    """
+    key = (job.tokenizer_sha256, job.parse_special_tokens)
+    if key not in _encoders:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _encoders.clear()
+        tokenizer_json, fast_json = load()
+        _encoders[key] = Encoder(tokenizer_json, job.parse_special_tokens, fast_json)
+        _warm_up(_encoders[key])
+    return _encoders[key]
+
+
+def _warm_up(encoder: Encoder) -> None:
+    """Imports and first calls take half a second, which belongs to a process's start and not to its first unit."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet
+
+    texts = pa.array(["warm", "up"])
+    pc.sum(pc.greater(pc.binary_length(texts), 0))
+    text_hashes(texts)
+    encoder.encode(texts)
+
+
+def peak_resident_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

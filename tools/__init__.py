@@ -1,0 +1,1 @@
+"""Commands beside the steps: look at data, draw curves."""

@@ -1,0 +1,70 @@
+"""Draw the curves of one or several training runs into one picture.
+
+    python -m tools.plot_curves RUN [RUN ..] --output=curves.png
+
+RUN is a directory with the metrics.jsonl that distributed_pretrain.py writes, or that file itself. What a run did
+not log is left out; steps that were logged twice, by a run that was restarted, count as they were logged last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.curves import draw_curves, read_records
+from utils import cli, console
+from utils.errors import Problems
+
+if TYPE_CHECKING:
+    pass
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings."""
+
+    run_dirs: list[str] = dataclasses.field(
+        metadata={"nargs": "+", "help": "Directories of runs, or their metrics.jsonl files."}
+    )
+    output: str = "curves.png"
+    """Picture to write; .png, .svg or .pdf."""
+    x: str = "auto"
+    """Axis: step, tokens, or auto: tokens if every run logged them."""
+    title: str | None = None
+    """Above the picture; null: none."""
+
+
+def names_of(run_dirs: Sequence[str]) -> list[str]:
+    """The shortest endings of the paths that tell the runs apart."""
+    paths = [Path(run).absolute() for run in run_dirs]
+    paths = [path.parent if path.is_file() else path for path in paths]
+    depth = 1
+    while depth < 8 and len({path.parts[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    return [os.path.join(*path.parts[-depth:]) for path in paths]
+
+
+def main(settings: Settings) -> None:
+    problems = Problems()
+    found = [problems.collect(read_records, run) for run in settings.run_dirs]
+    output = Path(settings.output)
+    if output.suffix not in SUFFIXES:
+        problems.add(f"--output={output}: give a name that ends in {', '.join(SUFFIXES)}.")
+    if not output.parent.is_dir():
+        problems.add(f"--output={output}: no directory {output.parent}. Make it first.")
+    if settings.x not in ("auto", "step", "tokens"):
+        problems.add(f"--x={settings.x}: give step, tokens or auto.")
+    problems.raise_if_any()
+    draw_curves(dict(zip(names_of(settings.run_dirs), found)), output, settings.x, settings.title)
+    console.say(f"{output}: curves of {', '.join(names_of(settings.run_dirs))}")
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "-m tools.plot_curves"  # as messages name the command
+    cli.run(main, Settings, __doc__, positional=True)
