@@ -63,7 +63,7 @@ def recompute_block(block: torch.nn.Module, how: str) -> None:
     """Replace the block's forward pass by one that keeps little. Setting `forward` instead of wrapping the module leaves
     the names of parameters as they are."""
     import torch
-    from torch.pretraining.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     forward = block.forward
     if how == "full":
