@@ -8,7 +8,7 @@
         model_config.yaml  hyperparameters.yaml  tokenizer files
         manifest.json                sizes and checksums of all of them, written last
 
-pretraining/checkpoint_writer.py writes it as .tmp-step-00001000-NONCE and renames it when the manifest is on disk.
+pretraining/checkpoint_writer.py writes it under a temporary name (utils.files) and renames it when the manifest is on disk.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import dataclasses
 import functools
 import os
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.files import TEMPORARY_PREFIX, fsync_directory
+from utils.files import fsync_directory
 from utils.manifest import MANIFEST_NAME, damaged_files, read_manifest
 
 if TYPE_CHECKING:
@@ -84,18 +83,6 @@ def find_newest_good(out_dir: str | os.PathLike, checksums: bool) -> tuple[Check
 
 def _damage(directory: Path, checksums: bool, entry: dict[str, Any]) -> list[str]:
     return damaged_files(directory, [entry], checksums)
-
-
-def remove_unfinished(out_dir: str | os.PathLike) -> list[str]:
-    """Delete what interrupted saves left; returns the names."""
-    removed = []
-    for path in Path(out_dir).glob(f"{TEMPORARY_PREFIX}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        removed.append(path.name)
-    return removed
 
 
 def free_final_name(out_dir: str | os.PathLike) -> None:

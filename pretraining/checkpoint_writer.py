@@ -11,14 +11,13 @@ import os
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretraining.checkpoint import WEIGHTS_NAME, list_checkpoints, remove_unfinished, superfluous
+from pretraining.checkpoint import WEIGHTS_NAME, list_checkpoints, superfluous
 from utils.console import human_bytes
-from utils.files import TEMPORARY_PREFIX, fsync_directory
+from utils.files import fsync_directory, remove_temporaries, temporary_sibling
 from utils.manifest import damaged_files, file_entry, write_manifest
 
 if TYPE_CHECKING:
@@ -87,13 +86,14 @@ class CheckpointWriter:
         }
         # Rank 0 decides: another node may not even see the directory, which is said when the files are compared.
         needed_bytes = self.state_bytes()
-        start = [(shortage(self.out_dir, needed_bytes), uuid.uuid4().hex[:12]) if self._rank == 0 else None]
+        start = [
+            (shortage(self.out_dir, needed_bytes), temporary_sibling(self.out_dir / name)) if self._rank == 0 else None
+        ]
         dist.broadcast_object_list(start, group=self._group)
-        missing, nonce = start[0]
+        missing, temporary = start[0]
         if missing:
             self.error = f"{self.out_dir / name} could not be written: {missing}"
             return time.perf_counter() - started
-        temporary = self.out_dir / f"{TEMPORARY_PREFIX}{name}-{nonce}"
         if asynchronous:
             self._staged = state = _copy_to_host(state, self._staged)
             self._thread = threading.Thread(
@@ -183,17 +183,16 @@ class CheckpointWriter:
         write_manifest(temporary, self._make_manifest(entries, primitives))
         fsync_directory(temporary / WEIGHTS_NAME)
         final = self.out_dir / name
-        if (
-            final.exists()
-        ):  # the same step again, after a resume from an older checkpoint: ours, and damaged or incomplete
-            os.rename(final, self.out_dir / f"{TEMPORARY_PREFIX}replaced-{name}-{uuid.uuid4().hex[:12]}")
+        if final.exists():
+            # The same step again, after a resume from an older checkpoint: it is ours, and damaged or incomplete.
+            os.rename(final, temporary_sibling(final))
         os.rename(temporary, final)
         fsync_directory(self.out_dir)
-        remove_unfinished(self.out_dir)
+        remove_temporaries(self.out_dir)
         published, _ = list_checkpoints(self.out_dir)
         for old in superfluous(published, primitives["step"], self._keep_last, self._keep_every_steps):
             # Renamed first, so that a crash in the middle leaves no directory that looks like a checkpoint.
-            doomed = self.out_dir / f"{TEMPORARY_PREFIX}old-{old.path.name}"
+            doomed = temporary_sibling(old.path)
             os.rename(old.path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 

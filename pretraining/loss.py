@@ -81,9 +81,7 @@ def next_token_loss(
         entropy, squares = of_rows(hidden, targets)
     else:
         parts = [
-            torch.utils.checkpoint.checkpoint(
-                of_rows, rows, wanted, use_reentrant=False, preserve_rng_state=False
-            )
+            torch.utils.checkpoint.checkpoint(of_rows, rows, wanted, use_reentrant=False, preserve_rng_state=False)
             for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         ]
         entropy = sum(part[0] for part in parts)

@@ -1,4 +1,4 @@
-"""Optimizers from torch.optim, which parameters decay, and the global gradient norm."""
+"""Optimizers from torch.optim, which parameters decay, the global gradient norm, and the learning-rate schedule."""
 
 from __future__ import annotations
 

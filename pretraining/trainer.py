@@ -25,7 +25,6 @@ from pretraining.checkpoint import (
     find_newest_good,
     load_initial_weights,
     load_training_state,
-    remove_unfinished,
     step_name,
 )
 from pretraining.checkpoint_writer import CheckpointWriter, shortage
@@ -45,6 +44,7 @@ from pretraining.run_identity import provenance, result_settings
 from pretraining.settings import STOP_NAME, Settings
 from utils import console
 from utils.errors import UserError
+from utils.files import remove_temporaries
 from utils.machine import available_cpus
 from utils.manifest import made_by
 from utils.metrics_file import MetricsFile, rewind_metrics
@@ -174,7 +174,7 @@ class Trainer:
         """Take up the newest good checkpoint; without one, draw or load the first weights."""
         newest = None
         if self.rank == 0:
-            remove_unfinished(self.out_dir)
+            remove_temporaries(self.out_dir)
             newest, skipped = find_newest_good(self.out_dir, self.settings.checkpoint.verify == "checksums")
             for line in skipped:
                 console.warn(f"skipped checkpoint {line}")

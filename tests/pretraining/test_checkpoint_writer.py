@@ -106,6 +106,21 @@ def test_a_manifest_without_a_step_keeps_no_run_from_going_on(tmp_path):
     assert os.listdir(tmp_path) == [FINAL_NAME]
 
 
+def test_what_an_interrupted_save_left_is_deleted_and_what_only_looks_like_it_stays(tmp_path):
+    unfinished = tmp_path / ".tmp-step-00000001-0123456789ab"
+    foreign = tmp_path / ".tmp-my-notes"
+    for directory in (unfinished, foreign):
+        directory.mkdir()
+        (directory / "file").write_text("")
+    writer = make_writer(tmp_path, keep_last=1)
+    save(writer, 2)
+    save(writer, 2)  # replaces the first
+    save(writer, 4)  # and this deletes it
+    assert writer.error is None
+    assert sorted(os.listdir(tmp_path)) == [".tmp-my-notes", "step-00000004"]
+    assert (foreign / "file").exists()
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_resumed_run_has_the_optimizers_settings_of_its_command(tmp_path, name):
     first = make_writer(tmp_path, name=name, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, momentum=0.95)
