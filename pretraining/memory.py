@@ -73,9 +73,7 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
 
     local, whole_block, whole_root, optimizer = 0, 0, 0, 0
     for name, parameter in model.named_parameters():
-        shape = list(parameter.shape)
-        if parallel.tensor_parallel_size > 1:
-            shape = _tensor_parallel_shape(name, shape, parallel.tensor_parallel_size)
+        shape = parameter.shape
         pieces = math.ceil(shape[0] / shard) * math.prod(shape[1:])
         local += pieces
         if name.startswith("transformer.h."):
@@ -107,16 +105,6 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
         logits=_logit_bytes(settings, plan),
         checkpoint=num_parameters * state_per_parameter,
     )
-
-
-def _tensor_parallel_shape(name: str, shape: list[int], size: int) -> list[int]:
-    """The piece of an MLP matrix that a process holds, see model._split_mlp."""
-    if ".mlp." not in name:
-        return shape
-    dimension = 1 if name.endswith("proj.weight") else 0
-    if name.endswith("proj.bias"):
-        return shape
-    return [math.ceil(n / size) if d == dimension else n for d, n in enumerate(shape)]
 
 
 def _logit_bytes(settings: Settings, plan: Plan) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from pretraining.settings import OptimizerSettings
@@ -33,7 +33,7 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [part for group in groups for part in _split_by_mesh(group)],
+            [group for group in groups if group["params"]],
             lr=settings.lr,
             betas=tuple(settings.betas),
             eps=settings.eps,
@@ -54,14 +54,6 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
     return optimizers
 
 
-def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The group as one of each device mesh: a fused update cannot mix meshes, which tensor parallelism makes."""
-    parts: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
-    for parameter in group["params"]:
-        parts[getattr(parameter, "device_mesh", None)].append(parameter)
-    return [{**group, "params": parameters} for parameters in parts.values()]
-
-
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -72,37 +64,18 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> N
 def global_gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of the whole gradient, equal on every process; a float32 scalar.
 
-    Squares are summed over each process's pieces, then over the processes that hold different pieces. Parameters may lie
-    on different meshes (those under tensor parallelism do), which torch.nn.utils.clip_grad_norm_ cannot mix.
+    Squares are summed over each process's pieces in float64, then over the processes that hold different pieces.
     """
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
-    pieces: dict[tuple, list[torch.Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            # Not is_shard(): that is false for the strided pieces of what tensor parallelism split before FSDP2.
-            groups = tuple(
-                mesh.get_group(dimension) for dimension, how in enumerate(gradient.placements) if not how.is_replicate()
-            )
-            pieces[groups].append(gradient.to_local())
-        else:
-            pieces[()].append(gradient)
-    total = torch.zeros((), dtype=torch.float64)
-    for groups, gradients in pieces.items():
-        norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], 2, dtype=torch.float32)
-        device = gradients[0].device
-        squares = (
-            torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
-        )
-        for group in groups:
-            dist.all_reduce(squares, group=group)
-        total = total.to(device) + squares
-    return total.sqrt().float()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mesh, placements = gradients[0].device_mesh, gradients[0].placements  # FSDP2 lays all of them out alike
+    pieces = [gradient.to_local() for gradient in gradients]
+    squares = torch.zeros((), dtype=torch.float64, device=pieces[0].device)
+    if norms := torch._foreach_norm([piece for piece in pieces if piece.numel()], 2, dtype=torch.float32):
+        squares += torch.stack(norms).double().square().sum()
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            dist.all_reduce(squares, group=mesh.get_group(dimension))
+    return squares.sqrt().float()
 
 
 @torch.no_grad()

@@ -13,16 +13,13 @@ from pretraining.settings import Settings
 
 
 def device_mesh(settings: Settings, device_type: str, world_size: int, local_world_size: int) -> DeviceMesh:
-    """Processes as (replicate, shard, tensor): model copies, pieces of a copy, and MLP columns within a node."""
-
-    tensor = settings.parallel.tensor_parallel_size
+    """Processes as (replicate, shard): model copies, and pieces of a copy."""
     shard = shard_size(settings, world_size, local_world_size)
-    shape = (world_size // tensor // shard, shard, tensor)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    return init_device_mesh(device_type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -> torch.nn.Module:
-    """Apply tensor parallelism, recomputation, compilation and FSDP2 to each block, then FSDP2 to the rest."""
+    """Apply recomputation, compilation and FSDP2 to each block, then FSDP2 to the rest."""
     import torch
 
     parallel = settings.parallel
@@ -33,13 +30,11 @@ def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -
         cast_forward_inputs=False,
     )
     sharding = {
-        "mesh": mesh["shard"] if parallel.sharding == "full" else mesh["replicate", "shard"],
+        "mesh": mesh["shard"] if parallel.sharding == "full" else mesh,
         "mp_policy": policy,
         "reshard_after_forward": parallel.reshard_after_forward,
     }
     for block in model.transformer.h:
-        if parallel.tensor_parallel_size > 1:
-            _split_mlp(block.mlp, mesh["tensor"])
         if parallel.activation_checkpointing != "none":
             recompute_block(block, parallel.activation_checkpointing)
         if parallel.compile:
@@ -48,15 +43,6 @@ def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -
     # The root's own weights (embedding, last norm, output layer) are needed at once again by the backward pass.
     fully_shard(model, **{**sharding, "reshard_after_forward": False})
     return model
-
-
-def _split_mlp(mlp: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Columns of the way up, rows of the way down. litgpt's attention keeps q, k and v in one matrix, in an order that a
-    split into equal pieces would tear apart, so attention stays whole."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    plan = {name: ColwiseParallel() for name in ("fc", "fc_1", "fc_2") if hasattr(mlp, name)}
-    parallelize_module(mlp, mesh, {**plan, "proj": RowwiseParallel()})
 
 
 def recompute_block(block: torch.nn.Module, how: str) -> None:
@@ -109,17 +95,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def fill(parameter: torch.Tensor, read_rows) -> None:
     """Fill this process's piece of a parameter from a function (first_row, num_rows) -> full rows."""
-
     local = _local(parameter)
-    if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-    else:
-        shape, offset = parameter.shape, (0,) * parameter.ndim
     if local.numel() == 0:
         return
-    rows = read_rows(offset[0], shape[0])
-    for dimension in range(1, parameter.ndim):
-        rows = rows.narrow(dimension, offset[dimension], shape[dimension])
-    local.copy_(rows)
+    first_row = 0
+    if isinstance(parameter, DTensor):  # FSDP2 splits along the first dimension only
+        _, (first_row, *_) = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+    local.copy_(read_rows(first_row, len(local)))

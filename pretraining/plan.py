@@ -185,7 +185,6 @@ def _check_numbers(settings: Settings, problems: Problems) -> None:
         "optimizer.eps": settings.optimizer.eps,
         "num_nodes": settings.num_nodes,
         "num_devices": settings.num_devices,
-        "parallel.tensor_parallel_size": parallel.tensor_parallel_size,
         "parallel.shard_size": parallel.shard_size,
         "parallel.loss_chunk_tokens": parallel.loss_chunk_tokens,
         "parallel.cpu_threads": parallel.cpu_threads,

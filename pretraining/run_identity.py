@@ -28,8 +28,9 @@ _FIXED_SETTINGS = (
     "train.global_batch_size",
     "train.tie_embeddings",
     "optimizer.name",
-    "parallel.tensor_parallel_size",  # the optimizer's groups of parameters follow from it
 )
+# Splitting the MLPs over processes was a setting once; manifests of that time have it, with 1 where it was off.
+_REMOVED_SETTING = "parallel.tensor_parallel_size"
 
 
 def result_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
@@ -57,6 +58,13 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
         UserError: what differs would make another run of it.
     """
     before, now = _flat(manifest_settings), _flat(json.loads(json.dumps(current)))  # as a manifest keeps them
+    tensor_parallel_size = before.pop(_REMOVED_SETTING, 1)
+    if tensor_parallel_size > 1:
+        raise UserError(
+            f"--out_dir={out_dir}: holds checkpoints of a run with {_REMOVED_SETTING}={tensor_parallel_size}. Tensor parallelism is "
+            "no longer part of this toolkit, and the optimizer's state depends on it. Use another directory; to train on from "
+            "these weights, give the checkpoint as --initial_checkpoint_dir."
+        )
     differences = {name: f"{name}: was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
                    if before.get(name) != now.get(name) and (name, now.get(name)) != ("precision", None)}  # fmt: skip
     fixed = {name: text for name, text in differences.items() if name.startswith(_FIXED_SETTINGS)}

@@ -112,8 +112,6 @@ class ParallelSettings:
     shard_size: int | None = None
     """For hybrid: processes that share one copy of the model; a multiple of a node's processes keeps the rest of the
     traffic small (null: those of a node)."""
-    tensor_parallel_size: int = 1
-    """Processes of a node that split each MLP's matrices between them (1: off)."""
     reshard_after_forward: bool = True
     """Free the gathered weights of a block after its forward pass and gather them again for the backward pass. false: more
     memory, less communication."""

@@ -95,7 +95,6 @@ class Trainer:
         self.settings, self.plan = settings, plan
         self.out_dir = Path(settings.out_dir)
         world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        tensor_size = settings.parallel.tensor_parallel_size
         if settings.accelerator == "cpu":
             # It misses CUDA when the model is compiled for a CPU.
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -110,15 +109,13 @@ class Trainer:
             num_nodes=settings.num_nodes,
             strategy=ModelParallelStrategy(
                 parallelize_fn=self._parallelize,
-                data_parallel_size=world_size // tensor_size,
-                tensor_parallel_size=tensor_size,
+                data_parallel_size=world_size,
+                tensor_parallel_size=1,
             ),
             plugins=[TorchElasticEnvironment()],  # otherwise SLURM variables of the node would win
         )
         self.fabric.launch()
         self.rank, self.world_size, self.device = self.fabric.global_rank, world_size, self.fabric.device
-        self.data_rank, self.data_world_size = self.rank // tensor_size, world_size // tensor_size
-        self.counts_once = self.rank % tensor_size == 0  # the processes of a tensor-parallel group see the same tokens
         self.accumulation = check_batch(settings, world_size)
         self._local_size = local_size
         self.wrapped = self.fabric.setup_module(self.model, move_to_device=False)
@@ -158,7 +155,7 @@ class Trainer:
         self.metrics: MetricsFile | None = None
 
     def _parallelize(self, model: torch.nn.Module, _) -> torch.nn.Module:
-        """Fabric calls it with its own mesh of two dimensions; ours has a third, for replicas."""
+        """Fabric calls it with its own mesh, which has no dimension for replicas; ours has."""
         device_type = self.fabric.device.type
         mesh = device_mesh(
             self.settings, device_type, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -256,7 +253,7 @@ class Trainer:
         """The positions of this process's micro-batches, from the current step on."""
         batch, size = self.settings.train.global_batch_size, self.settings.train.micro_batch_size
         for step in range(self.step, self.plan.total_steps):
-            mine = rank_positions(step * batch, batch, self.data_rank, self.data_world_size)
+            mine = rank_positions(step * batch, batch, self.rank, self.world_size)
             for start in range(0, len(mine), size):
                 yield mine[start : start + size]
 
@@ -273,7 +270,7 @@ class Trainer:
         )
         set_learning_rate(self.optimizers, rate)
         # FSDP2 averages gradients over processes; the mean over the tokens of the global batch is wanted.
-        scale = self.data_world_size / self.plan.tokens_per_step
+        scale = self.world_size / self.plan.tokens_per_step
         entropy = torch.zeros((), device=self.device)
         wait_s, digest = 0.0, 0
         for micro_step in range(self.accumulation):
@@ -295,12 +292,11 @@ class Trainer:
         poll = self.rank == 0 and now - self._last_poll > _PREEMPTION_POLL_S
         out_of_time = self.settings.train.max_time is not None and now - self._started > self.settings.train.max_time
         stop = self.rank == 0 and (out_of_time or (self.out_dir / STOP_NAME).exists())
-        share = float(self.counts_once)
-        limbs = [share * (digest >> bits & 0xFFFF) for bits in (0, 16, 32, 48)]  # exact in float64 when summed
+        limbs = [digest >> bits & 0xFFFF for bits in (0, 16, 32, 48)]  # exact in float64 when summed
         sums = torch.tensor(
             [0.0, stop, poll, self.writer.error is not None, wait_s, *limbs], dtype=torch.float64, device=self.device
         )
-        sums[0] = entropy.double() * share
+        sums[0] = entropy.double()
         dist.all_reduce(sums)
         norm = global_gradient_norm(self.parameters)
         values = sums.tolist()
@@ -350,13 +346,13 @@ class Trainer:
         self.wrapped.eval()
         size = self.settings.train.micro_batch_size
         count = min(self.plan.val_blocks, self.settings.eval.max_iters * self.settings.train.global_batch_size)
-        mine = rank_positions(0, count, self.data_rank, self.data_world_size)
+        mine = rank_positions(0, count, self.rank, self.world_size)
         # Everyone must make the same number of forward passes: they gather weights together.
-        rounds = math.ceil(math.ceil(count / self.data_world_size) / size)
+        rounds = math.ceil(math.ceil(count / self.world_size) / size)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for i in range(rounds):
             positions = mine[i * size : (i + 1) * size]
-            weight = float(len(positions) > 0 and self.counts_once)
+            weight = float(len(positions) > 0)
             tokens = self.val_sequences.read(positions if len(positions) else np.zeros(1, np.int64)).to(self.device)
             entropy, _ = self.wrapped(tokens[:, :-1], tokens[:, 1:])
             sums += weight * torch.stack([entropy.double(), torch.full_like(sums[0], tokens[:, 1:].numel())])

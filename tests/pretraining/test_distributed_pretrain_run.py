@@ -322,14 +322,11 @@ def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, data
         (["--train.max_seq_length=64"], "block_size is 32"),
         (["--train.max_seq_lenght=16"], "max_seq_lenght"),
         (["--train.max_steps=0"], "must be above 0"),
-        (["--train.micro_batch_size=0", "--parallel.tensor_parallel_size=0", "--num_nodes=0"], "--num_nodes=0"),
+        (["--train.micro_batch_size=0", "--parallel.shard_size=0", "--num_nodes=0"], "--num_nodes=0"),
         (["--train.max_seq_length=-1"], "--train.max_seq_length=-1: must be above 0"),
         (["--parallel.loss=fused", "--model_config.final_logit_softcapping=30"], "no soft-capping of logits"),
-        (["--parallel.tensor_parallel_size=2", "--num_devices=1", "--num_nodes=2"], "1 processes of a node"),
-        (
-            ["--parallel.tensor_parallel_size=2", "--parallel.sharding=hybrid", "--parallel.shard_size=1"],
-            "--parallel.shard_size=1: not a multiple of --parallel.tensor_parallel_size=2",
-        ),
+        (["--parallel.tensor_parallel_size=1"], "parallel.tensor_parallel_size"),  # was a setting once
+        (["--parallel.sharding=hybrid", "--parallel.shard_size=3"], "--parallel.shard_size=3: copies of so many"),
     ],
 )
 def test_a_wrong_setting_is_named_with_a_remedy(tmp_path, run_script, config, dataset, flags, message):
@@ -353,6 +350,20 @@ def test_other_weights_of_a_mixture_are_another_run(tmp_path, config, dataset):
     assert check_same_run(results[0], another_rate, "out") == ["optimizer.lr: was 0.003, is 0.5"]
     with pytest.raises(UserError, match=r"other settings: data_weights: was \[1.0, 1.0\], is \[1.0, 3.0\]"):
         check_same_run(json.loads(json.dumps(results[0])), results[1], "out")
+
+
+def test_a_run_with_tensor_parallelism_is_refused_and_one_that_only_names_it_goes_on(tmp_path, config, dataset):
+    """Manifests have the key from the time when it was a setting."""
+    settings = settings_of(config, dataset, tmp_path / "out", 2)
+    current = result_settings(settings, make_plan(settings))
+    before = json.loads(json.dumps(current))
+    before["parallel"]["tensor_parallel_size"] = 1
+    assert check_same_run(before, current, "out") == []
+    before["parallel"]["tensor_parallel_size"] = 2
+    with pytest.raises(
+        UserError, match=r"tensor_parallel_size=2\. Tensor parallelism is no longer .*--initial_checkpoint_dir"
+    ):
+        check_same_run(before, current, "out")
 
 
 def test_a_weight_too_small_to_be_read_is_refused(tmp_path, config, dataset):
