@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from pretraining.plan import Plan
     from pretraining.settings import Settings
 
-# Settings that say where and how to run, not what comes out.
-_PLACE_SETTINGS = (
-    "address", "num_nodes", "num_devices", "out_dir", "dry_run", "max_failures", "logger_name", "log", "accelerator",
-    "profile_steps", "checkpoint",
-)  # fmt: skip
 # What must not change between the parts of one run: with it the sequence of batches or the model would change.
 _FIXED_SETTINGS = (
     "model.",
@@ -35,20 +30,23 @@ _REMOVED_SETTING = "parallel.tensor_parallel_size"
 
 def result_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
     """What shapes the trained model, for its manifest."""
-    values = dataclasses.asdict(settings)
-    for name in _PLACE_SETTINGS:
-        values.pop(name)
-    for name in ("model_name", "model_config", "dataset_path", "data_mixture", "tokenizer_dir"):
-        values.pop(name)
-    values["train"].pop("max_time")
-    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
     return {
-        **values,
+        **_values_that_count(settings),
         "model": plan.model_config,
         "context_tokens": plan.context_tokens,
         "data": plan.data_identity,
         "data_weights": plan.weights,
     }
+
+
+def _values_that_count(settings: Any) -> dict[str, Any]:
+    """The fields of a settings class as a manifest keeps them, without those that are marked as not shaping the result."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.metadata.get("result", True):
+            values[field.name] = _values_that_count(value) if dataclasses.is_dataclass(value) else value
+    return json.loads(json.dumps(values))
 
 
 def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], out_dir: str) -> list[str]:

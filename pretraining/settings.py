@@ -1,12 +1,19 @@
 """The settings of distributed_pretrain.py, in litgpt's vocabulary where litgpt has a word for it.
 
 Each field is a flag and a YAML key; its docstring is the help text, with unit and off value.
+
+What shapes the trained model goes into the manifests of its checkpoints, and is compared when a run is resumed. Left out are
+the fields marked PLACE, which say where and how to run, and those marked SOURCE, which name something that the manifest
+states itself: the model's whole configuration, a hash of the data, the tokenizer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+PLACE = {"result": False}
+SOURCE = {"result": False}
 
 STOP_NAME = "stop"
 """A file of this name in out_dir ends the run early, with a checkpoint."""
@@ -27,7 +34,7 @@ class TrainSettings:
     """Optimizer steps to run (null: no limit)."""
     epochs: float | None = None
     """Passes over the training data (null: no limit)."""
-    max_time: float | None = None
+    max_time: float | None = field(default=None, metadata=PLACE)
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
     max_seq_length: int | None = None
     """Tokens of a sequence, the context (null: the model's block_size)."""
@@ -153,44 +160,44 @@ class CheckpointSettings:
 class Settings:
     """What is trained, on what data, where."""
 
-    dataset_path: str | None = None
+    dataset_path: str | None = field(default=None, metadata=SOURCE)
     """Directory with train/ and val/, made by merge_files.py."""
-    data_mixture: dict[str, float] | None = None
+    data_mixture: dict[str, float] | None = field(default=None, metadata=SOURCE)
     """Several such directories with their weights, instead of dataset_path: {DIRECTORY: WEIGHT, ..}."""
-    out_dir: str = "out/pretrain"
+    out_dir: str = field(default="out/pretrain", metadata=PLACE)
     """Directory for checkpoints and metrics.jsonl, seen by every node."""
-    model_name: str | None = None
+    model_name: str | None = field(default=None, metadata=SOURCE)
     """Name of a model that litgpt knows; 'list' prints all of them."""
-    model_config: dict[str, Any] | None = None
+    model_config: dict[str, Any] | None = field(default=None, metadata=SOURCE)
     """Sizes of one's own: keys of litgpt's Config, over those of model_name if both are given."""
-    tokenizer_dir: str | None = None
+    tokenizer_dir: str | None = field(default=None, metadata=SOURCE)
     """Tokenizer directory; checked against the dataset, and copied into every checkpoint."""
     initial_checkpoint_dir: str | None = None
     """Start from these weights: an exported or litgpt directory, or a checkpoint of this script."""
-    num_nodes: int = 1
+    num_nodes: int = field(default=1, metadata=PLACE)
     """Nodes of the Ray cluster to train on."""
-    num_devices: int | None = None
+    num_devices: int | None = field(default=None, metadata=PLACE)
     """Processes on each node (null: one a GPU; without a GPU, one CPU process)."""
-    address: str | None = None
+    address: str | None = field(default=None, metadata=PLACE)
     """Ray cluster: HOST:PORT, 'auto', or 'local' for one of its own (null: RAY_ADDRESS, or the cluster that runs on this
     machine, else one of its own)."""
-    accelerator: Literal["auto", "cuda", "cpu"] = "auto"
+    accelerator: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=PLACE)
     """auto: cuda where the cluster has GPUs."""
     precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
     """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
-    max_failures: int = 0
+    max_failures: int = field(default=0, metadata=PLACE)
     """How often Ray Train restarts the workers after one died (0: never, -1: always)."""
-    logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
+    logger_name: Literal["csv", "tensorboard", "wandb"] = field(default="csv", metadata=PLACE)
     """Where metrics go besides metrics.jsonl."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
-    profile_steps: int = 0
+    profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of so many steps, from the third on, to out_dir/profile (0: off)."""
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
-    log: LogSettings = field(default_factory=LogSettings)
+    log: LogSettings = field(default_factory=LogSettings, metadata=PLACE)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=PLACE)

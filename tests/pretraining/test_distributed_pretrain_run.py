@@ -352,6 +352,16 @@ def test_other_weights_of_a_mixture_are_another_run(tmp_path, config, dataset):
         check_same_run(json.loads(json.dumps(results[0])), results[1], "out")
 
 
+def test_where_and_how_a_run_goes_on_is_no_part_of_what_it_is(tmp_path, config, dataset):
+    here = settings_of(config, dataset, tmp_path / "out", 2)
+    there = settings_of(
+        config, dataset, tmp_path / "moved", 4, num_nodes=2, max_failures=3, logger_name="wandb", log__project="mine",
+        checkpoint__keep_last=7, train__max_time=60, profile_steps=1, address="local", train__micro_batch_size=1,
+    )  # fmt: skip
+    first, second = (result_settings(settings, make_plan(settings)) for settings in (here, there))
+    assert check_same_run(first, second, "out") == ["train.micro_batch_size: was 2, is 1"]
+
+
 def test_a_run_with_tensor_parallelism_is_refused_and_one_that_only_names_it_goes_on(tmp_path, config, dataset):
     """Manifests have the key from the time when it was a setting."""
     settings = settings_of(config, dataset, tmp_path / "out", 2)
