@@ -32,12 +32,12 @@ from pretraining.checkpoint import (
     FINAL_NAME,
     WEIGHTS_NAME,
     find_newest_good,
-    free_final_name,
     list_checkpoints,
+    rename_final_to_its_step,
 )
 from pretraining.loggers import Follower, make_logger, progress_line
 from pretraining.plan import Plan, make_plan
-from pretraining.process_layout import check_batch, shard_size
+from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.run_identity import check_same_run, result_settings
 from pretraining.settings import STOP_NAME, Settings
 from utils import cli, console
@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
                 f"To end it with a checkpoint: touch {out_dir / STOP_NAME}"
             )
         (out_dir / STOP_NAME).unlink(missing_ok=True)
-        free_final_name(out_dir)
+        rename_final_to_its_step(out_dir)
         try:
             train_on_ray(settings, plan)
         finally:
@@ -123,7 +123,7 @@ def train_on_ray(settings: Settings, plan: Plan) -> None:
         settings = with_cluster(settings)
         check_training_nodes(settings, plan)
         world_size = settings.num_nodes * settings.num_devices
-        accumulation = check_batch(settings, world_size)
+        accumulation = micro_batches_per_step(settings, world_size)
         shard_size(settings, world_size, settings.num_devices)
         newest, _ = find_newest_good(out_dir, checksums=False)
         first_step = newest.step if newest else 0

@@ -85,7 +85,7 @@ def _damage(directory: Path, checksums: bool, entry: dict[str, Any]) -> list[str
     return damaged_files(directory, [entry], checksums)
 
 
-def free_final_name(out_dir: str | os.PathLike) -> None:
+def rename_final_to_its_step(out_dir: str | os.PathLike) -> None:
     """A run that is made longer goes on from final/: give that checkpoint its step's name."""
     final = next((found for found in list_checkpoints(out_dir)[0] if found.path.name == FINAL_NAME), None)
     if final is None:  # or damaged: the run's new end will replace it
@@ -96,7 +96,7 @@ def free_final_name(out_dir: str | os.PathLike) -> None:
         fsync_directory(out_dir)
 
 
-def superfluous(
+def checkpoints_to_delete(
     checkpoints: list[Checkpoint], step: int, keep_last: int | None, keep_every_steps: int | None
 ) -> list[Checkpoint]:
     """Those that may be deleted when that of `step` was published; `checkpoints` newest first.
@@ -158,7 +158,7 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-    from pretraining.parallelism import fill
+    from pretraining.parallelism import fill_local_shard
 
     path = Path(directory) / WEIGHTS_NAME
     flag = f"--initial_checkpoint_dir={directory}"
@@ -200,7 +200,7 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
         {name: tuple(parameter.shape) for name, parameter in parameters.items()},
     )
     for name, parameter in parameters.items():
-        fill(parameter, functools.partial(_rows, weights[name]))
+        fill_local_shard(parameter, functools.partial(_rows, weights[name]))
 
 
 def _rows(full: torch.Tensor, first: int, count: int) -> torch.Tensor:

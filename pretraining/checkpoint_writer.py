@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretraining.checkpoint import WEIGHTS_NAME, list_checkpoints, superfluous
+from pretraining.checkpoint import WEIGHTS_NAME, checkpoints_to_delete, list_checkpoints
 from utils.console import human_bytes
 from utils.files import fsync_directory, remove_temporaries, temporary_sibling
 from utils.manifest import damaged_files, file_entry, write_manifest
@@ -190,7 +190,7 @@ class CheckpointWriter:
         fsync_directory(self.out_dir)
         remove_temporaries(self.out_dir)
         published, _ = list_checkpoints(self.out_dir)
-        for old in superfluous(published, primitives["step"], self._keep_last, self._keep_every_steps):
+        for old in checkpoints_to_delete(published, primitives["step"], self._keep_last, self._keep_every_steps):
             # Renamed first, so that a crash in the middle leaves no directory that looks like a checkpoint.
             doomed = temporary_sibling(old.path)
             os.rename(old.path, doomed)

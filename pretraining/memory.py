@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretraining.plan import Plan
-from pretraining.process_layout import check_batch, shard_size
+from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.settings import Settings
 from utils import console
 from utils.errors import UserError
@@ -85,7 +85,7 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
         else:
             optimizer += 2 * pieces * storage_bytes + 4  # two moments, and the count of steps as one float32
 
-    accumulation = check_batch(settings, world_size)
+    accumulation = micro_batches_per_step(settings, world_size)
     keeps_whole_gradients = accumulation > 1 and not parallel.reduce_every_micro_batch and shard > 1
     num_layers = plan.model_config["n_layer"]
     gathered_blocks = whole_block if not parallel.reshard_after_forward else min(1.0, 2 / num_layers) * whole_block
@@ -145,7 +145,7 @@ def _kept_bytes(settings: Settings, plan: Plan, num_layers: int) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pretraining.model import build_model
-    from pretraining.parallelism import recompute_block
+    from pretraining.parallelism import checkpoint_activations
 
     config = {**plan.model_config, "n_layer": num_layers}
     if config["mlp_class_name"] == "LLaMAMoE":
@@ -166,15 +166,15 @@ def _kept_bytes(settings: Settings, plan: Plan, num_layers: int) -> int:
         model.cos, model.sin = model.cos.float(), model.sin.float()
         for block in model.transformer.h:
             if settings.parallel.activation_checkpointing != "none":
-                recompute_block(block, settings.parallel.activation_checkpointing)
+                checkpoint_activations(block, settings.parallel.activation_checkpointing)
         tokens = torch.zeros(settings.train.micro_batch_size, plan.context_tokens, dtype=torch.int64)
-        with kept_tensors(model) as kept:
+        with tensors_saved_for_backward(model) as kept:
             hidden = model.hidden_states(tokens)
             del hidden
         return sum(kept.values())
 
 
-class kept_tensors:
+class tensors_saved_for_backward:
     """Collects what autograd saves in the block: {identity of the storage: bytes}, without the model's own tensors."""
 
     def __init__(self, model: torch.nn.Module):
@@ -223,7 +223,7 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
     settings = dataclasses.replace(
         settings, precision=settings.precision or ("32-true" if accelerator == "cpu" else "bf16-mixed")
     )
-    check_batch(settings, world_size)
+    micro_batches_per_step(settings, world_size)
     memory = plan_memory(settings, plan, world_size, num_devices)
     bytes_of = console.human_bytes
     tokens = plan.total_steps * plan.tokens_per_step
@@ -232,7 +232,7 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
         ("model", f"{plan.model_config['name']}, {memory.num_parameters:,} parameters"),
         ("processes", f"{world_size}: {settings.num_nodes} x {num_devices} a node, precision {settings.precision}"),
         ("data", f"{plan.train_blocks:,} sequences of {plan.context_tokens} tokens, {console.human_count(epoch_tokens)} tokens an epoch"),
-        ("steps", f"{plan.total_steps:,} of {console.human_count(plan.tokens_per_step)} tokens ({check_batch(settings, world_size)} x {settings.train.micro_batch_size} sequences a process)"),
+        ("steps", f"{plan.total_steps:,} of {console.human_count(plan.tokens_per_step)} tokens ({micro_batches_per_step(settings, world_size)} x {settings.train.micro_batch_size} sequences a process)"),
         ("tokens", f"{console.human_count(tokens)}, {tokens / epoch_tokens:.2f} epochs"),
         ("memory a process", bytes_of(memory.total)),
         ("  parameters", bytes_of(memory.parameters)),

@@ -7,7 +7,7 @@ import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
-from pretraining.parallelism import _local, fill
+from pretraining.parallelism import _local, fill_local_shard
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def initialise(model: torch.nn.Module, config: Any, seed: int) -> None:
 
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
-            fill(parameter, functools.partial(normal_rows, name, parameter))
+            fill_local_shard(parameter, functools.partial(normal_rows, name, parameter))
         elif name.endswith("bias"):
             torch.nn.init.zeros_(_local(parameter))
         else:

@@ -18,7 +18,7 @@ def device_mesh(settings: Settings, device_type: str, world_size: int, local_wor
     return init_device_mesh(device_type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
-def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -> torch.nn.Module:
+def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -> torch.nn.Module:
     """Apply recomputation, compilation and FSDP2 to each block, then FSDP2 to the rest."""
     import torch
 
@@ -36,7 +36,7 @@ def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -
     }
     for block in model.transformer.h:
         if parallel.activation_checkpointing != "none":
-            recompute_block(block, parallel.activation_checkpointing)
+            checkpoint_activations(block, parallel.activation_checkpointing)
         if parallel.compile:
             block.compile()
         fully_shard(block, **sharding)
@@ -45,7 +45,7 @@ def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -
     return model
 
 
-def recompute_block(block: torch.nn.Module, how: str) -> None:
+def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
     """Replace the block's forward pass by one that keeps little. Setting `forward` instead of wrapping the module leaves
     the names of parameters as they are."""
     import torch
@@ -93,7 +93,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def fill(parameter: torch.Tensor, read_rows) -> None:
+def fill_local_shard(parameter: torch.Tensor, read_rows) -> None:
     """Fill this process's piece of a parameter from a function (first_row, num_rows) -> full rows."""
     local = _local(parameter)
     if local.numel() == 0:

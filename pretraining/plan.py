@@ -14,7 +14,7 @@ from pretraining.data import count_blocks
 from pretraining.data_order import interleave
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
-from pretraining.process_layout import check_batch, shard_size
+from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.settings import Settings
 from utils import console
 from utils.chunks import Index, read_index
@@ -226,7 +226,7 @@ def _check_numbers(settings: Settings, problems: Problems) -> None:
     if parallel.loss == "fused" and train.z_loss:
         problems.add("--parallel.loss=fused: has no z-loss. Use --parallel.loss=chunked, or --train.z_loss=0.")
     if settings.num_devices and all_positive:  # they divide by these numbers
-        problems.collect(check_batch, settings, settings.num_nodes * settings.num_devices)
+        problems.collect(micro_batches_per_step, settings, settings.num_nodes * settings.num_devices)
         problems.collect(shard_size, settings, settings.num_nodes * settings.num_devices, settings.num_devices)
     if parallel.shard_size is not None and parallel.sharding != "hybrid":
         problems.add(

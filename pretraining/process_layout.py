@@ -26,7 +26,7 @@ def shard_size(settings: Settings, world_size: int, local_size: int) -> int:
     return size
 
 
-def check_batch(settings: Settings, world_size: int) -> int:
+def micro_batches_per_step(settings: Settings, world_size: int) -> int:
     """Micro-batches a process computes between two optimizer steps.
 
     Raises:

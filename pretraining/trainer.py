@@ -37,9 +37,9 @@ from pretraining.optimizer import (
     scale_gradients,
     set_learning_rate,
 )
-from pretraining.parallelism import device_mesh, spread_model
+from pretraining.parallelism import device_mesh, shard_model
 from pretraining.plan import Plan
-from pretraining.process_layout import check_batch
+from pretraining.process_layout import micro_batches_per_step
 from pretraining.run_identity import provenance, result_settings
 from pretraining.settings import STOP_NAME, Settings
 from utils import console
@@ -116,7 +116,7 @@ class Trainer:
         )
         self.fabric.launch()
         self.rank, self.world_size, self.device = self.fabric.global_rank, world_size, self.fabric.device
-        self.accumulation = check_batch(settings, world_size)
+        self.accumulation = micro_batches_per_step(settings, world_size)
         self._local_size = local_size
         self.wrapped = self.fabric.setup_module(self.model, move_to_device=False)
         self.optimizers = make_optimizers(self.model, settings.optimizer)
@@ -160,7 +160,7 @@ class Trainer:
         mesh = device_mesh(
             self.settings, device_type, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         )
-        spread_model(model, mesh, self.settings)
+        shard_model(model, mesh, self.settings)
         model.to_empty(device=self.fabric.device)
         model.reset_parameters()  # the table of rotary positions is no parameter, and empty too
         return model

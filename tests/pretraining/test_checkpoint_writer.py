@@ -13,10 +13,10 @@ from tiny_runs import TINY_MODEL
 
 from pretraining.checkpoint import (
     FINAL_NAME,
-    free_final_name,
     list_checkpoints,
     load_initial_weights,
     load_training_state,
+    rename_final_to_its_step,
 )
 from pretraining.checkpoint_writer import CheckpointWriter
 from pretraining.settings import OptimizerSettings, Settings, TrainSettings
@@ -93,7 +93,7 @@ def test_a_final_checkpoint_with_a_damaged_manifest_keeps_no_run_from_going_on(t
     save(writer, 6, FINAL_NAME)
     path = tmp_path / FINAL_NAME / "manifest.json"
     path.unlink() if manifest is None else path.write_text(manifest)
-    free_final_name(tmp_path)
+    rename_final_to_its_step(tmp_path)
     assert (tmp_path / FINAL_NAME).is_dir()
     save(writer, 8, FINAL_NAME)
     assert [found.step for found in list_checkpoints(tmp_path)[0]] == [8]
@@ -103,7 +103,7 @@ def test_a_manifest_without_a_step_keeps_no_run_from_going_on(tmp_path):
     save(make_writer(tmp_path), 6, FINAL_NAME)
     path = tmp_path / FINAL_NAME / "manifest.json"
     path.write_text(path.read_text().replace('"step"', '"stop"'))
-    free_final_name(tmp_path)
+    rename_final_to_its_step(tmp_path)
     assert os.listdir(tmp_path) == [FINAL_NAME]
 
 
