@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Below this size the logits cost less than the bookkeeping that avoids them.
 _SMALL_LOGITS_BYTES = 16 << 20
@@ -81,7 +82,7 @@ def next_token_loss(
         entropy, squares = of_rows(hidden, targets)
     else:
         parts = [
-            torch.utils.checkpoint.checkpoint(of_rows, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(of_rows, rows, wanted, use_reentrant=False, preserve_rng_state=False)
             for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         ]
         entropy = sum(part[0] for part in parts)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from pretraining.settings import OptimizerSettings
+from pretraining.plan import Plan
+from pretraining.settings import OptimizerSettings, Settings
 
 
 def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """One optimizer, or two for muon.
 
-    Matrices decay. The embedding does not (a row that is not seen would only shrink), nor does an output layer that shares
-    its weights, nor norms and biases.
+    Matrices decay. The embedding does not (a row that is not seen would only shrink), nor does an output layer that
+    shares its weights, nor do norms and biases.
     """
     table = model.transformer.wte.weight
     decayed, plain, hidden = [], [], []
@@ -41,7 +42,7 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
         )
     ]
     if hidden:
-        # With this scaling Muon's updates have the size of AdamW's, so one learning rate serves both (arXiv:2502.16982).
+        # Scaled like this Muon's updates have the size of AdamW's, so one learning rate serves both (arXiv:2502.16982).
         optimizers.append(
             torch.optim.Muon(
                 hidden,
@@ -85,6 +86,19 @@ def scale_gradients(parameters: list[torch.nn.Parameter], norm: torch.Tensor, ma
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     pieces = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
     torch._foreach_mul_([piece for piece in pieces if piece.numel()], factor)
+
+
+def make_schedule(settings: Settings, plan: Plan) -> Callable[[int], float]:
+    """The run's learning rate as a function of the step."""
+    return functools.partial(
+        learning_rate,
+        peak=settings.optimizer.lr,
+        minimum=settings.train.min_lr,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        schedule=settings.train.lr_schedule,
+        decay_steps=plan.decay_steps,
+    )
 
 
 def learning_rate(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pretraining.plan import Plan
+from pretraining.settings import Settings
 from utils.errors import UserError
-from utils.manifest import as_input
-
-if TYPE_CHECKING:
-    from pretraining.plan import Plan
-    from pretraining.settings import Settings
 
 # What must not change between the parts of one run: with it the sequence of batches or the model would change.
 _FIXED_SETTINGS = (
@@ -82,8 +79,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def provenance(plan: Plan) -> list[dict[str, Any]]:
-    """The `inputs` of a checkpoint's manifest."""
-    return [as_input(directory) for directory in plan.train_directories + plan.val_directories]

@@ -11,15 +11,12 @@ import torch.distributed as dist
 from export_checkpoints import write_sharded_checkpoints
 from tiny_runs import TINY_MODEL
 
-from pretraining.checkpoint import (
-    FINAL_NAME,
-    list_checkpoints,
-    load_initial_weights,
-    load_training_state,
-    rename_final_to_its_step,
-)
+from pretraining.checkpoint import FINAL_NAME, list_checkpoints, rename_final_to_its_step
+from pretraining.checkpoint_loading import load_initial_weights, load_training_state
 from pretraining.checkpoint_writer import CheckpointWriter
-from pretraining.settings import OptimizerSettings, Settings, TrainSettings
+from pretraining.model import build_model, initialise
+from pretraining.optimizer import make_optimizers
+from pretraining.settings import CheckpointSettings, OptimizerSettings, Settings, TrainSettings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,8 +27,6 @@ def one_process():
 
 
 def tiny_model(tied: bool = False) -> torch.nn.Module:
-    from pretraining.model import build_model, initialise
-
     settings = Settings(train=TrainSettings(tie_embeddings=tied), precision="32-true")
     model = build_model(TINY_MODEL, settings, context_tokens=32, device="cpu")
     initialise(model, model.config, seed=1)
@@ -39,8 +34,6 @@ def tiny_model(tied: bool = False) -> torch.nn.Module:
 
 
 def make_writer(out_dir: Path, keep_last: int | None = None, **optimizer) -> CheckpointWriter:
-    from pretraining.optimizer import make_optimizers
-
     model = tiny_model()
     optimizers = make_optimizers(model, OptimizerSettings(**optimizer))
     return CheckpointWriter(
@@ -48,7 +41,7 @@ def make_writer(out_dir: Path, keep_last: int | None = None, **optimizer) -> Che
         lambda files, state: {
             "kind": "checkpoint", "settings": {}, "content": {"step": state["step"]}, "files": files, "inputs": [],
         },
-        keep_last, None,
+        CheckpointSettings(keep_last=keep_last),
     )  # fmt: skip
 
 
