@@ -128,11 +128,12 @@ def train(settings: Settings, plan: Plan, newest: Checkpoint | None) -> None:
         shard_size(settings, world_size, settings.num_devices)
         console.say(
             f"training {plan.model_config['name']} on {world_size} {settings.accelerator} processes: steps "
-            f"{newest.step if newest else 0} to {plan.total_steps}, {console.human_count(plan.tokens_per_step)} tokens per "
-            f"step ({accumulation} x {settings.train.micro_batch_size} sequences of {plan.context_tokens} per process)"
+            f"{newest.step if newest else 0} to {plan.total_steps}, {console.human_count(plan.tokens_per_step)} tokens "
+            f"per step ({accumulation} x {settings.train.micro_batch_size} sequences of {plan.context_tokens} per "
+            "process)"
         )
-        # The records of what will be done again: nobody is to take them for new ones. The workers do the same once they
-        # have compared checksums.
+        # Steps after the checkpoint will be done again: drop their records, so that nobody takes them for new ones. The
+        # workers do the same once they have compared checksums.
         last_step = newest.step if newest else -1
         dropped = len(read_metrics(out_dir))
         earlier = rewind_metrics(out_dir, last_step)

@@ -109,8 +109,8 @@ def _same_everywhere(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _check_tied(flag: str, same: bool) -> None:
     if not same:
         raise UserError(
-            f"{flag}: its output layer and its embedding differ, and --train.tie_embeddings=true would lose one of them. "
-            "Leave it false, or start from a model with tied embeddings."
+            f"{flag}: its output layer and its embedding differ, and --train.tie_embeddings=true would lose one of "
+            "them. Leave it false, or start from a model with tied embeddings."
         )
 
 

@@ -140,7 +140,7 @@ class CheckpointWriter:
             console.warn(f"{message} Training goes on (--checkpoint.on_error=continue).")
 
     def _write(self, temporary: Path, name: str, state: dict, primitives: dict[str, Any]) -> None:
-        # By itself: the saving is collective, and a process that failed before it would leave the others waiting.
+        # A step of its own: saving is collective, and a process that failed before it would leave the others waiting.
         failures, _ = self._on_all(lambda: (temporary / WEIGHTS_NAME).mkdir(parents=True, exist_ok=True))
         entries: list[dict[str, Any]] = []
         if not failures:
@@ -159,7 +159,7 @@ class CheckpointWriter:
             self.last_good = self.out_dir / name
 
     def _on_all(self, work: Callable[[], Any]) -> tuple[list[str], list[Any]]:
-        """Do `work` on every process; returns, on each, the reasons of those that failed and the results of the others."""
+        """Do `work` on every process; returns on each the reasons of those that failed, and the others' results."""
         failure, result = None, None
         try:
             result = work()
@@ -211,7 +211,7 @@ class CheckpointWriter:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause of an error, in a line."""
+    """The innermost cause of an error, in one line."""
     failures = getattr(error, "failures", None)  # torch.distributed.checkpoint.api.CheckpointException
     if failures:
         error = next(iter(failures.values()))[0]

@@ -47,9 +47,9 @@ def with_cluster(settings: Settings) -> Settings:
     fitting = sum(count >= num_devices > 0 for count in room)
     if fitting < settings.num_nodes:
         raise UserError(
-            f"--num_nodes={settings.num_nodes} with --num_devices={num_devices}: the cluster has {fitting} nodes with so "
-            f"many {resource}s (per node: {room}). Start more, ask for less, or give --address=local for a cluster of this "
-            "machine's own."
+            f"--num_nodes={settings.num_nodes} with --num_devices={num_devices}: the cluster has {fitting} nodes with "
+            f"so many {resource}s (per node: {room}). Start more, ask for less, or give --address=local for a cluster "
+            "of this machine's own."
         )
     precision = settings.precision or ("bf16-mixed" if accelerator == "cuda" else "32-true")
     return dataclasses.replace(settings, accelerator=accelerator, num_devices=num_devices, precision=precision)
@@ -128,8 +128,8 @@ def fit(settings: Settings, plan: Plan) -> None:
     except ray.exceptions.RayError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the Ray cluster went away, or the driver's node did ({type(error).__name__}: {first_line}). See `ray status`. "
-            f"What is finished is kept; the same command goes on:\n  {console.this_command()}"
+            f"the Ray cluster went away, or the node of the driver did ({type(error).__name__}: {first_line}). See "
+            f"`ray status`. What is finished is kept; the same command goes on:\n  {console.this_command()}"
         ) from error
     finally:
         shutil.rmtree(Path(settings.out_dir) / RAY_NAME, ignore_errors=True)

@@ -49,8 +49,8 @@ class TokenBlocks:
         self._begins = np.concatenate([[0], np.cumsum([chunk.tokens // block_tokens for chunk in index.chunks])])
         if len(self) == 0:
             raise UserError(
-                f"--dataset_path: {directory} has {index.tokens} tokens in {len(index.chunks)} chunks, too few for one block "
-                f"of {block_tokens}. Give more text, or a smaller --train.max_seq_length."
+                f"--dataset_path: {directory} has {index.tokens} tokens in {len(index.chunks)} chunks, too few for one "
+                f"block of {block_tokens}. Give more text, or a smaller --train.max_seq_length."
             )
         entries = [
             {"chunk_bytes": c.bytes, "chunk_size": c.documents, "dim": c.tokens, "filename": c.name}

@@ -19,7 +19,7 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
     """The plan in figures; raises UserError at its end if something does not fit."""
     num_devices = settings.num_devices or 1
     if settings.num_devices is None:
-        console.warn("--num_devices is not given: planned with one process a node.")
+        console.warn("--num_devices is not given: planned with one process per node.")
     world_size = settings.num_nodes * num_devices
     precision = settings.precision or ("32-true" if settings.accelerator == "cpu" else "bf16-mixed")
     settings = dataclasses.replace(settings, precision=precision)
@@ -31,12 +31,13 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
     disk_bytes = num_checkpoints * memory.checkpoint
     lines = {
         "model": f"{plan.model_config['name']}, {memory.num_parameters:,} parameters",
-        "processes": f"{world_size}: {settings.num_nodes} x {num_devices} a node, precision {precision}",
-        "data": f"{plan.train_blocks:,} sequences of {plan.context_tokens} tokens, {human_count(epoch_tokens)} tokens an epoch",
+        "processes": f"{world_size}: {settings.num_nodes} x {num_devices} per node, precision {precision}",
+        "data": f"{plan.train_blocks:,} sequences of {plan.context_tokens} tokens, {human_count(epoch_tokens)} tokens "
+        "per epoch",
         "steps": f"{plan.total_steps:,} of {human_count(plan.tokens_per_step)} tokens ({accumulation} x "
-        f"{settings.train.micro_batch_size} sequences a process)",
+        f"{settings.train.micro_batch_size} sequences per process)",
         "tokens": f"{human_count(tokens)}, {tokens / epoch_tokens:.2f} epochs",
-        "memory a process": human_bytes(memory.total),
+        "memory per process": human_bytes(memory.total),
         "  parameters": human_bytes(memory.parameters),
         "  gradients": human_bytes(memory.gradients),
         "  optimizer": human_bytes(memory.optimizer),
@@ -46,7 +47,8 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
         "  activations": f"{human_bytes(memory.activations)} (estimate, checkpointing: "
         f"{settings.parallel.activation_checkpointing})",
         "  logits": human_bytes(memory.logits),
-        "checkpoint": f"{human_bytes(memory.checkpoint)} on disk; {num_checkpoints} at once = {human_bytes(disk_bytes)}",
+        "checkpoint": f"{human_bytes(memory.checkpoint)} on disk; {num_checkpoints} at once = "
+        f"{human_bytes(disk_bytes)}",
     }
     for name, value in lines.items():
         console.result(f"{name:<18} {value}")

@@ -19,9 +19,8 @@ def choose_loss(
 ) -> str:
     """The loss that "auto" stands for; the others are returned as they are.
 
-    torch's fused function returns only the loss: the log-partition function that z-loss needs, and logits that are capped
-    before the softmax, are beyond it. And it returns the loss in the type of the hidden states, which in bfloat16 leaves
-    two or three digits of it.
+    torch's fused function returns only the loss: it has neither the log-partition function that z-loss needs nor a cap
+    on the logits. And it returns the loss in the type of the hidden states: two or three digits in bfloat16.
 
     Args:
         float32: whether the hidden states are.
@@ -57,7 +56,7 @@ def next_token_loss(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None: off.
 
     Returns:
-        Two float32 scalars: cross entropy, without gradient; and cross entropy + z_loss * sum of squares, to be minimised.
+        Two float32 scalars: cross entropy, without gradient, and cross entropy + z_loss * sum of squares, to minimise.
     """
     if how == "fused":
         if z_loss or softcap:

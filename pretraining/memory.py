@@ -154,7 +154,7 @@ def _bytes_saved_for_backward(settings: Settings, plan: Plan, num_layers: int) -
 
 @contextlib.contextmanager
 def tensors_saved_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
-    """Collect what autograd saves inside the block: {identity of the storage: bytes}, without the model's own tensors."""
+    """Collect what autograd saves in the block, without the model's own tensors: {identity of the storage: bytes}."""
     saved: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # keeps identities from being used again
 

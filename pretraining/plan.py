@@ -51,8 +51,8 @@ def data_directories(settings: Settings) -> tuple[list[Path], list[float] | None
     """The dataset directories and their weights; raises UserError when none or both ways are given."""
     if (settings.dataset_path is None) == (settings.data_mixture is None):
         raise UserError(
-            "--dataset_path: give one directory with train/ and val/, made by merge_files.py, or several as data_mixture "
-            "(not both)."
+            "--dataset_path: give one directory with train/ and val/, made by merge_files.py, or several as "
+            "data_mixture (not both)."
         )
     if settings.dataset_path is not None:
         return [Path(settings.dataset_path)], None
@@ -63,8 +63,8 @@ def data_directories(settings: Settings) -> tuple[list[Path], list[float] | None
     without = [path for i, path in enumerate(settings.data_mixture) if i not in read]
     if without:
         raise UserError(
-            f"data_mixture: the weight of {', '.join(without)} is too small to be read at all; weights are rounded to 0.1% "
-            "of their sum. Raise it, or leave the dataset out."
+            f"data_mixture: the weight of {', '.join(without)} is too small to be read at all; weights are rounded to "
+            "0.1% of their sum. Raise it, or leave the dataset out."
         )
     return [Path(path) for path in settings.data_mixture], weights
 
@@ -140,8 +140,8 @@ def _check_context(settings: Settings, config: Any, problems: Problems) -> int:
     context = settings.train.max_seq_length or config.block_size
     if context > config.block_size:
         problems.add(
-            f"--train.max_seq_length={context}: the model's block_size is {config.block_size}. Give at most that, or raise "
-            "model_config.block_size."
+            f"--train.max_seq_length={context}: the model's block_size is {config.block_size}. Give at most that, or "
+            "raise model_config.block_size."
         )
     if settings.parallel.loss == "fused" and config.final_logit_softcapping:
         problems.add(
@@ -157,8 +157,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
     for directory in directories:
         if not directory.is_dir():
             problems.add(
-                f"--dataset_path={directory}: no such directory. Give the output of merge_files.py (it holds train/ and "
-                "val/)."
+                f"--dataset_path={directory}: no such directory. Give the output of merge_files.py (it holds train/ "
+                "and val/)."
             )
             continue
         for split, indexes in (("train", train), ("val", val)):
@@ -169,8 +169,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
                 manifests.append(manifest)
             if index is not None and manifest is None:
                 console.warn(
-                    f"{directory / split} has no manifest.json: its tokenizer and its bytes of text are unknown and were "
-                    "not checked."
+                    f"{directory / split} has no manifest.json: its tokenizer and its bytes of text are unknown and "
+                    "were not checked."
                 )
     return train, val, manifests
 
@@ -194,8 +194,9 @@ def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems
         )
     if config is not None and sizes and max(sizes) > config.padded_vocab_size:
         problems.add(
-            f"--model_name={settings.model_name}: has {config.padded_vocab_size} embeddings, the tokenizer {max(sizes)} "
-            f"tokens. Set model_config.padded_vocab_size to at least {max(sizes)}, or use the model's own tokenizer."
+            f"--model_name={settings.model_name}: has {config.padded_vocab_size} embeddings, the tokenizer "
+            f"{max(sizes)} tokens. Set model_config.padded_vocab_size to at least {max(sizes)}, or use the model's own "
+            "tokenizer."
         )
 
 
@@ -246,8 +247,7 @@ def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None
 
 
 def _identity(index: Index) -> str:
-    """A hash of what the blocks of a dataset are: sizes and order of its chunks, and their checksums where a manifest has
-    them."""
+    """A hash of what the blocks hold: sizes and order of the chunks, and their checksums where a manifest has them."""
     manifest = read_manifest(index.directory) or {}
     files = {entry["name"]: entry.get("xxh3_128") for entry in manifest.get("files", []) if isinstance(entry, dict)}
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""How processes share the model and the global batch; whether they come out even."""
+"""How processes share the model and the global batch, and whether they come out even."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def shard_size(settings: Settings, world_size: int, local_size: int) -> int:
     size = parallel.shard_size or local_size
     if world_size % size:
         raise UserError(
-            f"--parallel.shard_size={size}: copies of so many processes do not fill {world_size} processes. Give a divisor."
+            f"--parallel.shard_size={size}: copies of so many processes do not fill {world_size} processes. Give a "
+            "divisor."
         )
     return size
 
 
 def micro_batches_per_step(settings: Settings, world_size: int) -> int:
-    """Micro-batches a process computes between two optimizer steps.
+    """Micro-batches that each process computes per optimizer step.
 
     Raises:
         UserError: the global batch does not divide evenly.

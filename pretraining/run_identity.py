@@ -1,4 +1,4 @@
-"""What makes two invocations parts of one run, and what of a run goes into its checkpoints' manifests."""
+"""What makes two invocations parts of one run: the settings that shape the result, kept in checkpoints' manifests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def result_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
 
 
 def _values_that_count(settings: Any) -> dict[str, Any]:
-    """The fields of a settings class as a manifest keeps them, without those that are marked as not shaping the result."""
+    """The fields that shape the result, as a manifest keeps them; settings.py marks the others."""
     values = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -56,9 +56,9 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
     tensor_parallel_size = before.pop(_REMOVED_SETTING, 1)
     if tensor_parallel_size > 1:
         raise UserError(
-            f"--out_dir={out_dir}: holds checkpoints of a run with {_REMOVED_SETTING}={tensor_parallel_size}. Tensor parallelism is "
-            "no longer part of this toolkit, and the optimizer's state depends on it. Use another directory; to train on from "
-            "these weights, give the checkpoint as --initial_checkpoint_dir."
+            f"--out_dir={out_dir}: holds checkpoints of a run with {_REMOVED_SETTING}={tensor_parallel_size}. Tensor "
+            "parallelism is no longer part of this toolkit, and the optimizer's state depends on it. Use another "
+            "directory; to train on from these weights, give the checkpoint as --initial_checkpoint_dir."
         )
     differences = {name: f"{name}: was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
                    if before.get(name) != now.get(name) and (name, now.get(name)) != ("precision", None)}  # fmt: skip
@@ -67,8 +67,8 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
         hashes = {"data": "data: another dataset, or another merge of it"}
         raise UserError(
             f"--out_dir={out_dir}: holds checkpoints of a run with other settings: "
-            f"{'; '.join(hashes.get(name, text) for name, text in fixed.items())}. Use another directory; to train on from these "
-            "weights, give the checkpoint as --initial_checkpoint_dir."
+            f"{'; '.join(hashes.get(name, text) for name, text in fixed.items())}. Use another directory; to train on "
+            "from these weights, give the checkpoint as --initial_checkpoint_dir."
         )
     return list(differences.values())
 

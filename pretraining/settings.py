@@ -2,9 +2,9 @@
 
 Each field is a flag and a YAML key; its docstring is the help text, with unit and off value.
 
-What shapes the trained model goes into the manifests of its checkpoints, and is compared when a run is resumed. Left out are
-the fields marked PLACE, which say where and how to run, and those marked SOURCE, which name something that the manifest
-states itself: the model's whole configuration, a hash of the data, the tokenizer.
+What shapes the trained model goes into the manifests of its checkpoints, and is compared when a run is resumed. Left
+out are the fields marked PLACE, which say where and how to run, and those marked SOURCE, which name something that the
+manifest states itself: the model's whole configuration, a hash of the data, the tokenizer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TrainSettings:
     max_time: float | None = field(default=None, metadata=PLACE)
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
     max_seq_length: int | None = None
-    """Tokens of a sequence, the context (null: the model's block_size)."""
+    """Tokens per sequence, the context (null: the model's block_size)."""
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints (null: only the final one)."""
     log_interval: int = 1
@@ -114,26 +114,26 @@ class ParallelSettings:
     """How the model is spread over processes, and what is recomputed or compiled."""
 
     sharding: Literal["full", "hybrid", "replicate"] = "full"
-    """full: FSDP2 over all processes; hybrid: sharded within a node (or over shard_size processes) and replicated across;
-    replicate: every process holds the whole model (for small models)."""
+    """full: FSDP2 over all processes; hybrid: sharded within a node (or over shard_size processes) and replicated
+    across nodes; replicate: every process holds the whole model (for small models)."""
     shard_size: int | None = None
-    """For hybrid: processes that share one copy of the model; a multiple of a node's processes keeps the rest of the
-    traffic small (null: those of a node)."""
+    """For hybrid: processes that share one copy of the model; a multiple of a node's processes keeps the traffic
+    between copies small (null: those of a node)."""
     reshard_after_forward: bool = True
-    """Free the gathered weights of a block after its forward pass and gather them again for the backward pass. false: more
-    memory, less communication."""
+    """Free the gathered weights of a block after its forward pass and gather them again for the backward pass (false:
+    more memory, less communication)."""
     reduce_every_micro_batch: bool = False
-    """Reduce gradients after every micro-batch instead of once a step: less memory (no unsharded gradients kept), more
-    communication."""
+    """Reduce gradients after every micro-batch instead of once per step: less memory (no unsharded gradients kept),
+    more communication."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
     product."""
     compile: bool = False
     """torch.compile each block."""
     loss: Literal["auto", "full", "fused", "chunked"] = "auto"
-    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy, which rounds the loss to the type that
-    is computed in; chunked: chunk by chunk, in float32, recomputed in the backward pass. auto: full for small logits, else
-    fused in float32, and chunked in bfloat16, with z-loss or soft-capping."""
+    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy, which rounds the loss to the type of
+    the computation; chunked: chunk by chunk, in float32, recomputed in the backward pass. auto: full for small logits,
+    else fused in float32, and chunked in bfloat16, with z-loss or with soft-capping."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits are held at once by the fused and the chunked loss."""
     cpu_threads: int | None = None
@@ -149,7 +149,7 @@ class CheckpointSettings:
     keep_last: int | None = 3
     """Newest checkpoints to keep (null: all)."""
     keep_every_steps: int | None = None
-    """Checkpoints at multiples of so many steps are kept for good (null: none)."""
+    """Checkpoints at multiples of this many steps are kept for good (null: none)."""
     verify: Literal["checksums", "sizes"] = "checksums"
     """How files are compared with their manifest before they are loaded."""
     on_error: Literal["stop", "continue"] = "stop"
@@ -163,13 +163,13 @@ class Settings:
     dataset_path: str | None = field(default=None, metadata=SOURCE)
     """Directory with train/ and val/, made by merge_files.py."""
     data_mixture: dict[str, float] | None = field(default=None, metadata=SOURCE)
-    """Several such directories with their weights, instead of dataset_path: {DIRECTORY: WEIGHT, ..}."""
+    """Several such directories with their weights, instead of dataset_path: {DIRECTORY: WEIGHT, ...}."""
     out_dir: str = field(default="out/pretrain", metadata=PLACE)
     """Directory for checkpoints and metrics.jsonl, seen by every node."""
     model_name: str | None = field(default=None, metadata=SOURCE)
     """Name of a model that litgpt knows; 'list' prints all of them."""
     model_config: dict[str, Any] | None = field(default=None, metadata=SOURCE)
-    """Sizes of one's own: keys of litgpt's Config, over those of model_name if both are given."""
+    """Your own sizes: keys of litgpt's Config, which replace those of model_name if both are given."""
     tokenizer_dir: str | None = field(default=None, metadata=SOURCE)
     """Tokenizer directory; checked against the dataset, and copied into every checkpoint."""
     initial_checkpoint_dir: str | None = None
@@ -177,14 +177,15 @@ class Settings:
     num_nodes: int = field(default=1, metadata=PLACE)
     """Nodes of the Ray cluster to train on."""
     num_devices: int | None = field(default=None, metadata=PLACE)
-    """Processes on each node (null: one a GPU; without a GPU, one CPU process)."""
+    """Processes on each node (null: one per GPU; without GPUs, one CPU process)."""
     address: str | None = field(default=None, metadata=PLACE)
-    """Ray cluster: HOST:PORT, 'auto', or 'local' for one of its own (null: RAY_ADDRESS, or the cluster that runs on this
-    machine, else one of its own)."""
+    """Ray cluster: HOST:PORT, 'auto', or 'local' to start one for this run (null: RAY_ADDRESS, or the cluster that runs
+    on this machine, else one for this run)."""
     accelerator: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=PLACE)
     """auto: cuda where the cluster has GPUs."""
     precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
-    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on cpu)."""
+    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on
+    cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
     max_failures: int = field(default=0, metadata=PLACE)
@@ -194,7 +195,7 @@ class Settings:
     dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
     profile_steps: int = field(default=0, metadata=PLACE)
-    """Write a trace of so many steps, from the third on, to out_dir/profile (0: off)."""
+    """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings, metadata=PLACE)

@@ -1,4 +1,4 @@
-"""Why a run ends before its last step, with a checkpoint: out of time, the file `stop`, or a node that is taken away."""
+"""Why a run ends early, with a checkpoint: out of time, the file `stop`, or a node that will be taken away."""
 
 from __future__ import annotations
 

@@ -242,8 +242,8 @@ class Trainer:
         self.writer.wait()
         raise UserError(
             f"the loss or the gradient norm was not finite for {self.nonfinite_in_a_row} steps in a row, up to step "
-            f"{self.step} (--train.max_nonfinite_steps). Last good checkpoint: {self.writer.last_good or 'none'}. Lower "
-            "--optimizer.lr or look at the data, then start again."
+            f"{self.step} (--train.max_nonfinite_steps). Last good checkpoint: {self.writer.last_good or 'none'}. "
+            "Lower --optimizer.lr or look at the data, then start again."
         )
 
     # --- records and checkpoints --------------------------------------------------------------------------------------

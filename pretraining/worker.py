@@ -48,8 +48,8 @@ def settle_local_ranks(settings: Settings) -> None:
     if not whole or len(set(nodes)) != settings.num_nodes:
         counts = sorted((nodes.count(node) for node in set(nodes)), reverse=True)
         raise UserError(
-            f"--num_nodes={settings.num_nodes} with --num_devices={settings.num_devices}: Ray placed {counts} processes on "
-            "its nodes. Give it nodes of one size, without other work."
+            f"--num_nodes={settings.num_nodes} with --num_devices={settings.num_devices}: Ray placed {counts} "
+            "processes on its nodes. Give it nodes of one size, without other work."
         )
     os.environ["LOCAL_RANK"] = str(dist.get_rank() % settings.num_devices)
     os.environ["LOCAL_WORLD_SIZE"] = str(settings.num_devices)

@@ -1,4 +1,4 @@
-"""Saving and loading in one process: what may be deleted, what is a failed save, and which settings a resumed run has."""
+"""Saving and loading in one process: what may be deleted, what counts as a failed save, what a resumed run keeps."""
 
 from __future__ import annotations
 

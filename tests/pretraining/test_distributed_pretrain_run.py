@@ -288,8 +288,8 @@ def test_rays_notice_that_a_node_goes_away_saves_and_ends(tmp_path, dataset, lon
         )  # fmt: skip
         wait_for_step(out_dir, 2, process)
         subprocess.run(
-            [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address, "--node-id", node.node_id,
-             "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back",
+            [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address,
+             "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back",
              "--deadline-remaining-seconds", "300"],
             check=True, capture_output=True, timeout=60,
         )  # fmt: skip
@@ -304,8 +304,8 @@ def test_rays_notice_that_a_node_goes_away_saves_and_ends(tmp_path, dataset, lon
 
 def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, dataset):
     process = run_script(
-        SCRIPT, "--config", config, "--dataset_path", tmp_path / "nowhere", "--train.min_lr=1", "--tokenizer_dir", tmp_path,
-        "--train.global_batch_size=7", "--out_dir", tmp_path / "out", check=False,
+        SCRIPT, "--config", config, "--dataset_path", tmp_path / "nowhere", "--train.min_lr=1",
+        "--tokenizer_dir", tmp_path, "--train.global_batch_size=7", "--out_dir", tmp_path / "out", check=False,
     )  # fmt: skip
     assert process.returncode == 2
     for flag in ("--dataset_path=", "--train.min_lr=1", "--tokenizer_dir=", "--train.global_batch_size=7"):
@@ -409,7 +409,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_script, conf
     process = run_script(
         SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "out", "--dry_run=true"
     )
-    for word in ("84,128 parameters", "memory a process", "activations", "no problems found"):
+    for word in ("84,128 parameters", "memory per process", "activations", "no problems found"):
         assert word in process.stdout
     assert not (tmp_path / "out").exists()
 
