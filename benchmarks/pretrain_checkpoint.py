@@ -89,11 +89,11 @@ def measure_resume(trainer) -> float:
     """Seconds to find and verify the newest checkpoint, load it, and read the first batch, 10^12 sequences into the data."""
     import numpy as np
 
-    from pretraining.data import Prefetcher
+    from pretraining.data import prefetch
 
     started = time.perf_counter()
     trainer.resume_or_initialise()
-    batches = Prefetcher(trainer.sequences, iter([np.arange(10**12, 10**12 + 8)]), pin_memory=False)
+    batches = prefetch(trainer.sequences, iter([np.arange(10**12, 10**12 + 8)]), pin_memory=False)
     next(batches)
     elapsed = time.perf_counter() - started
     batches.close()

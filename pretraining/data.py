@@ -1,35 +1,32 @@
 """Random access to the training sequences of merged datasets, and their delivery ahead of time.
 
 The files are read by litdata's own `TokensLoader`, without the cache and the download threads that
-`litdata.StreamingDataset` puts around it: nothing can evict a chunk of a local dataset. Block i is the same as `StreamingDataset(directory, item_loader=TokensLoader(block_tokens))[i]`.
+`litdata.StreamingDataset` puts around it: nothing can evict a chunk of a local dataset. Block i is the same as
+`StreamingDataset(directory, item_loader=TokensLoader(block_tokens))[i]`.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import queue
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+import xxhash
+from litdata.streaming.item_loader import TokensLoader
+from litdata.streaming.serializers import _get_serializers
 
 from pretraining.data_order import SequenceOrder
-from utils.chunks import Index, read_index
+from pretraining.settings import TrainSettings
+from utils.chunks import CODE_OF_DTYPE, Index, read_index
 from utils.errors import UserError
 from utils.machine import raise_open_file_limit
 
-if TYPE_CHECKING:
-    import torch
-
-# Each mapped chunk holds a file descriptor and a mapping; the kernel's default limit is 65,530 mappings a process.
+# Each mapped chunk holds a file descriptor and a mapping; the kernel's default limit is 65,530 mappings per process.
 _MAX_MAPPED_CHUNKS = 16384
-
-
-def count_blocks(index: Index, block_tokens: int) -> int:
-    """Blocks of a dataset: litdata cuts each chunk into blocks and drops the chunk's incomplete last one."""
-    return sum(chunk.tokens // block_tokens for chunk in index.chunks)
 
 
 class TokenBlocks:
@@ -40,13 +37,10 @@ class TokenBlocks:
         block_tokens: tokens of a block; context plus one, because targets are inputs moved by one.
 
     Raises:
-        UserError: no block of this size fits into any chunk, or a file is missing or of another size than its index says.
+        UserError: no chunk holds a block of this size, or a file is missing or has another size than its index says.
     """
 
     def __init__(self, directory: str | Path, block_tokens: int):
-        from litdata.streaming.item_loader import TokensLoader
-        from litdata.streaming.serializers import _get_serializers
-
         index = read_index(directory, "--dataset_path")
         self.block_tokens = block_tokens
         self._paths = [str(index.directory / chunk.name) for chunk in index.chunks]
@@ -55,8 +49,8 @@ class TokenBlocks:
         self._begins = np.concatenate([[0], np.cumsum([chunk.tokens // block_tokens for chunk in index.chunks])])
         if len(self) == 0:
             raise UserError(
-                f"--dataset_path: {directory} has {index.tokens} tokens in {len(index.chunks)} chunks, too few for one block "
-                f"of {block_tokens}. Give more text, or a smaller --train.max_seq_length."
+                f"--dataset_path: {directory} has {index.tokens} tokens in {len(index.chunks)} chunks, too few for one "
+                f"block of {block_tokens}. Give more text, or a smaller --train.max_seq_length."
             )
         entries = [
             {"chunk_bytes": c.bytes, "chunk_size": c.documents, "dim": c.tokens, "filename": c.name}
@@ -64,14 +58,19 @@ class TokenBlocks:
         ]
         mapped = min(len(entries), _MAX_MAPPED_CHUNKS, raise_open_file_limit(4 * _MAX_MAPPED_CHUNKS) // 2)
         self._loader = TokensLoader(block_tokens)
-        self._loader.setup(_reader_config(index), entries, _get_serializers(None))
+        config = {
+            "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[index.dtype]}"],
+            "data_spec": None,
+            "compression": None,
+        }
+        self._loader.setup(config, entries, _get_serializers(None))
         self._loader.set_posix_fast(True, keep=mapped)
 
     def __len__(self) -> int:
         return int(self._begins[-1])
 
-    def __getitem__(self, block: int):
-        """The tokens of a block: a tensor of shape (block_tokens,) of the dataset's integer type."""
+    def __getitem__(self, block: int) -> torch.Tensor:
+        """The tokens of a block: shape (block_tokens,) of the dataset's integer type."""
         chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
         return self._loader.load_item_from_chunk(
             int(block), chunk, self._paths[chunk], int(self._begins[chunk]), self._bytes[chunk]
@@ -90,12 +89,6 @@ def _check_files(index: Index) -> None:
         raise UserError(f"--dataset_path: {'; '.join(wrong[:3])}{more}. Merge the dataset again.")
 
 
-def _reader_config(index: Index) -> dict[str, Any]:
-    from utils.chunks import CODE_OF_DTYPE
-
-    return {"data_format": [f"no_header_tensor:{CODE_OF_DTYPE[index.dtype]}"], "data_spec": None, "compression": None}
-
-
 class Sequences:
     """The endless sequence of training blocks of one or several datasets, by position."""
 
@@ -104,19 +97,25 @@ class Sequences:
         self.num_blocks = [len(dataset) for dataset in self.datasets]
         self.order = SequenceOrder(self.num_blocks, weights, seed)
 
-    def read(self, positions: np.ndarray):
-        """int64 tensor of shape (len(positions), block_tokens)."""
-        import torch
-
+    def read(self, positions: np.ndarray) -> torch.Tensor:
+        """int64, shape (len(positions), block_tokens)."""
         located = self.order.locate(positions)
         blocks = [self.datasets[s][b] for s, b in zip(located.source.tolist(), located.block.tolist())]
         return torch.stack(blocks).long()
 
 
 def rank_positions(first: int, count: int, rank: int, world_size: int) -> np.ndarray:
-    """Those of the positions first, .., first + count - 1 that belong to a rank: position p is read by p mod world_size."""
+    """Those of the `count` positions from `first` on that a rank reads: position p belongs to rank p mod world_size."""
     positions = np.arange(first, first + count, dtype=np.int64)
     return positions[positions % world_size == rank]
+
+
+def rank_micro_batches(steps: range, train: TrainSettings, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """The positions of each micro-batch that a rank computes in these steps."""
+    for step in steps:
+        mine = rank_positions(step * train.global_batch_size, train.global_batch_size, rank, world_size)
+        for start in range(0, len(mine), train.micro_batch_size):
+            yield mine[start : start + train.micro_batch_size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +128,6 @@ class MicroBatch:
 
 
 def read_micro_batch(sequences: Sequences, positions: np.ndarray, pin_memory: bool) -> MicroBatch:
-    import xxhash
-
     tokens = sequences.read(positions)
     digest = sum(
         xxhash.xxh3_64_intdigest(row.numpy(), seed=position) for row, position in zip(tokens, positions.tolist())
@@ -138,55 +135,26 @@ def read_micro_batch(sequences: Sequences, positions: np.ndarray, pin_memory: bo
     return MicroBatch(tokens.pin_memory() if pin_memory else tokens, digest % 2**64)
 
 
-class Prefetcher:
-    """Reads micro-batches in a thread, ahead of the training loop.
+def prefetch(
+    sequences: Sequences, batches: Iterator[np.ndarray], pin_memory: bool, depth: int = 8
+) -> Iterator[MicroBatch]:
+    """Read micro-batches in a thread, ahead of the training loop. The thread ends when the generator is closed.
 
     Args:
-        sequences: where to read.
         batches: the positions of each micro-batch, in the order of use.
         pin_memory: whether to copy into page-locked memory, so that the copy to a GPU overlaps with work.
-        depth: micro-batches that are ready at most.
+        depth: how many micro-batches are ready at most.
     """
 
-    _END = object()
+    def read_next() -> MicroBatch | None:
+        positions = next(batches, None)
+        return None if positions is None else read_micro_batch(sequences, positions, pin_memory)
 
-    def __init__(self, sequences: Sequences, batches: Iterator[np.ndarray], pin_memory: bool, depth: int = 8):
-        self._ready: queue.Queue = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-
-        def work() -> None:
-            item: Any = self._END
-            try:
-                for positions in batches:
-                    if not self._put(read_micro_batch(sequences, positions, pin_memory)):
-                        return
-            except BaseException as error:  # handed to the training loop, which raises it
-                item = error
-            self._put(item)
-
-        self._thread = threading.Thread(target=work, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _put(self, item: Any) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __next__(self) -> MicroBatch:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        if item is self._END:
-            raise StopIteration
-        return item
-
-    def __iter__(self):
-        return self
-
-    def close(self) -> None:
-        self._stopped.set()
-        self._thread.join()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    try:
+        ready = collections.deque(pool.submit(read_next) for _ in range(depth))
+        while (batch := ready.popleft().result()) is not None:
+            ready.append(pool.submit(read_next))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)

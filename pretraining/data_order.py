@@ -1,6 +1,6 @@
 """Which block stands at which position of the training sequence: a pure function, no list of indices.
 
-A run reads an endless sequence of positions 0, 1, 2, .. . `SequenceOrder` says for each of them the dataset and the
+A run reads an endless sequence of positions 0, 1, 2, ... `SequenceOrder` says for each of them the dataset and the
 block in it. The answer depends on (seed, epoch, position) alone, so a run resumes at any position, on any number of
 processes, without state; and it takes constant memory and time, so two billion blocks cost as much as two.
 
@@ -37,7 +37,7 @@ def hash_u64(x: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def permute(indices: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """The keyed bijection of {0, .., n - 1} onto itself.
+    """The keyed bijection of {0, ..., n - 1} onto itself.
 
     Args:
         indices: uint64, each below n; any shape.

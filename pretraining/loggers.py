@@ -1,13 +1,14 @@
 """metrics.jsonl, and what is made of it: the progress line, csv, TensorBoard, wandb.
 
-Rank 0 of the training processes appends one JSON object a logged step. The driver, which started them, follows the file
-and passes the records on. So the loggers live in the process whose terminal and environment are the user's: a wandb key
-never reaches Ray, its logs or its dashboard.
+Rank 0 of the training processes appends one JSON object per logged step. The driver, which started them, follows the
+file and passes the records on. So the loggers live in the process whose terminal and environment are the user's: a
+wandb key never reaches Ray, its logs or its dashboard.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pretraining.settings import LogSettings
 from utils import console
 from utils.errors import UserError
 from utils.metrics_file import METRICS_NAME, _whole_records
@@ -24,8 +26,8 @@ from utils.metrics_file import METRICS_NAME, _whole_records
 class Follower:
     """The reading end: calls `consume(record)` for each record appended after its start, in a thread.
 
-    The file is read anew from its beginning when it becomes shorter (the workers were restarted and rewound it); records
-    of steps that were passed on before are not repeated.
+    When the file becomes shorter (the workers were restarted and rewound it) it is read from its beginning again;
+    records of steps that were passed on before are not repeated.
     """
 
     def __init__(self, out_dir: Path, last_step: int, consume: Callable[[dict[str, Any]], None]):
@@ -72,7 +74,7 @@ class Follower:
 
 
 def progress_line(record: dict[str, Any], total_steps: int) -> str:
-    """One step for a person: what, how good, how fast, how long still."""
+    """One step for a person: which, how good, how fast, how long to go."""
     step = record["step"]
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps} ({100 * step / total_steps:.1f}%)"]
     if record.get("loss") is not None:
@@ -103,15 +105,14 @@ def make_logger(
     out_dir: Path,
     earlier: list[dict[str, Any]],
     settings: dict[str, Any],
-    log: Any,
+    log: LogSettings,
     wandb_key: str | None,
 ):
     """A logger: an object with log(record) and close() -> lines for the user.
 
     Args:
-        earlier: the records that stay from before a resume.
+        earlier: the records from before a resume that stay.
         settings: shown beside the curves; without secrets.
-        log: training_settings.LogSettings.
         wandb_key: None: wandb writes its files without network.
     """
     if name == "csv":
@@ -123,12 +124,10 @@ def make_logger(
 
 def check_logger(name: str) -> None:
     """Raises UserError when the package behind the logger is not installed."""
-    import importlib.util
-
     if name != "csv" and importlib.util.find_spec(name) is None:
         raise UserError(
-            f"--logger_name={name}: the package {name} is not installed. Install the extra (`pip install {name}`), or use "
-            "--logger_name=csv."
+            f"--logger_name={name}: the package {name} is not installed. Install the extra (`pip install {name}`), or "
+            "use --logger_name=csv."
         )
 
 
@@ -181,7 +180,7 @@ class _TensorBoardLogger:
 
 class _WandbLogger:
     def __init__(
-        self, out_dir: Path, earlier: list[dict[str, Any]], settings: dict[str, Any], log: Any, key: str | None
+        self, out_dir: Path, earlier: list[dict[str, Any]], settings: dict[str, Any], log: LogSettings, key: str | None
     ):
         import wandb
 

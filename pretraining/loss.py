@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # Below this size the logits cost less than the bookkeeping that avoids them.
 _SMALL_LOGITS_BYTES = 16 << 20
@@ -18,9 +19,8 @@ def choose_loss(
 ) -> str:
     """The loss that "auto" stands for; the others are returned as they are.
 
-    torch's fused function returns only the loss: the log-partition function that z-loss needs, and logits that are capped
-    before the softmax, are beyond it. And it returns the loss in the type of the hidden states, which in bfloat16 leaves
-    two or three digits of it.
+    torch's fused function returns only the loss: it has neither the log-partition function that z-loss needs nor a cap
+    on the logits. And it returns the loss in the type of the hidden states: two or three digits in bfloat16.
 
     Args:
         float32: whether the hidden states are.
@@ -56,7 +56,7 @@ def next_token_loss(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None: off.
 
     Returns:
-        Two float32 scalars: cross entropy, without gradient; and cross entropy + z_loss * sum of squares, to be minimised.
+        Two float32 scalars: cross entropy, without gradient, and cross entropy + z_loss * sum of squares, to minimise.
     """
     if how == "fused":
         if z_loss or softcap:
@@ -81,9 +81,7 @@ def next_token_loss(
         entropy, squares = of_rows(hidden, targets)
     else:
         parts = [
-            torch.utils.checkpoint.checkpoint(
-                of_rows, rows, wanted, use_reentrant=False, preserve_rng_state=False
-            )
+            checkpoint(of_rows, rows, wanted, use_reentrant=False, preserve_rng_state=False)
             for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         ]
         entropy = sum(part[0] for part in parts)

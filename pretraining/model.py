@@ -1,82 +1,79 @@
-"""litgpt's GPT for pretraining: its configuration, its first weights, and how it is spread over processes."""
+"""litgpt's GPT for pretraining: a forward pass that returns the loss, and its first weights."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pretraining.parallelism import _local, fill
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
 
-if TYPE_CHECKING:
-    import torch
+from pretraining.loss import choose_loss, next_token_loss
+from pretraining.parallelism import fill_local_shard, local_shard
+from pretraining.settings import Settings
 
-    from pretraining.settings import Settings
+
+class PretrainGPT(GPT):
+    """A `GPT` whose forward pass returns the loss. Its parameters have litgpt's own names."""
+
+    def __init__(self, config: Config, settings: Settings):
+        super().__init__(config)
+        self._parallel, self._z_loss = settings.parallel, settings.train.z_loss
+
+    def hidden_states(self, inputs: torch.Tensor) -> torch.Tensor:
+        """GPT.forward up to the output layer: inputs (B, T) -> (B, T, n_embd)."""
+        positions = inputs.size(1)
+        cos, sin = self.cos[:positions].unsqueeze(0), self.sin[:positions].unsqueeze(0)  # (1, T, rotary width)
+        x = self.transformer.wte(inputs)  # (B, T, n_embd)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+        for i, block in enumerate(self.transformer.h):
+            if self.config.rope_indices is not None:
+                which = self.config.rope_indices[i]
+                x = block(x, cos[..., which], sin[..., which])
+            else:
+                x = block(x, cos, sin)
+        return self.transformer.ln_f(x)
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) -> cross entropy and objective, both summed over tokens; see loss.next_token_loss.
+
+        The loss is computed in here because only inside the forward pass has FSDP2 gathered lm_head's weight.
+        """
+        num_tokens = inputs.numel()
+        x = self.hidden_states(inputs).view(num_tokens, -1)
+        return next_token_loss(
+            x,
+            self.lm_head.weight,
+            self.lm_head.bias,
+            targets.reshape(-1),
+            how=choose_loss(
+                self._parallel.loss,
+                num_tokens=num_tokens,
+                vocab_size=self.lm_head.weight.size(0),
+                z_loss=self._z_loss,
+                softcap=self.config.final_logit_softcapping,
+                float32=x.dtype == torch.float32,
+            ),
+            chunk_tokens=self._parallel.loss_chunk_tokens,
+            z_loss=self._z_loss,
+            softcap=self.config.final_logit_softcapping,
+        )
 
 
-def build_model(
-    config: dict[str, Any], settings: Settings, context_tokens: int, device: str = "meta"
-) -> torch.nn.Module:
-    """A `GPT` on the meta device whose forward pass returns the loss; parameters have litgpt's own names.
+def build_model(config: dict[str, Any], settings: Settings, context_tokens: int, device: str = "meta") -> PretrainGPT:
+    """The model of a run.
 
     Args:
         config: fields of litgpt's Config.
         context_tokens: longest sequence, for the table of rotary positions.
-        device: where parameters are made; on "meta" they take no memory until they are spread.
-
-    Returns:
-        Module with hidden_states(inputs (B, T)) -> (B, T, n_embd) and forward(inputs (B, T), targets (B, T)) -> (cross entropy summed, objective summed), see
-        losses.next_token_loss.
+        device: where parameters are made; on "meta" they take no memory until they are sharded.
     """
-    import torch
-    from litgpt.config import Config
-    from litgpt.model import GPT
-
-    from pretraining.loss import choose_loss, next_token_loss
-
-    parallel, z_loss = settings.parallel, settings.train.z_loss
-
-    class PretrainGPT(GPT):
-        def hidden_states(self, inputs: torch.Tensor) -> torch.Tensor:
-            """GPT.forward up to the output layer; shape (B, T, n_embd)."""
-            positions = inputs.size(1)
-            cos, sin = self.cos[:positions].unsqueeze(0), self.sin[:positions].unsqueeze(0)  # (1, T, rotary width)
-            x = self.transformer.wte(inputs)  # (B, T, n_embd)
-            if self.config.scale_embeddings:
-                x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
-            for i, block in enumerate(self.transformer.h):
-                if self.config.rope_indices is not None:
-                    which = self.config.rope_indices[i]
-                    x = block(x, cos[..., which], sin[..., which])
-                else:
-                    x = block(x, cos, sin)
-            return self.transformer.ln_f(x)
-
-        # The loss is computed inside the forward pass because only there FSDP2 has gathered lm_head's weight.
-        def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            num_tokens = inputs.numel()
-            x = self.hidden_states(inputs).view(num_tokens, -1)
-            return next_token_loss(
-                x,
-                self.lm_head.weight,
-                self.lm_head.bias,
-                targets.reshape(-1),
-                how=choose_loss(
-                    parallel.loss,
-                    num_tokens=num_tokens,
-                    vocab_size=self.lm_head.weight.size(0),
-                    z_loss=z_loss,
-                    softcap=self.config.final_logit_softcapping,
-                    float32=x.dtype == torch.float32,
-                ),
-                chunk_tokens=parallel.loss_chunk_tokens,
-                z_loss=z_loss,
-                softcap=self.config.final_logit_softcapping,
-            )
-
     with torch.device(device):
-        model = PretrainGPT(Config(**config))
+        model = PretrainGPT(Config(**config), settings)
     model.max_seq_length = context_tokens
     if settings.train.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
@@ -90,16 +87,14 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def initialise(model: torch.nn.Module, config: Any, seed: int) -> None:
+def initialise(model: torch.nn.Module, config: Config, seed: int) -> None:
     """Draw the first weights, the same whatever the number of processes.
 
-    Each row of each matrix has a random stream of its own, keyed by (seed, parameter's name, row), and a process draws
-    only the rows that it holds. Distribution as in litgpt's pretrain: normal with standard deviation sqrt(2 / (5 * n_embd))
-    (GPT-NeoX, arXiv:2204.06745), and 1 / (n_layer * sqrt(n_embd)) for projections back into the residual stream; norms
-    start at one, biases at zero.
+    Each row of each matrix has its own random stream, keyed by (seed, parameter's name, row), and a process draws
+    only the rows that it holds. The distribution is that of litgpt's pretrain: normal with standard deviation
+    sqrt(2 / (5 * n_embd)) (GPT-NeoX, arXiv:2204.06745), and 1 / (n_layer * sqrt(n_embd)) for projections back into the
+    residual stream; norms start at one, biases at zero.
     """
-    import torch
-
     std = math.sqrt(2.0 / 5 / config.n_embd)
     residual_std = 1 / math.sqrt(config.n_embd) / config.n_layer
     generator = torch.Generator()
@@ -115,15 +110,15 @@ def initialise(model: torch.nn.Module, config: Any, seed: int) -> None:
 
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
-            fill(parameter, functools.partial(normal_rows, name, parameter))
+            fill_local_shard(parameter, functools.partial(normal_rows, name, parameter))
         elif name.endswith("bias"):
-            torch.nn.init.zeros_(_local(parameter))
+            torch.nn.init.zeros_(local_shard(parameter))
         else:
-            torch.nn.init.ones_(_local(parameter))
+            torch.nn.init.ones_(local_shard(parameter))
 
 
-def training_flops_per_token(config: Any, num_parameters: int, context_tokens: int, tied: bool) -> float:
-    """Floating-point operations of forward and backward pass for one token: 6 N + 12 * layers * heads * head size * context.
+def training_flops_per_token(config: Config, num_parameters: int, context_tokens: int, tied: bool) -> float:
+    """Floating-point operations per token, forward and backward: 6 N + 12 * layers * heads * head size * context.
 
     N counts the parameters that multiply: all but the embedding table, which is looked up (PaLM, arXiv:2204.02311,
     appendix B). Recomputation is not counted: it is no progress.

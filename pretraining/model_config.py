@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import sys
@@ -41,8 +42,6 @@ def resolve_model_config(settings: Settings) -> Any:
     known = {field.name for field in dataclasses.fields(module.Config)}
     unknown = sorted(set(sizes) - known)
     if unknown:
-        import difflib
-
         hints = [
             f"{key} (did you mean {near[0]}?)" if (near := difflib.get_close_matches(key, known, 1)) else key
             for key in unknown
@@ -58,8 +57,6 @@ def resolve_model_config(settings: Settings) -> Any:
         config.name = own_name or config.name
         return config
     except ValueError as error:
-        import difflib
-
         near = ", ".join(difflib.get_close_matches(name or "", model_names(), 3, cutoff=0.4))
         raise UserError(
             f"--model_name={name}: {error}. {f'Near: {near}. ' if near else ''}`--model_name list` prints all names."

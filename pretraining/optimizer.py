@@ -1,22 +1,23 @@
-"""Optimizers from torch.optim, which parameters decay, and the global gradient norm."""
+"""Optimizers from torch.optim, which parameters decay, the global gradient norm, and the learning-rate schedule."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from pretraining.settings import OptimizerSettings
+from pretraining.plan import Plan
+from pretraining.settings import OptimizerSettings, Settings
 
 
 def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """One optimizer, or two for muon.
 
-    Matrices decay. The embedding does not (a row that is not seen would only shrink), nor does an output layer that shares
-    its weights, nor norms and biases.
+    Matrices decay. The embedding does not (a row that is not seen would only shrink), nor does an output layer that
+    shares its weights, nor do norms and biases.
     """
     table = model.transformer.wte.weight
     decayed, plain, hidden = [], [], []
@@ -33,7 +34,7 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [part for group in groups for part in _split_by_mesh(group)],
+            [group for group in groups if group["params"]],
             lr=settings.lr,
             betas=tuple(settings.betas),
             eps=settings.eps,
@@ -41,7 +42,7 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
         )
     ]
     if hidden:
-        # With this scaling Muon's updates have the size of AdamW's, so one learning rate serves both (arXiv:2502.16982).
+        # Scaled like this Muon's updates have the size of AdamW's, so one learning rate serves both (arXiv:2502.16982).
         optimizers.append(
             torch.optim.Muon(
                 hidden,
@@ -54,14 +55,6 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
     return optimizers
 
 
-def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The group as one of each device mesh: a fused update cannot mix meshes, which tensor parallelism makes."""
-    parts: dict[Any, list[torch.nn.Parameter]] = defaultdict(list)
-    for parameter in group["params"]:
-        parts[getattr(parameter, "device_mesh", None)].append(parameter)
-    return [{**group, "params": parameters} for parameters in parts.values()]
-
-
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -72,37 +65,18 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> N
 def global_gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of the whole gradient, equal on every process; a float32 scalar.
 
-    Squares are summed over each process's pieces, then over the processes that hold different pieces. Parameters may lie
-    on different meshes (those under tensor parallelism do), which torch.nn.utils.clip_grad_norm_ cannot mix.
+    Squares are summed over each process's pieces in float64, then over the processes that hold different pieces.
     """
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
-    pieces: dict[tuple, list[torch.Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            # Not is_shard(): that is false for the strided pieces of what tensor parallelism split before FSDP2.
-            groups = tuple(
-                mesh.get_group(dimension) for dimension, how in enumerate(gradient.placements) if not how.is_replicate()
-            )
-            pieces[groups].append(gradient.to_local())
-        else:
-            pieces[()].append(gradient)
-    total = torch.zeros((), dtype=torch.float64)
-    for groups, gradients in pieces.items():
-        norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()], 2, dtype=torch.float32)
-        device = gradients[0].device
-        squares = (
-            torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
-        )
-        for group in groups:
-            dist.all_reduce(squares, group=group)
-        total = total.to(device) + squares
-    return total.sqrt().float()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    mesh, placements = gradients[0].device_mesh, gradients[0].placements  # FSDP2 lays all of them out alike
+    pieces = [gradient.to_local() for gradient in gradients]
+    squares = torch.zeros((), dtype=torch.float64, device=pieces[0].device)
+    if norms := torch._foreach_norm([piece for piece in pieces if piece.numel()], 2, dtype=torch.float32):
+        squares += torch.stack(norms).double().square().sum()
+    for dimension, placement in enumerate(placements):
+        if placement.is_shard():
+            dist.all_reduce(squares, group=mesh.get_group(dimension))
+    return squares.sqrt().float()
 
 
 @torch.no_grad()
@@ -112,6 +86,19 @@ def scale_gradients(parameters: list[torch.nn.Parameter], norm: torch.Tensor, ma
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     pieces = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
     torch._foreach_mul_([piece for piece in pieces if piece.numel()], factor)
+
+
+def make_schedule(settings: Settings, plan: Plan) -> Callable[[int], float]:
+    """The run's learning rate as a function of the step."""
+    return functools.partial(
+        learning_rate,
+        peak=settings.optimizer.lr,
+        minimum=settings.train.min_lr,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        schedule=settings.train.lr_schedule,
+        decay_steps=plan.decay_steps,
+    )
 
 
 def learning_rate(

@@ -1,70 +1,84 @@
-"""How the model is laid over the processes: mesh, FSDP2, recomputation, and this process's piece of a parameter."""
+"""How the model is laid over the processes: Fabric, FSDP2, recomputation, and a process's own piece of a parameter."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
+import lightning as L
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pretraining.process_layout import shard_size
 from pretraining.settings import Settings
 
 
-def device_mesh(settings: Settings, device_type: str, world_size: int, local_world_size: int) -> DeviceMesh:
-    """Processes as (replicate, shard, tensor): model copies, pieces of a copy, and MLP columns within a node."""
+def launch_fabric(settings: Settings) -> L.Fabric:
+    """Join the process group; `fabric.setup_module` then shards a model that was built on the meta device.
 
-    tensor = settings.parallel.tensor_parallel_size
-    shard = shard_size(settings, world_size, local_world_size)
-    shape = (world_size // tensor // shard, shard, tensor)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    The environment holds RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (Ray Train and
+    torchrun set them).
+    """
+    world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
+    def parallelize(model: torch.nn.Module, _) -> torch.nn.Module:
+        # Fabric passes its own mesh, which has no dimension for replicas.
+        shard_model(model, device_mesh(settings, fabric.device.type, world_size, local_size), settings)
+        model.to_empty(device=fabric.device)
+        model.reset_parameters()  # the table of rotary positions is not a parameter, and is empty too
+        return model
 
-def spread_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -> torch.nn.Module:
-    """Apply tensor parallelism, recomputation, compilation and FSDP2 to each block, then FSDP2 to the rest."""
-    import torch
-
-    parallel = settings.parallel
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if settings.precision == "bf16-mixed" else None,
-        reduce_dtype=torch.float32 if settings.precision != "32-true" else None,
-        # The table of rotary positions must stay in float32: bfloat16 cannot tell position 8,191 from 8,192.
-        cast_forward_inputs=False,
+    fabric = L.Fabric(
+        accelerator=settings.accelerator,
+        devices=local_size,
+        num_nodes=settings.num_nodes,
+        strategy=ModelParallelStrategy(parallelize, data_parallel_size=world_size, tensor_parallel_size=1),
+        plugins=[TorchElasticEnvironment()],  # otherwise the node's SLURM variables would win
     )
+    fabric.launch()
+    return fabric
+
+
+def device_mesh(settings: Settings, device_type: str, world_size: int, local_size: int) -> DeviceMesh:
+    """Processes as (replicate, shard): copies of the model, and pieces of a copy."""
+    shard = shard_size(settings, world_size, local_size)
+    return init_device_mesh(device_type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -> None:
+    """Apply recomputation, compilation and FSDP2 to each block, then FSDP2 to the rest."""
+    parallel = settings.parallel
     sharding = {
-        "mesh": mesh["shard"] if parallel.sharding == "full" else mesh["replicate", "shard"],
-        "mp_policy": policy,
+        "mesh": mesh["shard"] if parallel.sharding == "full" else mesh,
         "reshard_after_forward": parallel.reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if settings.precision == "bf16-mixed" else None,
+            reduce_dtype=torch.float32 if settings.precision != "32-true" else None,
+            # The table of rotary positions must stay in float32: bfloat16 cannot tell position 8,191 from 8,192.
+            cast_forward_inputs=False,
+        ),
     }
     for block in model.transformer.h:
-        if parallel.tensor_parallel_size > 1:
-            _split_mlp(block.mlp, mesh["tensor"])
         if parallel.activation_checkpointing != "none":
-            recompute_block(block, parallel.activation_checkpointing)
+            checkpoint_activations(block, parallel.activation_checkpointing)
         if parallel.compile:
             block.compile()
         fully_shard(block, **sharding)
-    # The root's own weights (embedding, last norm, output layer) are needed at once again by the backward pass.
+    # The backward pass needs the root's own weights (embedding, last norm, output layer) again at once.
     fully_shard(model, **{**sharding, "reshard_after_forward": False})
-    return model
 
 
-def _split_mlp(mlp: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Columns of the way up, rows of the way down. litgpt's attention keeps q, k and v in one matrix, in an order that a
-    split into equal pieces would tear apart, so attention stays whole."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
+    """Replace the block's forward pass by one that keeps only its input, and if `how` is "selective" some products too.
 
-    plan = {name: ColwiseParallel() for name in ("fc", "fc_1", "fc_2") if hasattr(mlp, name)}
-    parallelize_module(mlp, mesh, {**plan, "proj": RowwiseParallel()})
-
-
-def recompute_block(block: torch.nn.Module, how: str) -> None:
-    """Replace the block's forward pass by one that keeps little. Setting `forward` instead of wrapping the module leaves
-    the names of parameters as they are."""
-    import torch
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
+    Setting `forward` instead of wrapping the module leaves the names of parameters as they are.
+    """
     forward = block.forward
     if how == "full":
         block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
@@ -102,24 +116,20 @@ def recompute_block(block: torch.nn.Module, how: str) -> None:
     )
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's piece of a tensor, sharing its memory and detached from the graph."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def fill(parameter: torch.Tensor, read_rows) -> None:
-    """Fill this process's piece of a parameter from a function (first_row, num_rows) -> full rows."""
-
-    local = _local(parameter)
-    if isinstance(parameter, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-    else:
-        shape, offset = parameter.shape, (0,) * parameter.ndim
+def fill_local_shard(parameter: torch.Tensor, read_rows: Callable[[int, int], torch.Tensor]) -> None:
+    """Fill this process's piece of a parameter; `read_rows(first_row, num_rows)` returns rows of the whole."""
+    local = local_shard(parameter)
     if local.numel() == 0:
         return
-    rows = read_rows(offset[0], shape[0])
-    for dimension in range(1, parameter.ndim):
-        rows = rows.narrow(dimension, offset[dimension], shape[dimension])
-    local.copy_(rows)
+    first_row = 0
+    if isinstance(parameter, DTensor):  # FSDP2 splits along the first dimension only
+        _, (first_row, *_) = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+    local.copy_(read_rows(first_row, len(local)))

@@ -1,23 +1,15 @@
-"""What makes two invocations parts of one run, and what of a run goes into its checkpoints' manifests."""
+"""What makes two invocations parts of one run: the settings that shape the result, kept in checkpoints' manifests."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pretraining.plan import Plan
+from pretraining.settings import Settings
 from utils.errors import UserError
-from utils.manifest import as_input
 
-if TYPE_CHECKING:
-    from pretraining.plan import Plan
-    from pretraining.settings import Settings
-
-# Settings that say where and how to run, not what comes out.
-_PLACE_SETTINGS = (
-    "address", "num_nodes", "num_devices", "out_dir", "dry_run", "max_failures", "logger_name", "log", "accelerator",
-    "profile_steps", "checkpoint",
-)  # fmt: skip
 # What must not change between the parts of one run: with it the sequence of batches or the model would change.
 _FIXED_SETTINGS = (
     "model.",
@@ -28,26 +20,30 @@ _FIXED_SETTINGS = (
     "train.global_batch_size",
     "train.tie_embeddings",
     "optimizer.name",
-    "parallel.tensor_parallel_size",  # the optimizer's groups of parameters follow from it
 )
+# Splitting the MLPs over processes was a setting once; manifests of that time have it, with 1 where it was off.
+_REMOVED_SETTING = "parallel.tensor_parallel_size"
 
 
 def result_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
     """What shapes the trained model, for its manifest."""
-    values = dataclasses.asdict(settings)
-    for name in _PLACE_SETTINGS:
-        values.pop(name)
-    for name in ("model_name", "model_config", "dataset_path", "data_mixture", "tokenizer_dir"):
-        values.pop(name)
-    values["train"].pop("max_time")
-    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
     return {
-        **values,
+        **_values_that_count(settings),
         "model": plan.model_config,
         "context_tokens": plan.context_tokens,
         "data": plan.data_identity,
         "data_weights": plan.weights,
     }
+
+
+def _values_that_count(settings: Any) -> dict[str, Any]:
+    """The fields that shape the result, as a manifest keeps them; settings.py marks the others."""
+    values = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.metadata.get("result", True):
+            values[field.name] = _values_that_count(value) if dataclasses.is_dataclass(value) else value
+    return json.loads(json.dumps(values))
 
 
 def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], out_dir: str) -> list[str]:
@@ -57,6 +53,13 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
         UserError: what differs would make another run of it.
     """
     before, now = _flat(manifest_settings), _flat(json.loads(json.dumps(current)))  # as a manifest keeps them
+    tensor_parallel_size = before.pop(_REMOVED_SETTING, 1)
+    if tensor_parallel_size > 1:
+        raise UserError(
+            f"--out_dir={out_dir}: holds checkpoints of a run with {_REMOVED_SETTING}={tensor_parallel_size}. Tensor "
+            "parallelism is no longer part of this toolkit, and the optimizer's state depends on it. Use another "
+            "directory; to train on from these weights, give the checkpoint as --initial_checkpoint_dir."
+        )
     differences = {name: f"{name}: was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
                    if before.get(name) != now.get(name) and (name, now.get(name)) != ("precision", None)}  # fmt: skip
     fixed = {name: text for name, text in differences.items() if name.startswith(_FIXED_SETTINGS)}
@@ -64,8 +67,8 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
         hashes = {"data": "data: another dataset, or another merge of it"}
         raise UserError(
             f"--out_dir={out_dir}: holds checkpoints of a run with other settings: "
-            f"{'; '.join(hashes.get(name, text) for name, text in fixed.items())}. Use another directory; to train on from these "
-            "weights, give the checkpoint as --initial_checkpoint_dir."
+            f"{'; '.join(hashes.get(name, text) for name, text in fixed.items())}. Use another directory; to train on "
+            "from these weights, give the checkpoint as --initial_checkpoint_dir."
         )
     return list(differences.values())
 
@@ -76,8 +79,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def provenance(plan: Plan) -> list[dict[str, Any]]:
-    """The `inputs` of a checkpoint's manifest."""
-    return [as_input(directory) for directory in plan.train_directories + plan.val_directories]

@@ -1,12 +1,19 @@
 """The settings of distributed_pretrain.py, in litgpt's vocabulary where litgpt has a word for it.
 
 Each field is a flag and a YAML key; its docstring is the help text, with unit and off value.
+
+What shapes the trained model goes into the manifests of its checkpoints, and is compared when a run is resumed. Left
+out are the fields marked PLACE, which say where and how to run, and those marked SOURCE, which name something that the
+manifest states itself: the model's whole configuration, a hash of the data, the tokenizer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+PLACE = {"result": False}
+SOURCE = {"result": False}
 
 STOP_NAME = "stop"
 """A file of this name in out_dir ends the run early, with a checkpoint."""
@@ -27,10 +34,10 @@ class TrainSettings:
     """Optimizer steps to run (null: no limit)."""
     epochs: float | None = None
     """Passes over the training data (null: no limit)."""
-    max_time: float | None = None
+    max_time: float | None = field(default=None, metadata=PLACE)
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
     max_seq_length: int | None = None
-    """Tokens of a sequence, the context (null: the model's block_size)."""
+    """Tokens per sequence, the context (null: the model's block_size)."""
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints (null: only the final one)."""
     log_interval: int = 1
@@ -107,28 +114,26 @@ class ParallelSettings:
     """How the model is spread over processes, and what is recomputed or compiled."""
 
     sharding: Literal["full", "hybrid", "replicate"] = "full"
-    """full: FSDP2 over all processes; hybrid: sharded within a node (or over shard_size processes) and replicated across;
-    replicate: every process holds the whole model (for small models)."""
+    """full: FSDP2 over all processes; hybrid: sharded within a node (or over shard_size processes) and replicated
+    across nodes; replicate: every process holds the whole model (for small models)."""
     shard_size: int | None = None
-    """For hybrid: processes that share one copy of the model; a multiple of a node's processes keeps the rest of the
-    traffic small (null: those of a node)."""
-    tensor_parallel_size: int = 1
-    """Processes of a node that split each MLP's matrices between them (1: off)."""
+    """For hybrid: processes that share one copy of the model; a multiple of a node's processes keeps the traffic
+    between copies small (null: those of a node)."""
     reshard_after_forward: bool = True
-    """Free the gathered weights of a block after its forward pass and gather them again for the backward pass. false: more
-    memory, less communication."""
+    """Free the gathered weights of a block after its forward pass and gather them again for the backward pass (false:
+    more memory, less communication)."""
     reduce_every_micro_batch: bool = False
-    """Reduce gradients after every micro-batch instead of once a step: less memory (no unsharded gradients kept), more
-    communication."""
+    """Reduce gradients after every micro-batch instead of once per step: less memory (no unsharded gradients kept),
+    more communication."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
     product."""
     compile: bool = False
     """torch.compile each block."""
     loss: Literal["auto", "full", "fused", "chunked"] = "auto"
-    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy, which rounds the loss to the type that
-    is computed in; chunked: chunk by chunk, in float32, recomputed in the backward pass. auto: full for small logits, else
-    fused in float32, and chunked in bfloat16, with z-loss or soft-capping."""
+    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy, which rounds the loss to the type of
+    the computation; chunked: chunk by chunk, in float32, recomputed in the backward pass. auto: full for small logits,
+    else fused in float32, and chunked in bfloat16, with z-loss or with soft-capping."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits are held at once by the fused and the chunked loss."""
     cpu_threads: int | None = None
@@ -144,7 +149,7 @@ class CheckpointSettings:
     keep_last: int | None = 3
     """Newest checkpoints to keep (null: all)."""
     keep_every_steps: int | None = None
-    """Checkpoints at multiples of so many steps are kept for good (null: none)."""
+    """Checkpoints at multiples of this many steps are kept for good (null: none)."""
     verify: Literal["checksums", "sizes"] = "checksums"
     """How files are compared with their manifest before they are loaded."""
     on_error: Literal["stop", "continue"] = "stop"
@@ -155,44 +160,45 @@ class CheckpointSettings:
 class Settings:
     """What is trained, on what data, where."""
 
-    dataset_path: str | None = None
+    dataset_path: str | None = field(default=None, metadata=SOURCE)
     """Directory with train/ and val/, made by merge_files.py."""
-    data_mixture: dict[str, float] | None = None
-    """Several such directories with their weights, instead of dataset_path: {DIRECTORY: WEIGHT, ..}."""
-    out_dir: str = "out/pretrain"
+    data_mixture: dict[str, float] | None = field(default=None, metadata=SOURCE)
+    """Several such directories with their weights, instead of dataset_path: {DIRECTORY: WEIGHT, ...}."""
+    out_dir: str = field(default="out/pretrain", metadata=PLACE)
     """Directory for checkpoints and metrics.jsonl, seen by every node."""
-    model_name: str | None = None
+    model_name: str | None = field(default=None, metadata=SOURCE)
     """Name of a model that litgpt knows; 'list' prints all of them."""
-    model_config: dict[str, Any] | None = None
-    """Sizes of one's own: keys of litgpt's Config, over those of model_name if both are given."""
-    tokenizer_dir: str | None = None
+    model_config: dict[str, Any] | None = field(default=None, metadata=SOURCE)
+    """Your own sizes: keys of litgpt's Config, which replace those of model_name if both are given."""
+    tokenizer_dir: str | None = field(default=None, metadata=SOURCE)
     """Tokenizer directory; checked against the dataset, and copied into every checkpoint."""
     initial_checkpoint_dir: str | None = None
     """Start from these weights: an exported or litgpt directory, or a checkpoint of this script."""
-    num_nodes: int = 1
+    num_nodes: int = field(default=1, metadata=PLACE)
     """Nodes of the Ray cluster to train on."""
-    num_devices: int | None = None
-    """Processes on each node (null: one a GPU; without a GPU, one CPU process)."""
-    address: str | None = None
-    """Ray cluster: HOST:PORT, 'auto', or 'local' for one of its own (null: RAY_ADDRESS, or the cluster that runs on this
-    machine, else one of its own)."""
-    accelerator: Literal["auto", "cuda", "cpu"] = "auto"
+    num_devices: int | None = field(default=None, metadata=PLACE)
+    """Processes on each node (null: one per GPU; without GPUs, one CPU process)."""
+    address: str | None = field(default=None, metadata=PLACE)
+    """Ray cluster: HOST:PORT, 'auto', or 'local' to start one for this run (null: RAY_ADDRESS, or the cluster that runs
+    on this machine, else one for this run)."""
+    accelerator: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=PLACE)
     """auto: cuda where the cluster has GPUs."""
     precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
-    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on cpu)."""
+    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on
+    cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
-    max_failures: int = 0
+    max_failures: int = field(default=0, metadata=PLACE)
     """How often Ray Train restarts the workers after one died (0: never, -1: always)."""
-    logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
+    logger_name: Literal["csv", "tensorboard", "wandb"] = field(default="csv", metadata=PLACE)
     """Where metrics go besides metrics.jsonl."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
-    profile_steps: int = 0
-    """Write a trace of so many steps, from the third on, to out_dir/profile (0: off)."""
+    profile_steps: int = field(default=0, metadata=PLACE)
+    """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
     train: TrainSettings = field(default_factory=TrainSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
-    log: LogSettings = field(default_factory=LogSettings)
+    log: LogSettings = field(default_factory=LogSettings, metadata=PLACE)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
-    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=PLACE)

@@ -132,7 +132,7 @@ def measure_memory(trainer) -> None:
     """Write what this process really holds, in bytes, to out_dir/allocated-RANK.json."""
     import torch
 
-    from pretraining.memory import kept_tensors
+    from pretraining.memory import tensors_saved_for_backward
 
     def held(tensors) -> int:
         """Bytes of the distinct storages: FSDP2 reduces the gradients of a block into one."""
@@ -145,7 +145,7 @@ def measure_memory(trainer) -> None:
     tokens = torch.zeros(size, context, dtype=torch.int64)
     trainer.optimizers[0].zero_grad()
     with trainer.fabric.no_backward_sync(trainer.wrapped, enabled=False):
-        with kept_tensors(trainer.model) as kept:
+        with tensors_saved_for_backward(trainer.model) as kept:
             _, objective = trainer.wrapped(tokens, tokens)
         activations = sum(kept.values())
         trainer.fabric.backward(objective)

@@ -69,7 +69,7 @@ def test_dry_run_plans_it_on_80_gb(path, dataset, tmp_path, run_script):
     problems = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     # This machine's disk need not hold the checkpoints of a model of 70 billion parameters.
     assert all(BIG_ENOUGH_DISK in problem for problem in problems), process.stderr
-    memory = re.search(r"memory a process\s+([\d.]+) (GB|MB)", process.stdout)
+    memory = re.search(r"memory per process\s+([\d.]+) (GB|MB)", process.stdout)
     gigabytes = float(memory[1]) / (1000 if memory[2] == "MB" else 1)
     assert gigabytes < 76
     stated = re.search(r"Expected memory a GPU: ([\d.]+) GB", path.read_text())

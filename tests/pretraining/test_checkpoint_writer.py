@@ -1,4 +1,4 @@
-"""Saving and loading in one process: what may be deleted, what is a failed save, and which settings a resumed run has."""
+"""Saving and loading in one process: what may be deleted, what counts as a failed save, what a resumed run keeps."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from export_checkpoints import write_sharded_checkpoints
 from tiny_runs import TINY_MODEL
 
-from pretraining.checkpoint import (
-    FINAL_NAME,
-    free_final_name,
-    list_checkpoints,
-    load_initial_weights,
-    load_training_state,
-)
+from pretraining.checkpoint import FINAL_NAME, list_checkpoints, rename_final_to_its_step
+from pretraining.checkpoint_loading import load_initial_weights, load_training_state
 from pretraining.checkpoint_writer import CheckpointWriter
-from pretraining.settings import OptimizerSettings, Settings, TrainSettings
+from pretraining.model import build_model, initialise
+from pretraining.optimizer import make_optimizers
+from pretraining.settings import CheckpointSettings, OptimizerSettings, Settings, TrainSettings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,8 +27,6 @@ def one_process():
 
 
 def tiny_model(tied: bool = False) -> torch.nn.Module:
-    from pretraining.model import build_model, initialise
-
     settings = Settings(train=TrainSettings(tie_embeddings=tied), precision="32-true")
     model = build_model(TINY_MODEL, settings, context_tokens=32, device="cpu")
     initialise(model, model.config, seed=1)
@@ -38,8 +34,6 @@ def tiny_model(tied: bool = False) -> torch.nn.Module:
 
 
 def make_writer(out_dir: Path, keep_last: int | None = None, **optimizer) -> CheckpointWriter:
-    from pretraining.optimizer import make_optimizers
-
     model = tiny_model()
     optimizers = make_optimizers(model, OptimizerSettings(**optimizer))
     return CheckpointWriter(
@@ -47,7 +41,7 @@ def make_writer(out_dir: Path, keep_last: int | None = None, **optimizer) -> Che
         lambda files, state: {
             "kind": "checkpoint", "settings": {}, "content": {"step": state["step"]}, "files": files, "inputs": [],
         },
-        keep_last, None,
+        CheckpointSettings(keep_last=keep_last),
     )  # fmt: skip
 
 
@@ -92,7 +86,7 @@ def test_a_final_checkpoint_with_a_damaged_manifest_keeps_no_run_from_going_on(t
     save(writer, 6, FINAL_NAME)
     path = tmp_path / FINAL_NAME / "manifest.json"
     path.unlink() if manifest is None else path.write_text(manifest)
-    free_final_name(tmp_path)
+    rename_final_to_its_step(tmp_path)
     assert (tmp_path / FINAL_NAME).is_dir()
     save(writer, 8, FINAL_NAME)
     assert [found.step for found in list_checkpoints(tmp_path)[0]] == [8]
@@ -102,8 +96,23 @@ def test_a_manifest_without_a_step_keeps_no_run_from_going_on(tmp_path):
     save(make_writer(tmp_path), 6, FINAL_NAME)
     path = tmp_path / FINAL_NAME / "manifest.json"
     path.write_text(path.read_text().replace('"step"', '"stop"'))
-    free_final_name(tmp_path)
+    rename_final_to_its_step(tmp_path)
     assert os.listdir(tmp_path) == [FINAL_NAME]
+
+
+def test_what_an_interrupted_save_left_is_deleted_and_what_only_looks_like_it_stays(tmp_path):
+    unfinished = tmp_path / ".tmp-step-00000001-0123456789ab"
+    foreign = tmp_path / ".tmp-my-notes"
+    for directory in (unfinished, foreign):
+        directory.mkdir()
+        (directory / "file").write_text("")
+    writer = make_writer(tmp_path, keep_last=1)
+    save(writer, 2)
+    save(writer, 2)  # replaces the first
+    save(writer, 4)  # and this deletes it
+    assert writer.error is None
+    assert sorted(os.listdir(tmp_path)) == [".tmp-my-notes", "step-00000004"]
+    assert (foreign / "file").exists()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -127,6 +136,19 @@ def test_a_resumed_run_has_the_optimizers_settings_of_its_command(tmp_path, name
                 assert torch.equal(p, q)
                 for key, value in theirs.state[q].items():
                     assert torch.equal(mine.state[p][key], value)
+
+
+def test_weights_that_tensor_parallelism_has_split_are_read_whole(tmp_path):
+    """Columns and rows of the MLPs, as earlier versions of this toolkit could write them."""
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+    sizes = {key: value for key, value in TINY_MODEL.items() if key != "name"}
+    write_sharded_checkpoints({tmp_path: ("Llama-3-8B", sizes)}, tensor_parallel_size=2)
+    model = tiny_model()
+    load_initial_weights(tmp_path, model)
+    expected = _load_distributed_checkpoint(tmp_path / "lit_model.pth")["model"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("names", [("transformer.wte.weight",), ("lm_head.weight",), None])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_runs import tokenize_dataset, write_dataset
 
-from pretraining.data import Prefetcher, Sequences, TokenBlocks, rank_positions, read_micro_batch
+from pretraining.data import Sequences, TokenBlocks, prefetch, rank_positions, read_micro_batch
 from utils.errors import UserError
 
 
@@ -49,7 +50,7 @@ def test_the_prefetcher_hands_on_what_went_wrong(dataset):
         yield np.arange(2)
         raise RuntimeError("the disk is gone")
 
-    batches = Prefetcher(sequences, positions(), pin_memory=False)
+    batches = prefetch(sequences, positions(), pin_memory=False)
     assert next(batches).tokens.shape == (2, 65)
     with pytest.raises(RuntimeError, match="disk is gone"):
         next(batches)
@@ -58,10 +59,13 @@ def test_the_prefetcher_hands_on_what_went_wrong(dataset):
 
 def test_closing_the_prefetcher_ends_its_thread(dataset):
     sequences = Sequences([dataset / "train"], None, 65, seed=1)
-    batches = Prefetcher(sequences, (np.arange(i, i + 2) for i in range(10**6)), pin_memory=False, depth=2)
+    positions = iter([np.arange(i, i + 2) for i in range(1000)])
+    batches = prefetch(sequences, positions, pin_memory=False, depth=2)
     next(batches)
+    assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
     batches.close()
-    assert not batches._thread.is_alive()
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+    assert len(list(positions)) >= 1000 - 4  # and it read no further ahead than it was told
 
 
 def test_a_missing_chunk_is_named(tmp_path):

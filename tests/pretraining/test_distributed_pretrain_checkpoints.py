@@ -88,7 +88,8 @@ def test_a_run_goes_on_from_before_the_damage_with_the_same_result(interrupted, 
 @pytest.mark.parametrize("on_error", [pytest.param("stop", marks=pytest.mark.slow), "continue"])
 def test_a_full_disk_leaves_older_checkpoints_whole(interrupted, dataset, config, tmp_path, on_error):
     settings = settings_of(
-        config, dataset, interrupted, 2, train__max_steps=14, train__lr_schedule="constant", checkpoint__on_error=on_error
+        config, dataset, interrupted, 2, train__max_steps=14, train__lr_schedule="constant",
+        checkpoint__on_error=on_error,
     )  # fmt: skip
     codes = run_ranks([settings], 2, tmp_path / "job", env={"LIMIT_FILE_BYTES": "200000"}, check=False)
     assert all(codes)  # no final checkpoint: no success either way

@@ -1,4 +1,4 @@
-"""Same numbers whatever happens: against litgpt, on one process or two, after kills, and after a change of processes."""
+"""The same numbers whatever happens: against litgpt, on one process or two, after kills, on other processes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from tiny_runs import TINY_MODEL, tokenize_dataset, write_config
 SAME_RESULT = {
     "hybrid": {"parallel__sharding": "hybrid"},
     "replicate": {"parallel__sharding": "replicate"},
-    "tensor": {"parallel__tensor_parallel_size": 2},
     "no_reshard": {"parallel__reshard_after_forward": "false"},
     "reduce_often": {"parallel__reduce_every_micro_batch": "true"},
     "recompute_full": {"parallel__activation_checkpointing": "full"},
@@ -108,19 +107,13 @@ def test_the_profiler_writes_a_trace_of_the_steps_asked_for(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["full", "hybrid"])
-def test_tensor_and_data_parallelism_together_have_the_same_losses_and_norms(tmp_path, dataset, config, sharding):
-    """Matrices that both split are laid out in strided pieces, each of which counts in the gradient's norm."""
-    ways = {"plain": {}, "both": {"parallel__tensor_parallel_size": 2, "parallel__sharding": sharding}}
-    if sharding == "hybrid":
-        ways["both"]["parallel__shard_size"] = 4
-    run_ranks(
-        [settings_of(config, dataset, tmp_path / name, 4, **changes) for name, changes in ways.items()],
-        4,
-        tmp_path / "job",
-    )
-    assert digests_of(tmp_path / "both") == digests_of(tmp_path / "plain")
-    np.testing.assert_allclose(losses_of(tmp_path / "both"), losses_of(tmp_path / "plain"), rtol=0, atol=1e-5)
+def test_copies_of_two_processes_each_have_the_same_losses_and_norms(tmp_path, dataset, config):
+    """Gradients are summed over the pieces of a copy, and averaged over copies."""
+    ways = {"plain": {}, "hybrid": {"parallel__sharding": "hybrid", "parallel__shard_size": 2}}
+    runs = [settings_of(config, dataset, tmp_path / name, 4, **changes) for name, changes in ways.items()]
+    run_ranks(runs, 4, tmp_path / "job")
+    assert digests_of(tmp_path / "hybrid") == digests_of(tmp_path / "plain")
+    np.testing.assert_allclose(losses_of(tmp_path / "hybrid"), losses_of(tmp_path / "plain"), rtol=0, atol=1e-5)
     norms = [[r["grad_norm"] for r in metrics_of(tmp_path / name) if "grad_norm" in r] for name in ways]
     np.testing.assert_allclose(*norms, rtol=1e-4)
 
@@ -159,7 +152,7 @@ def test_checkpoints_have_litgpts_own_names_however_they_were_made(runs):
     from litgpt.model import GPT
 
     model = GPT(Config(**TINY_MODEL))
-    for name in ("plain", "tensor", "recompute_full", "replicate", "muon"):
+    for name in ("plain", "recompute_full", "replicate", "muon"):
         model.load_state_dict(weights_of(runs / name / "final")["model"], strict=True)
 
 

@@ -1,6 +1,7 @@
 """The losses of the demo's model must not move: they are kept in a file.
 
-After a change that is meant to move them: UPDATE_GOLDENS=1 python -m pytest tests/pretraining/test_distributed_pretrain_golden.py
+After a change that is meant to move them:
+UPDATE_GOLDENS=1 python -m pytest tests/pretraining/test_distributed_pretrain_golden.py
 """
 
 from __future__ import annotations

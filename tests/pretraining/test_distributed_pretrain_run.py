@@ -288,8 +288,8 @@ def test_rays_notice_that_a_node_goes_away_saves_and_ends(tmp_path, dataset, lon
         )  # fmt: skip
         wait_for_step(out_dir, 2, process)
         subprocess.run(
-            [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address, "--node-id", node.node_id,
-             "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back",
+            [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address,
+             "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back",
              "--deadline-remaining-seconds", "300"],
             check=True, capture_output=True, timeout=60,
         )  # fmt: skip
@@ -304,8 +304,8 @@ def test_rays_notice_that_a_node_goes_away_saves_and_ends(tmp_path, dataset, lon
 
 def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, dataset):
     process = run_script(
-        SCRIPT, "--config", config, "--dataset_path", tmp_path / "nowhere", "--train.min_lr=1", "--tokenizer_dir", tmp_path,
-        "--train.global_batch_size=7", "--out_dir", tmp_path / "out", check=False,
+        SCRIPT, "--config", config, "--dataset_path", tmp_path / "nowhere", "--train.min_lr=1",
+        "--tokenizer_dir", tmp_path, "--train.global_batch_size=7", "--out_dir", tmp_path / "out", check=False,
     )  # fmt: skip
     assert process.returncode == 2
     for flag in ("--dataset_path=", "--train.min_lr=1", "--tokenizer_dir=", "--train.global_batch_size=7"):
@@ -322,14 +322,11 @@ def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, data
         (["--train.max_seq_length=64"], "block_size is 32"),
         (["--train.max_seq_lenght=16"], "max_seq_lenght"),
         (["--train.max_steps=0"], "must be above 0"),
-        (["--train.micro_batch_size=0", "--parallel.tensor_parallel_size=0", "--num_nodes=0"], "--num_nodes=0"),
+        (["--train.micro_batch_size=0", "--parallel.shard_size=0", "--num_nodes=0"], "--num_nodes=0"),
         (["--train.max_seq_length=-1"], "--train.max_seq_length=-1: must be above 0"),
         (["--parallel.loss=fused", "--model_config.final_logit_softcapping=30"], "no soft-capping of logits"),
-        (["--parallel.tensor_parallel_size=2", "--num_devices=1", "--num_nodes=2"], "1 processes of a node"),
-        (
-            ["--parallel.tensor_parallel_size=2", "--parallel.sharding=hybrid", "--parallel.shard_size=1"],
-            "--parallel.shard_size=1: not a multiple of --parallel.tensor_parallel_size=2",
-        ),
+        (["--parallel.tensor_parallel_size=1"], "parallel.tensor_parallel_size"),  # was a setting once
+        (["--parallel.sharding=hybrid", "--parallel.shard_size=3"], "--parallel.shard_size=3: copies of so many"),
     ],
 )
 def test_a_wrong_setting_is_named_with_a_remedy(tmp_path, run_script, config, dataset, flags, message):
@@ -353,6 +350,30 @@ def test_other_weights_of_a_mixture_are_another_run(tmp_path, config, dataset):
     assert check_same_run(results[0], another_rate, "out") == ["optimizer.lr: was 0.003, is 0.5"]
     with pytest.raises(UserError, match=r"other settings: data_weights: was \[1.0, 1.0\], is \[1.0, 3.0\]"):
         check_same_run(json.loads(json.dumps(results[0])), results[1], "out")
+
+
+def test_where_and_how_a_run_goes_on_is_no_part_of_what_it_is(tmp_path, config, dataset):
+    here = settings_of(config, dataset, tmp_path / "out", 2)
+    there = settings_of(
+        config, dataset, tmp_path / "moved", 4, num_nodes=2, max_failures=3, logger_name="wandb", log__project="mine",
+        checkpoint__keep_last=7, train__max_time=60, profile_steps=1, address="local", train__micro_batch_size=1,
+    )  # fmt: skip
+    first, second = (result_settings(settings, make_plan(settings)) for settings in (here, there))
+    assert check_same_run(first, second, "out") == ["train.micro_batch_size: was 2, is 1"]
+
+
+def test_a_run_with_tensor_parallelism_is_refused_and_one_that_only_names_it_goes_on(tmp_path, config, dataset):
+    """Manifests have the key from the time when it was a setting."""
+    settings = settings_of(config, dataset, tmp_path / "out", 2)
+    current = result_settings(settings, make_plan(settings))
+    before = json.loads(json.dumps(current))
+    before["parallel"]["tensor_parallel_size"] = 1
+    assert check_same_run(before, current, "out") == []
+    before["parallel"]["tensor_parallel_size"] = 2
+    with pytest.raises(
+        UserError, match=r"tensor_parallel_size=2\. Tensor parallelism is no longer .*--initial_checkpoint_dir"
+    ):
+        check_same_run(before, current, "out")
 
 
 def test_a_weight_too_small_to_be_read_is_refused(tmp_path, config, dataset):
@@ -388,7 +409,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_script, conf
     process = run_script(
         SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "out", "--dry_run=true"
     )
-    for word in ("84,128 parameters", "memory a process", "activations", "no problems found"):
+    for word in ("84,128 parameters", "memory per process", "activations", "no problems found"):
         assert word in process.stdout
     assert not (tmp_path / "out").exists()
 

@@ -106,7 +106,8 @@ def test_a_key_of_wandb_is_written_into_no_file(tmp_path):
         f"make_logger('wandb', Path({str(tmp_path)!r}), [], {{}}, LogSettings(), sys.stdin.read())\n"
     )
     process = subprocess.Popen(
-        [os.sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [os.sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
         cwd=ROOT,
         env={**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "5", "HOME": str(tmp_path)},
     )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Which values of the settings make no sense, by themselves or together."""
+
+from __future__ import annotations
+
+import math
+
+from pretraining.process_layout import micro_batches_per_step, shard_size
+from pretraining.settings import Settings
+from utils.errors import Problems
+
+_POSITIVE = (
+    "train.global_batch_size", "train.micro_batch_size", "train.max_tokens", "train.max_steps", "train.epochs",
+    "train.max_time", "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
+    "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "optimizer.lr", "optimizer.eps", "num_nodes",
+    "num_devices", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads", "checkpoint.keep_last",
+    "checkpoint.keep_every_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "optimizer.weight_decay")
+_FRACTIONS = ("train.lr_warmup_fraction", "train.lr_decay_fraction")
+
+
+def check_numbers(settings: Settings, problems: Problems) -> None:
+    """Add a problem for each number that is out of its range, and for settings that contradict each other."""
+    train, parallel = settings.train, settings.parallel
+    for name, value in _values(settings, _POSITIVE):
+        if not (math.isfinite(value) and value > 0):
+            problems.add(
+                f"--{name}={value}: must be above 0 (null or leaving it out turns it off where it has an off value)."
+            )
+    all_positive = not problems.found
+    for name, value in _values(settings, _NOT_NEGATIVE):
+        if not (math.isfinite(value) and value >= 0):
+            problems.add(f"--{name}={value}: must not be negative.")
+    for name, value in _values(settings, _FRACTIONS):
+        if not 0 <= value <= 1:
+            problems.add(f"--{name}={value}: a fraction, from 0 to 1.")
+    warmups = ("train.lr_warmup_steps", "train.lr_warmup_tokens", "train.lr_warmup_fraction")
+    given = [name for name, _ in _values(settings, warmups)]
+    if len(given) > 1:
+        problems.add(f"--{given[0]} and --{given[1]}: give one of them.")
+    if train.max_tokens is None and train.max_steps is None and train.epochs is None:
+        problems.add(
+            "--train.max_tokens: say how long to train, by --train.max_tokens, --train.max_steps or --train.epochs."
+        )
+    if train.min_lr > settings.optimizer.lr and train.lr_schedule != "constant":
+        problems.add(f"--train.min_lr={train.min_lr}: above the peak --optimizer.lr={settings.optimizer.lr}. Lower it.")
+    if parallel.loss == "fused" and train.z_loss:
+        problems.add("--parallel.loss=fused: has no z-loss. Use --parallel.loss=chunked, or --train.z_loss=0.")
+    if settings.num_devices and all_positive:  # they divide by these numbers
+        world_size = settings.num_nodes * settings.num_devices
+        problems.collect(micro_batches_per_step, settings, world_size)
+        problems.collect(shard_size, settings, world_size, settings.num_devices)
+    if parallel.shard_size is not None and parallel.sharding != "hybrid":
+        problems.add(
+            f"--parallel.shard_size={parallel.shard_size}: only has a meaning with --parallel.sharding=hybrid, "
+            f"not {parallel.sharding}. Set that, or leave it out."
+        )
+
+
+def _values(settings: Settings, names: tuple[str, ...]) -> list[tuple[str, float]]:
+    """The numbers of these settings, without those that are null."""
+    found = []
+    for name in names:
+        section, _, field = name.rpartition(".")
+        value = getattr(getattr(settings, section) if section else settings, field)
+        if value is not None:
+            found.append((name, value))
+    return found

@@ -1,0 +1,52 @@
+"""Validation: the mean loss over the same blocks every time, whatever the number of processes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretraining.data import Sequences, rank_positions
+from pretraining.plan import Plan
+from pretraining.settings import Settings
+
+
+class Validation:
+    """Every process makes one and calls `run` at the same steps.
+
+    Args:
+        model: returns (cross entropy summed, objective), as Fabric has set it up.
+        device: where its inputs go.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: Settings, plan: Plan, device: torch.device):
+        self._model, self._device, self._bits_per_nat = model, device, plan.bits_per_nat
+        directories = [Path(path) for path in plan.val_directories]
+        self._sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, seed=0)
+        count = min(plan.val_blocks, settings.eval.max_iters * settings.train.global_batch_size)
+        size, world_size = settings.train.micro_batch_size, dist.get_world_size()
+        mine = rank_positions(0, count, dist.get_rank(), world_size)
+        # All processes must make the same number of forward passes, for they gather weights together.
+        num_rounds = math.ceil(math.ceil(count / world_size) / size)
+        self._micro_batches = [mine[i * size : (i + 1) * size] for i in range(num_rounds)]
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """The loss in nats per token, its perplexity, and bits per byte where the bytes are known."""
+        self._model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # cross entropy, tokens
+        for positions in self._micro_batches:
+            counts = float(len(positions) > 0)
+            tokens = self._sequences.read(positions if counts else np.zeros(1, np.int64)).to(self._device)
+            entropy, _ = self._model(tokens[:, :-1], tokens[:, 1:])
+            sums += counts * torch.stack([entropy.double(), torch.full_like(sums[0], tokens[:, 1:].numel())])
+        dist.all_reduce(sums)
+        self._model.train()
+        loss = (sums[0] / sums[1]).item()
+        values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))}
+        if self._bits_per_nat is not None:
+            values["val_bits_per_byte"] = loss * self._bits_per_nat
+        return values
