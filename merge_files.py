@@ -14,23 +14,39 @@ is that of the input text, so the dataset is the same whichever nodes tokenized 
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
 import errno
+import functools
 import glob
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenization.merge_plan import Plan, SourceChunk, make_plan
+import xxhash
+
+from tokenization.chunk_writer import make_index
+from tokenization.merge_plan import Plan, make_plan
+from tokenization.threads import submit_ahead
 from utils import cli, console
+from utils.chunks import INDEX_NAME, Chunk, read_index, verify
 from utils.errors import Problems, UserError
+from utils.files import (
+    atomic_write,
+    checksum,
+    fsync_directory,
+    is_temporary,
+    remove_temporaries,
+    temporary_sibling,
+    write_json,
+)
+from utils.manifest import made_by, read_manifest, write_manifest
 
 # Up to so much, reading everything once to compare checksums is a matter of a minute.
 AUTO_VERIFY_BYTES = 64 << 30
 THREADS = 8
+COPY_BLOCK_BYTES = 8 << 20
 NO_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
@@ -55,41 +71,23 @@ class Settings:
 # Work
 
 
-def verify_chunk(chunk: SourceChunk, dtype: str, checksums: bool) -> SourceChunk:
-    """Compare a chunk file with its index entry; raises UserError. Returns it with its checksum, if that was read."""
-    import numpy as np
+def verify_chunks(plan: Plan, checksums: bool) -> list[Chunk]:
+    """Compare every file with its index entry; returns the chunks, with their checksums if the content was read."""
 
-    from utils.chunks import read_document_offsets
-    from utils.files import checksum
+    def check(path: Path, chunk: Chunk) -> Chunk:
+        try:
+            return verify(path, chunk, plan.dtype, "checksum" if checksums else "offsets")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--source_dir: {error}. Tokenize again, or bring the file back.") from error
 
-    try:
-        size = chunk.path.stat().st_size
-        if size != chunk.bytes:
-            raise ValueError(f"{chunk.path}: {size:,} bytes, the index says {chunk.bytes:,}")
-        offsets = read_document_offsets(chunk.path)
-        found_counts = (len(offsets) - 1, int(offsets[-1] - offsets[0]) // np.dtype(dtype).itemsize)
-        if found_counts != (chunk.documents, chunk.tokens):
-            raise ValueError(
-                f"{chunk.path}: holds {found_counts[0]:,} documents and {found_counts[1]:,} tokens, the index says "
-                f"{chunk.documents:,} and {chunk.tokens:,}"
-            )
-        if not checksums:
-            return chunk
-        found = checksum(chunk.path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--source_dir: {error}. Tokenize again, or bring the file back.") from error
-    if chunk.xxh3_128 is not None and found != chunk.xxh3_128:
-        raise UserError(f"--source_dir: {chunk.path}: its content differs from its checksum. Tokenize again.")
-    return dataclasses.replace(chunk, xxh3_128=found)
+    return for_each_chunk(check, plan.paths, plan.chunks, "verify")
 
 
-def same_file_system(chunks: list[SourceChunk], target: Path) -> bool:
-    """Whether a hard link from the first chunk into `target` works; that is the only sure test."""
-    from utils.files import temporary_sibling
-
+def links_work(source: Path, target: Path) -> bool:
+    """Whether a hard link from the file `source` into `target` works; that is the only sure test."""
     probe = temporary_sibling(target / "probe")
     try:
-        os.link(chunks[0].path, probe)
+        os.link(source, probe)
     except OSError as error:
         if error.errno in NO_LINK_ERRNOS:
             return False
@@ -98,68 +96,49 @@ def same_file_system(chunks: list[SourceChunk], target: Path) -> bool:
     return True
 
 
-def place_chunk(chunk: SourceChunk, target: Path, link: bool) -> SourceChunk:
+def place_chunk(source: Path, chunk: Chunk, target: Path, link: bool) -> Chunk:
     """Put the file under its name in `target`, unless an interrupted run has done so. Never overwrites another file."""
-    from utils.files import checksum
-
     path = target / chunk.name
     if path.exists():
-        if path.samefile(chunk.path):
+        if path.samefile(source):
             return chunk
-        if path.stat().st_size == chunk.bytes and checksum(path) == (chunk.xxh3_128 or checksum(chunk.path)):
+        if path.stat().st_size == chunk.bytes and checksum(path) == (chunk.xxh3_128 or checksum(source)):
             return chunk
         raise UserError(
             f"--target_dir={target}: {chunk.name} is there already and is another file. Give a new directory."
         )
     if link:
         try:
-            os.link(chunk.path, path)
+            os.link(source, path)
             return chunk
         except OSError as error:
             if error.errno not in NO_LINK_ERRNOS:  # this folder may lie on another file system than the first
                 raise
-    return copy_verified(chunk, path)
+    return copy_verified(source, chunk, path)
 
 
-def copy_verified(chunk: SourceChunk, path: Path) -> SourceChunk:
+def copy_verified(source: Path, chunk: Chunk, path: Path) -> Chunk:
     """Copy, then compare what was read with the checksum; raises UserError and leaves nothing if they differ."""
-    import xxhash
-
-    from utils.files import atomic_write
-
     digest = xxhash.xxh3_128()
-    with atomic_write(path) as target, open(chunk.path, "rb", buffering=0) as source:
-        while block := source.read(8 << 20):
+    with atomic_write(path) as copy, open(source, "rb", buffering=0) as original:
+        while block := original.read(COPY_BLOCK_BYTES):
             digest.update(block)
-            target.write(block)
+            copy.write(block)
         found = digest.hexdigest()
-        if chunk.xxh3_128 is not None and found != chunk.xxh3_128:
-            raise UserError(f"--source_dir: {chunk.path}: its content differs from its checksum. Tokenize again.")
+        if chunk.xxh3_128 not in (None, found):
+            raise UserError(f"--source_dir: {source}: its content differs from its checksum. Tokenize again.")
     return dataclasses.replace(chunk, xxh3_128=found)
 
 
-def in_parallel(work: Any, chunks: list[SourceChunk], label: str) -> list[SourceChunk]:
-    """Apply `work` to every chunk on a few threads, in order, with a progress bar; all user errors at once."""
-    from utils.console import Progress
-
-    problems = Problems()
-    done = []
-    with (
-        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
-        Progress(label, sum(chunk.bytes for chunk in chunks)) as progress,
-    ):
-        futures: collections.deque = collections.deque()
-
-        def finish_oldest() -> None:
-            done.append(problems.collect(futures.popleft().result))
-            progress.advance(chunks[len(done) - 1].bytes, f"{len(done):,} of {len(chunks):,} chunks")
-
-        for chunk in chunks:
-            futures.append(pool.submit(work, chunk))
-            if len(futures) > 4 * THREADS:
-                finish_oldest()
-        while futures:
-            finish_oldest()
+def for_each_chunk(
+    work: Callable[[Path, Chunk], Chunk], paths: list[Path], chunks: list[Chunk], label: str
+) -> list[Chunk]:
+    """Apply `work` to every chunk on a few threads, with a progress bar; all user errors at once."""
+    problems, done = Problems(), []
+    with console.Progress(label, sum(chunk.bytes for chunk in chunks)) as progress:
+        for chunk, future in zip(chunks, submit_ahead(work, paths, chunks, num_threads=THREADS)):
+            done.append(problems.collect(future.result))
+            progress.advance(chunk.bytes, f"{len(done):,} of {len(chunks):,} chunks")
     problems.raise_if_any()
     return done
 
@@ -168,15 +147,13 @@ def in_parallel(work: Any, chunks: list[SourceChunk], label: str) -> list[Source
 # Publish
 
 
-def fingerprint_of(chunks: list[SourceChunk]) -> str:
+def fingerprint_of(chunks: list[Chunk]) -> str:
     """Changes when the merged dataset changes; from checksums where they are known, else from names and counts."""
     parts = [f"{chunk.name} {chunk.xxh3_128 or (chunk.documents, chunk.tokens, chunk.bytes)}" for chunk in chunks]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def merged_manifest(plan: Plan, chunks: list[SourceChunk]) -> dict[str, Any]:
-    from utils.manifest import made_by
-
+def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
     inherited = plan.manifest or {}
     content = {
         "documents": sum(chunk.documents for chunk in chunks),
@@ -194,34 +171,22 @@ def merged_manifest(plan: Plan, chunks: list[SourceChunk]) -> dict[str, Any]:
         "tokenizer": inherited.get("tokenizer"),
         "fingerprint": fingerprint_of(chunks),
         "content": content,
-        "files": [
-            {"name": c.name, "documents": c.documents, "tokens": c.tokens, "bytes": c.bytes, "xxh3_128": c.xxh3_128}
-            for c in chunks
-        ],
+        "files": [dataclasses.asdict(chunk) for chunk in chunks],
         "inputs": inherited.get("inputs", []),
     }
 
 
-def publish(plan: Plan, chunks: list[SourceChunk], target: Path) -> dict[str, Any]:
+def publish(plan: Plan, chunks: list[Chunk], target: Path) -> dict[str, Any]:
     """index.json, then manifest.json."""
-    from tokenization.chunk_writer import make_index
-    from utils.chunks import INDEX_NAME, Chunk
-    from utils.files import fsync_directory, write_json
-    from utils.manifest import write_manifest
-
     fsync_directory(target)
     manifest = merged_manifest(plan, chunks)
-    entries = [Chunk(chunk.name, chunk.documents, chunk.tokens, chunk.bytes) for chunk in chunks]
-    write_json(target / INDEX_NAME, make_index(entries, plan.dtype, plan.chunk_tokens, manifest["fingerprint"]))
+    write_json(target / INDEX_NAME, make_index(chunks, plan.dtype, plan.chunk_tokens, manifest["fingerprint"]))
     write_manifest(target, manifest)
     return manifest
 
 
-def check_target(target: Path, chunks: list[SourceChunk]) -> None:
+def check_target(target: Path, chunks: list[Chunk]) -> None:
     """Refuse a directory with anything in it but an interrupted merge of the same chunks."""
-    from utils.chunks import INDEX_NAME
-    from utils.files import is_temporary, remove_temporaries
-
     if target.exists() and not target.is_dir():
         raise UserError(f"--target_dir={target}: is a file. Give a directory that is new or empty.")
     if not target.exists():
@@ -239,9 +204,6 @@ def check_target(target: Path, chunks: list[SourceChunk]) -> None:
 
 def check_index_is_ours(source: Path) -> None:
     """--mode=index writes index.json and manifest.json into the source: refuse to replace an index of somebody else's."""
-    from utils.chunks import INDEX_NAME
-    from utils.manifest import read_manifest
-
     if (source / INDEX_NAME).exists() and read_manifest(source) is None:
         raise UserError(
             f"--source_dir={source}: has an {INDEX_NAME} already, which --mode=index would replace. Move it away."
@@ -254,9 +216,6 @@ def finished_manifest(settings: Settings) -> dict[str, Any] | None:
     Raises:
         UserError: the target is another dataset than the source makes.
     """
-    from utils.chunks import read_index
-    from utils.manifest import read_manifest
-
     target, source = Path(settings.target_dir), Path(settings.source_dir)
     published = read_manifest(target)
     if published is None or published["kind"] != "dataset":
@@ -333,7 +292,7 @@ def main(settings: Settings) -> None:
     link = False
     if settings.mode in ("link", "move"):
         target.mkdir(parents=True, exist_ok=True)
-        link = same_file_system(plan.chunks, target)
+        link = links_work(plan.paths[0], target)
         if not link:
             console.say("source and target lie on different file systems: copying")
     copies = not link and settings.mode != "index"
@@ -342,10 +301,11 @@ def main(settings: Settings) -> None:
         settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
     )
     console.say(f"verify: sizes, document offsets{', checksums' if by_checksum or copies else ''}")
-    chunks = in_parallel(lambda chunk: verify_chunk(chunk, plan.dtype, by_checksum), plan.chunks, "verify")
+    chunks = verify_chunks(plan, by_checksum)
     if settings.mode != "index":
         target.mkdir(parents=True, exist_ok=True)
-        chunks = in_parallel(lambda chunk: place_chunk(chunk, target, link), chunks, "link" if link else "copy")
+        place = functools.partial(place_chunk, target=target, link=link)
+        chunks = for_each_chunk(place, plan.paths, chunks, "link" if link else "copy")
     manifest = publish(plan, chunks, target)
     if settings.mode == "move":
         remove_sources(source, target)

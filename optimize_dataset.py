@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenization.job import UnitRecord
 from tokenization.output import (
     ProgressFile,
     check_all_are_here,
@@ -192,13 +193,13 @@ def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile
             while queue and workers.num_free() > 0:
                 workers.submit(plan.job, queue.popleft())
             # Records first: an error must not lose what was finished beside it.
-            for unit, outcome in sorted(workers.finished(), key=lambda done: not isinstance(done[1], dict)):
+            for unit, outcome in sorted(workers.finished(), key=lambda done: isinstance(done[1], Exception)):
                 left -= 1
                 record = record_of(outcome, plan)
                 progress_file.append(record)
-                documents += record["train"]["documents"] + record["val"]["documents"]
-                tokens += record["train"]["tokens"] + record["val"]["tokens"]
-                busy_s += sum(record["seconds"].values())
+                documents += record.documents
+                tokens += record.tokens
+                busy_s += sum(record.seconds.values())
                 progress.advance(
                     unit.text_bytes,
                     f"{console.human_count(documents)} documents | {console.human_count(tokens)} tokens | "
@@ -207,12 +208,12 @@ def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile
                 )
 
 
-def record_of(outcome: dict[str, Any] | BaseException, plan: Plan) -> dict[str, Any]:
+def record_of(outcome: UnitRecord | Exception, plan: Plan) -> UnitRecord:
     """A finished unit's record; what went wrong in it becomes a UserError where the user can mend it."""
     from tokenization.encoder import EncodingMismatch
     from tokenization.parquet import CorruptRowGroup
 
-    if isinstance(outcome, dict):
+    if isinstance(outcome, UnitRecord):
         return outcome
     go_on = f"the same command goes on:\n  {console.this_command()}"
     if isinstance(outcome, CorruptRowGroup):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class ChunkWriter:
         self._lengths: list[np.ndarray] = []
         self._tokens = 0
         self._documents = 0
-        self.chunks: list[dict[str, Any]] = []
+        self.chunks: list[Chunk] = []
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents that lie one after the other.
@@ -122,13 +121,8 @@ class ChunkWriter:
                 view = memoryview(np.ascontiguousarray(piece)).cast("B")
                 digest.update(view)
                 file.write(view)
-        chunk = Chunk(
-            name=path.name,
-            documents=self._documents,
-            tokens=self._tokens,
-            bytes=header.nbytes + self._tokens * np.dtype(self._dtype).itemsize,
-        )
-        self.chunks.append({**dataclasses.asdict(chunk), "xxh3_128": digest.hexdigest()})
+        size = header.nbytes + self._tokens * np.dtype(self._dtype).itemsize
+        self.chunks.append(Chunk(path.name, self._documents, self._tokens, size, digest.hexdigest()))
         self._pieces, self._lengths, self._tokens, self._documents = [], [], 0, 0
 
 

@@ -9,6 +9,8 @@ import dataclasses
 import re
 from typing import Any
 
+from utils.chunks import Chunk
+
 SPLITS = ("train", "val")
 HASH_RANGE = 1 << 64
 CHUNK_PATTERN = re.compile(r"chunk-\d{7,}-\d+\.bin")
@@ -60,19 +62,18 @@ class Job:
     """Leave out row groups that cannot be read, instead of failing."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class SplitRecord:
     """What a unit put into one split."""
 
-    chunks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """name, documents, tokens, bytes, xxh3_128 of each chunk file."""
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     """UTF-8 bytes of the documents, before tokenization."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class UnitRecord:
     """The result of a unit; as JSON, a line of progress.jsonl."""
 
@@ -98,8 +99,11 @@ class UnitRecord:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> UnitRecord:
-        splits = {split: SplitRecord(**record.pop(split)) for split in SPLITS}
-        return cls(**splits, **record)
+        """Raises KeyError or TypeError where it is not the record of a unit."""
+        for split in SPLITS:
+            chunks = [Chunk(**chunk) for chunk in record[split]["chunks"]]
+            record[split] = SplitRecord(**{**record[split], "chunks": chunks})
+        return cls(**record)
 
     @property
     def documents(self) -> int:

@@ -23,7 +23,7 @@ from utils.errors import WorkerDied
 from utils.machine import raise_open_file_limit
 
 if TYPE_CHECKING:
-    from tokenization.job import Job, Unit
+    from tokenization.job import Job, Unit, UnitRecord
 
 FOLDER = "0"
 """Sub-folder of train/ and val/: this machine is the only node."""
@@ -92,9 +92,9 @@ class LocalWorkers:
         worker.unit, worker.job = unit, job
         self._send(worker, (news, unit))
 
-    def finished(self) -> list[tuple[Unit, dict[str, Any] | BaseException]]:
+    def finished(self) -> list[tuple[Unit, UnitRecord | Exception]]:
         """Wait until at least one unit is done: each with its record, or what went wrong."""
-        done: list[tuple[Unit, dict[str, Any] | BaseException]] = []
+        done: list[tuple[Unit, UnitRecord | Exception]] = []
         while not done:
             pipes = {worker.pipe: i for i, worker in enumerate(self._workers) if worker.unit is not None}
             for pipe in multiprocessing.connection.wait(list(pipes)):
@@ -150,7 +150,7 @@ def serve(pipe: Connection) -> None:
                 from tokenization.tokenize_unit import process_encoder, tokenize_unit
 
                 encoder = process_encoder(job, lambda: tokenizer)
-                answer = dataclasses.asdict(tokenize_unit(job, unit, FOLDER, encoder))
+                answer = tokenize_unit(job, unit, FOLDER, encoder)
             except BaseException as error:  # a panic of Rust's code is no Exception
                 answer = _as_message(error)
             pipe.send(answer)

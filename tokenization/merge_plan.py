@@ -8,31 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from utils import console
-from utils.chunks import INDEX_NAME, read_index
+from utils.chunks import INDEX_NAME, Chunk, Index, read_index
 from utils.errors import Problems, UserError
 from utils.manifest import read_manifest
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceChunk:
-    """A chunk file, where it lies and what it is called in the merged dataset."""
-
-    path: Path
-    name: str
-    """In the merged dataset."""
-    documents: int
-    tokens: int
-    bytes: int
-    xxh3_128: str | None
-    """None where the source has no manifest, until the file was read."""
-
-
-@dataclasses.dataclass
 class Plan:
     """The merged dataset, before it exists."""
 
-    chunks: list[SourceChunk]
-    """In the order of the merged dataset."""
+    chunks: list[Chunk]
+    """In the order of the merged dataset, under their names in it; checksums where the source has a manifest."""
+    paths: list[Path]
+    """Where each of them is now."""
     dtype: str
     chunk_tokens: int | None
     manifest: dict[str, Any] | None
@@ -96,11 +84,11 @@ def make_plan(settings: Any) -> Plan:
         )
     problems.raise_if_any()
 
-    chunks = named_chunks(folders, indexes, manifests, settings.mode == "index")
+    paths, chunks = named_chunks(folders, indexes, manifests, settings.mode == "index")
     if not chunks:
         raise UserError(f"--source_dir={source}: its {len(folders)} folders hold no chunks. Tokenize again.")
     sizes = [index.chunk_tokens for index in indexes if index.chunk_tokens]
-    return Plan(chunks, indexes[0].dtype, max(sizes, default=None), above or manifests[0])
+    return Plan(chunks, paths, indexes[0].dtype, max(sizes, default=None), above or manifests[0])
 
 
 def check_same(folders: list[Path], values: list[Any], what: str, problems: Problems) -> None:
@@ -156,20 +144,21 @@ def check_manifests(
             )
 
 
-def named_chunks(folders: list[Path], indexes: list[Any], manifests: list[Any], in_place: bool) -> list[SourceChunk]:
-    """All chunks in their final order, by unit and not by node, under names that are unique."""
-    chunks = []
+def named_chunks(
+    folders: list[Path], indexes: list[Index], manifests: list[dict[str, Any] | None], in_place: bool
+) -> tuple[list[Path], list[Chunk]]:
+    """All chunks in their final order, by unit and not by node: where they are, and what they are under unique names."""
+    found = []
     for folder, index, manifest in zip(folders, indexes, manifests):
         checksums = {file["name"]: file["xxh3_128"] for file in manifest["files"]} if manifest else {}
         for chunk in index.chunks:
             name = f"{folder.name}/{chunk.name}" if in_place else chunk.name
-            path = folder / chunk.name
-            chunks.append(
-                SourceChunk(path, name, chunk.documents, chunk.tokens, chunk.bytes, checksums.get(chunk.name))
-            )
+            entry = dataclasses.replace(chunk, name=name, xxh3_128=checksums.get(chunk.name))
+            found.append((folder / chunk.name, entry))
     if all(manifests):
-        return sorted(chunks, key=lambda chunk: natural_key(chunk.path.name))
-    if in_place:
-        return chunks
-    # litdata calls the first chunk of every node chunk-0-0.bin: keep the folders' order, and number anew.
-    return [dataclasses.replace(chunk, name=f"chunk-{i:07d}-0.bin") for i, chunk in enumerate(chunks)]
+        found.sort(key=lambda item: natural_key(item[0].name))
+    paths, chunks = [path for path, _ in found], [chunk for _, chunk in found]
+    if not all(manifests) and not in_place:
+        # litdata calls the first chunk of every node chunk-0-0.bin: keep the folders' order, and number them again.
+        chunks = [dataclasses.replace(chunk, name=f"chunk-{i:07d}-0.bin") for i, chunk in enumerate(chunks)]
+    return paths, chunks

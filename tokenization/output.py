@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -23,7 +24,7 @@ from tokenization.chunk_writer import make_index
 from tokenization.job import CHUNK_PATTERN, SPLITS, UnitRecord
 from tokenization.plan import PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, Plan
 from utils import console
-from utils.chunks import INDEX_NAME, Chunk
+from utils.chunks import INDEX_NAME
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries, write_json
 from utils.manifest import MANIFEST_NAME, made_by, read_manifest, write_manifest
@@ -128,15 +129,15 @@ class ProgressFile:
             unit: record
             for unit, record in records.items()
             if all(
-                _size(output_dir / split / record.folder / chunk["name"]) == chunk["bytes"]
+                _size(output_dir / split / record.folder / chunk.name) == chunk.bytes
                 for split in SPLITS
                 for chunk in getattr(record, split).chunks
             )
         }
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: UnitRecord) -> None:
         self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+        self._file.write(json.dumps(dataclasses.asdict(record), sort_keys=True).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -157,9 +158,7 @@ def remove_unrecorded_files(output_dir: Path, records: dict[int, Any]) -> None:
     """Delete temporaries, and chunks of units that did not get as far as a record (a worker or node died)."""
     remove_temporaries(output_dir)
     for split in SPLITS:
-        kept = {
-            (record.folder, chunk["name"]) for record in records.values() for chunk in getattr(record, split).chunks
-        }
+        kept = {(record.folder, chunk.name) for record in records.values() for chunk in getattr(record, split).chunks}
         for folder in _sub_folders(output_dir / split):
             remove_temporaries(folder)
             for name in os.listdir(folder):
@@ -214,9 +213,9 @@ def publish(plan: Plan, records: dict[int, Any], output_dir: Path) -> dict[str, 
                 per_folder[record.folder].append(record)
         for folder, folder_records in per_folder.items():
             path = output_dir / split / folder
-            files = [chunk for record in folder_records for chunk in getattr(record, split).chunks]
-            chunks = [Chunk(c["name"], c["documents"], c["tokens"], c["bytes"]) for c in files]
-            fingerprint = hashlib.sha256("".join(c["xxh3_128"] for c in files).encode()).hexdigest()
+            chunks = [chunk for record in folder_records for chunk in getattr(record, split).chunks]
+            files = [dataclasses.asdict(chunk) for chunk in chunks]
+            fingerprint = hashlib.sha256("".join(chunk.xxh3_128 for chunk in chunks).encode()).hexdigest()
             write_json(path / INDEX_NAME, make_index(chunks, plan.job.dtype, plan.job.chunk_tokens, fingerprint))
             content = _content(folder_records, split, plan.job.dtype)
             write_manifest(path, {**common, "split": split, "content": content, "files": files, "inputs": []})

@@ -5,12 +5,12 @@ A local path, or a URL that pyarrow (`s3://`, `gs://`, `abfs://`, `hdfs://`) or 
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tokenization.threads import submit_ahead
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -170,29 +170,19 @@ def _is_text(arrow_type: pa.DataType) -> bool:
 
 
 def read_footers(
-    url: str, entries: Iterable[FileEntry], text_column: str
+    url: str, entries: Sequence[FileEntry], text_column: str
 ) -> Iterator[tuple[FileEntry, Footer | None, str | None]]:
     """Footers in the order of `entries`, read in parallel, a bounded number ahead.
 
     Yields:
         (entry, footer, None), or (entry, None, reason) for a file that cannot be used.
     """
-    import collections
-
-    def read(entry: FileEntry) -> tuple[FileEntry, Footer | None, str | None]:
+    read = functools.partial(read_footer, url, text_column=text_column)
+    for entry, future in zip(entries, submit_ahead(read, entries, num_threads=FOOTER_THREADS)):
         try:
-            return entry, read_footer(url, entry, text_column), None
+            yield entry, future.result(), None
         except ValueError as error:
-            return entry, None, str(error)
-
-    with concurrent.futures.ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        ahead: collections.deque = collections.deque()
-        for entry in entries:
-            ahead.append(pool.submit(read, entry))
-            if len(ahead) > 4 * FOOTER_THREADS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            yield entry, None, str(error)
 
 
 def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_column: str) -> Iterator[pa.Array]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from utils.errors import WorkerDied
 from utils.node_check import check_nodes, probe_in
 
 if TYPE_CHECKING:
-    from tokenization.job import Job, Unit
+    from tokenization.job import Job, Unit, UnitRecord
 
 CHECKED_PACKAGES = ("ray", "pyarrow", "gigatoken", "tokenizers", "awkward", "numpy", "xxhash")
 
@@ -63,11 +62,11 @@ class RayWorkers:
         reference = self._task.remote(self._jobs[id(job)][1], unit, self._folders, [self._tokenizer])
         self._running[reference] = unit
 
-    def finished(self) -> list[tuple[Unit, dict[str, Any] | BaseException]]:
+    def finished(self) -> list[tuple[Unit, UnitRecord | Exception]]:
         """Wait until at least one unit is done, or nodes may have come: each with its record, or what went wrong."""
         import ray
 
-        done: list[tuple[Unit, dict[str, Any] | BaseException]] = []
+        done: list[tuple[Unit, UnitRecord | Exception]] = []
         for reference in ray.wait(list(self._running), num_returns=1, timeout=10)[0]:
             unit = self._running.pop(reference)
             try:
@@ -87,7 +86,7 @@ def _check_nodes(job: Job) -> list[dict[str, str]]:
         return check_nodes({"--output_dir": [probe], **seen_by_all}, CHECKED_PACKAGES)
 
 
-def tokenize_on_node(job: Job, unit: Unit, folders: dict[str, str], tokenizer: list) -> dict[str, Any]:
+def tokenize_on_node(job: Job, unit: Unit, folders: dict[str, str], tokenizer: list) -> UnitRecord:
     """The Ray task. `tokenizer` holds a reference, so that only a process that needs the files' content fetches it."""
     import ray
 
@@ -96,4 +95,4 @@ def tokenize_on_node(job: Job, unit: Unit, folders: dict[str, str], tokenizer: l
     node_id = ray.get_runtime_context().get_node_id()
     folder = folders.get(node_id, f"node-{node_id[:12]}")  # a node that joined after the start
     encoder = process_encoder(job, lambda: ray.get(tokenizer[0]))
-    return dataclasses.asdict(tokenize_unit(job, unit, folder, encoder))
+    return tokenize_unit(job, unit, folder, encoder)

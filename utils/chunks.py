@@ -19,10 +19,12 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import checksum
 from utils.manifest import safe_member
 
 INDEX_NAME = "index.json"
@@ -33,9 +35,9 @@ CODE_OF_DTYPE = {"int32": 16, "int64": 18, "uint16": 20}
 DTYPE_OF_CODE = {15: "int32", **{code: dtype for dtype, code in CODE_OF_DTYPE.items()}, 17: "int64"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk file as the index names it."""
+    """One chunk file: what index.json says about it, and its checksum, which manifests and progress.jsonl have too."""
 
     name: str
     """Path relative to the directory of the index, with '/'."""
@@ -43,6 +45,8 @@ class Chunk:
     tokens: int
     bytes: int
     """Of the whole file, header included."""
+    xxh3_128: str | None = None
+    """Of the whole file; None while nobody has read it."""
 
 
 def header_bytes(num_documents: int) -> int:
@@ -77,6 +81,42 @@ def read_documents(path: str | os.PathLike, dtype: str) -> list[np.ndarray]:
     offsets = read_document_offsets(path)
     raw = np.memmap(path, mode="r")
     return [raw[start:end].view(np.dtype(dtype).newbyteorder("<")) for start, end in itertools.pairwise(offsets)]
+
+
+def verify(
+    path: str | os.PathLike, chunk: Chunk, dtype: str, depth: Literal["size", "offsets", "checksum"] = "offsets"
+) -> Chunk:
+    """Compare a chunk file with its entry.
+
+    Args:
+        dtype: of the tokens.
+        depth: compare the size alone; the counts of documents and tokens too, which the header tells; or every byte too.
+
+    Returns:
+        The entry, with the file's checksum if that was computed.
+
+    Raises:
+        ValueError: the file is not what the entry says.
+        OSError: the file cannot be read.
+    """
+    size = os.path.getsize(path)
+    if size != chunk.bytes:
+        raise ValueError(f"{path}: {size:,} bytes, the index says {chunk.bytes:,}")
+    if depth == "size":
+        return chunk
+    offsets = read_document_offsets(path)
+    documents, tokens = len(offsets) - 1, int(offsets[-1] - offsets[0]) // np.dtype(dtype).itemsize
+    if (documents, tokens) != (chunk.documents, chunk.tokens):
+        raise ValueError(
+            f"{path}: holds {documents:,} documents and {tokens:,} tokens, the index says {chunk.documents:,} and "
+            f"{chunk.tokens:,}"
+        )
+    if depth == "offsets":
+        return chunk
+    found = checksum(path)
+    if chunk.xxh3_128 not in (None, found):
+        raise ValueError(f"{path}: its content differs from its checksum")
+    return dataclasses.replace(chunk, xxh3_128=found)
 
 
 @dataclasses.dataclass(frozen=True)

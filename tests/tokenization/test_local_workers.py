@@ -70,8 +70,7 @@ def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet
             workers.submit(job, good)
             ((unit, outcome),) = workers.finished()
             assert (
-                unit is good
-                and outcome["train"]["documents"] == pq.read_metadata(parquet_dir / name).row_group(0).num_rows
+                unit is good and outcome.train.documents == pq.read_metadata(parquet_dir / name).row_group(0).num_rows
             )
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64
     finally:
