@@ -15,34 +15,34 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import errno
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tokenization.job import UnitRecord
+from tokenization.job import Job, Plan, Unit, UnitRecord
 from tokenization.output import (
     ProgressFile,
     check_all_are_here,
     check_nothing_lost,
-    check_same_plan,
     open_output,
     publish,
     remove_unrecorded_files,
+    was_begun_with,
 )
-from tokenization.plan import Plan, check_disk_space, free_bytes, make_plan
 from utils import cli, console
-from utils.errors import UserError, WorkerDied
+from utils.errors import UserError
 from utils.machine import available_cpus
+from utils.ray_cluster import find_cluster, ray_session
 
-TASK_RETRIES = 3
+if TYPE_CHECKING:  # pyarrow is imported with them, which --help has no time for
+    from tokenization.workers import Workers
 
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """What step 1 takes: the text, its tokenizer, where the tokens go, and how the work is cut and spread."""
 
     input_dir: str
     """Directory with the parquet files, searched recursively; a local path or a URL."""
@@ -95,67 +95,52 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
         f"tokens: {' and '.join(around)} added to each document, stored as {plan.job.dtype}, vocabulary of "
         f"{plan.tokenizer['vocab_size']:,}"
     )
+    unit_bytes = plan.text_bytes / max(len(plan.units), 1)
     console.say(
-        f"work: {console.counted(len(plan.units), 'unit')} of about {console.human_bytes(plan.text_bytes / max(len(plan.units), 1))} of text, "
+        f"work: {console.counted(len(plan.units), 'unit')} of about {console.human_bytes(unit_bytes)} of text, "
         f"chunks of {plan.job.chunk_tokens:,} tokens, {100 * settings.val_fraction:g}% of the documents for validation"
     )
 
 
-def print_estimates(plan: Plan, settings: Settings) -> None:
-    """For --dry_run: tokens from a sample of the text, disk, cores, time."""
-    import numpy as np
+def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dict[int, UnitRecord]:
+    """Do the units that have no record yet and, where no document became validation data, some of them again."""
+    from tokenization.plan import check_disk_space
 
-    from tokenization.encoder import Encoder
-    from tokenization.parquet import CorruptRowGroup, stream_texts
-
-    encoder = Encoder(plan.tokenizer_json.read_bytes(), settings.parse_special_tokens)
-    sampled_bytes = sampled_tokens = sampled_documents = 0
-    seconds = 0.0
-    for unit in plan.units[:: max(1, len(plan.units) // 8)][:8]:
-        piece = unit.ranges[0]
-        path = plan.job.paths[piece.file_index]
-        groups = range(piece.first, piece.first + 1)
-        try:
-            for texts in stream_texts(settings.input_dir, path, piece.file_index, groups, settings.text_column):
-                texts = texts.drop_null()
-                if not texts.nbytes:
-                    continue
-                start = time.perf_counter()
-                ids, _ = encoder.encode(texts)
-                seconds += time.perf_counter() - start
-                sampled_bytes += texts.nbytes
-                sampled_tokens += len(ids) + len(texts)
-                sampled_documents += len(texts)
-                break
-        except CorruptRowGroup as error:
-            console.warn(f"{path}, row group {error.row_group}: {error.reason}; the run would stop there")
-    tokens = plan.text_bytes * sampled_tokens / max(sampled_bytes, 1)
-    disk_bytes = tokens * np.dtype(plan.job.dtype).itemsize
-    cores = settings.num_workers or available_cpus()
-    # The sample is encoded with a cold cache and encoding is about half of the work: the two about cancel.
-    estimated_s = plan.text_bytes * seconds / max(sampled_bytes, 1) / cores
-    console.result(
-        f"estimate from {sampled_documents:,} documents: {console.human_count(tokens)} tokens, "
-        f"{console.human_bytes(disk_bytes)} on disk ({console.human_bytes(free_bytes(settings.output_dir))} free), "
-        f"about {console.human_seconds(estimated_s)} on {cores} cores of this kind"
-    )
-
-
-def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
-    """tokenizer.json, and what gigatoken is to load: made once here, not once in every worker."""
-    from tokenization.encoder import fast_tokenizer_json
-
-    tokenizer_json = plan.tokenizer_json.read_bytes()
-    return tokenizer_json, fast_tokenizer_json(tokenizer_json, plan.job.parse_special_tokens)
+    output_dir = Path(settings.output_dir)
+    records = progress_file.finished()
+    remove_unrecorded_files(output_dir, records)
+    if records:
+        console.say(f"resume: {len(records)} of {len(plan.units)} units were finished")
+    left = [unit for unit in plan.units if unit.index not in records]
+    check_disk_space(plan, settings.output_dir, done_bytes=plan.text_bytes - sum(unit.text_bytes for unit in left))
+    try:
+        with contextlib.ExitStack() as stack:
+            workers = None
+            if left:
+                workers = stack.enter_context(start_workers(plan, settings))
+                run_units(plan, plan.job, left, workers, progress_file)
+                records = progress_file.finished()
+            check_all_are_here(plan, records)
+            again, val_threshold = units_to_redo_for_validation(plan, records)
+            if again:
+                workers = workers or stack.enter_context(start_workers(plan, settings))
+                run_units(
+                    plan, dataclasses.replace(plan.job, val_threshold=val_threshold), again, workers, progress_file
+                )
+                records = progress_file.finished()
+    except BaseException:
+        # What other workers were writing must not fill the disk until the next run.
+        with contextlib.suppress(OSError):
+            remove_unrecorded_files(output_dir, progress_file.finished())
+        raise
+    remove_unrecorded_files(output_dir, records)
+    return records
 
 
 @contextlib.contextmanager
-def start_workers(plan: Plan, settings: Settings) -> Iterator[Any]:
-    """Processes that tokenize: on the Ray cluster, or without one on this machine (RayWorkers or LocalWorkers)."""
-    from utils.ray_cluster import find_cluster, ray_session
-
-    def load() -> tuple[bytes, bytes]:
-        return load_tokenizer(plan)
+def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
+    """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
+    from tokenization.workers import load_tokenizer
 
     cluster = find_cluster(settings.address)
     if cluster is None:
@@ -163,39 +148,35 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Any]:
 
         num_workers = settings.num_workers or min(available_cpus(), len(plan.units))
         console.say(f"this machine: {num_workers} worker process{'es'[: 2 * (num_workers != 1)]}")
-        with LocalWorkers(num_workers, load, TASK_RETRIES) as workers:
+        with contextlib.closing(LocalWorkers(num_workers, lambda: load_tokenizer(plan))) as workers:
             yield workers
     else:
-        from tokenization.ray_workers import RayWorkers
-
         with ray_session(cluster):
-            ray_workers = RayWorkers(settings.num_workers, plan.job, load, TASK_RETRIES)
+            from tokenization.ray_workers import RayWorkers  # imports ray, which must find the session's environment
+
+            ray_workers = RayWorkers(settings.num_workers, plan.job, lambda: load_tokenizer(plan))
             nodes, cpus = len(ray_workers.nodes), ray_workers.num_cpus()
             console.say(f"cluster: {console.counted(nodes, 'node')}, {console.counted(cpus, 'CPU')}")
             yield ray_workers
 
 
-def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile, done_bytes: int) -> None:
-    """Tokenize `units`, largest first; append a record for each as it is finished.
-
-    Args:
-        workers: what `start_workers` gives.
-        done_bytes: of text that an earlier run finished.
-    """
-    from utils.console import Progress
+def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progress_file: ProgressFile) -> None:
+    """Tokenize `units`, largest first; append a record for each as it is finished."""
+    from tokenization.workers import record_or_user_error
 
     queue = collections.deque(sorted(units, key=lambda unit: (-unit.text_bytes, unit.index)))
     left = len(queue)
     documents = tokens = 0
     busy_s = 0.0
-    with Progress("tokenize", plan.text_bytes, done_bytes) as progress:
+    done_bytes = plan.text_bytes - sum(unit.text_bytes for unit in units)
+    with console.Progress("tokenize", plan.text_bytes, done_bytes) as progress:
         while left:
             while queue and workers.num_free() > 0:
-                workers.submit(plan.job, queue.popleft())
+                workers.submit(job, queue.popleft())
             # Records first: an error must not lose what was finished beside it.
             for unit, outcome in sorted(workers.finished(), key=lambda done: isinstance(done[1], Exception)):
                 left -= 1
-                record = record_of(outcome, plan)
+                record = record_or_user_error(outcome, plan)
                 progress_file.append(record)
                 documents += record.documents
                 tokens += record.tokens
@@ -208,64 +189,30 @@ def run_units(plan: Plan, units: list, workers: Any, progress_file: ProgressFile
                 )
 
 
-def record_of(outcome: UnitRecord | Exception, plan: Plan) -> UnitRecord:
-    """A finished unit's record; what went wrong in it becomes a UserError where the user can mend it."""
-    from tokenization.encoder import EncodingMismatch
-    from tokenization.parquet import CorruptRowGroup
-
-    if isinstance(outcome, UnitRecord):
-        return outcome
-    go_on = f"the same command goes on:\n  {console.this_command()}"
-    if isinstance(outcome, CorruptRowGroup):
-        raise UserError(
-            f"--input_dir: {plan.job.paths[outcome.file_index]}, row group {outcome.row_group}: {outcome.reason}. Mend or "
-            "remove the file, or leave such row groups out with --on_bad_file=quarantine in a new --output_dir."
-        ) from outcome
-    if isinstance(outcome, EncodingMismatch):
-        raise UserError(
-            f"--tokenizer_dir={plan.tokenizer_json.parent}: the fast encoder disagrees with Hugging Face "
-            f"tokenizers, so nothing can be trusted: {outcome}. Please report this tokenizer."
-        ) from outcome
-    if isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise UserError(
-            f"--output_dir={plan.job.output_dir}: the disk is full ({outcome.strerror}). Nothing half-written "
-            f"was kept; make room, and {go_on}"
-        ) from outcome
-    if isinstance(outcome, OSError) and outcome.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        raise UserError(f"--output_dir={plan.job.output_dir}: cannot be written ({outcome}).") from outcome
-    if isinstance(outcome, OSError):
-        raise UserError(
-            f"reading or writing failed on a node ({type(outcome).__name__}: {outcome}). Then {go_on}"
-        ) from outcome
-    if isinstance(outcome, WorkerDied):
-        raise UserError(
-            f"a worker process died {TASK_RETRIES + 1} times on the same unit, most likely for want of memory ({outcome}). "
-            f"Lower --num_workers or --unit_bytes; {go_on}"
-        ) from outcome
-    raise outcome
-
-
-def raise_threshold_if_val_is_empty(plan: Plan, records: dict[int, Any]) -> list:
+def units_to_redo_for_validation(plan: Plan, records: dict[int, UnitRecord]) -> tuple[list[Unit], int]:
     """Small inputs can have no hash below the threshold: then the smallest hash of all is validation data.
 
     Returns:
-        The units to do again with the raised threshold, which becomes the plan's.
+        The units to do again, and the threshold to do them with.
+
+    Raises:
+        UserError: there is no document at all.
     """
     if any(record.min_hash < plan.job.val_threshold for record in records.values()):
-        return []
-    smallest = min((record.min_hash for record in records.values()), default=None)
-    if smallest is None or sum(record.documents for record in records.values()) == 0:
+        return [], plan.job.val_threshold
+    if not any(record.documents for record in records.values()):
         raise UserError(f"--input_dir: no document with text in column {plan.job.text_column!r}. Give files with text.")
-    plan.job = dataclasses.replace(plan.job, val_threshold=smallest + 1)
+    smallest = min(record.min_hash for record in records.values())
     # A run that was interrupted here may have done some of them again already.
-    return [
+    again = [
         unit
         for unit in plan.units
         if records[unit.index].min_hash == smallest and not records[unit.index].val.documents
     ]
+    return again, smallest + 1
 
 
-def report(plan: Plan, records: dict[int, Any], manifest: dict[str, Any], elapsed_s: float) -> None:
+def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: float) -> None:
     content = manifest["content"]
     for split in ("train", "val"):
         part = content[split]
@@ -322,14 +269,18 @@ def say_next(settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
+    from tokenization.plan import check_disk_space, make_plan
+
     start = time.monotonic()
     output_dir = Path(settings.output_dir)
     plan = make_plan(settings)
     describe_plan(plan, settings)
     if settings.dry_run:
-        check_same_plan(plan, output_dir)
-        check_disk_space(plan, settings.output_dir, 0)
-        print_estimates(plan, settings)
+        from tokenization.estimate import print_estimates
+
+        was_begun_with(plan, output_dir)
+        check_disk_space(plan, settings.output_dir, done_bytes=0)
+        print_estimates(plan, settings.output_dir, settings.num_workers)
         console.say("nothing was written; leave --dry_run out to begin")
         return
     manifest = open_output(plan, output_dir)
@@ -339,41 +290,15 @@ def main(settings: Settings) -> None:
         return
 
     with ProgressFile(output_dir) as progress_file:
-        records = progress_file.finished(output_dir)
-        remove_unrecorded_files(output_dir, records)
-        if records:
-            console.say(f"resume: {len(records)} of {len(plan.units)} units were finished")
-        left = [unit for unit in plan.units if unit.index not in records]
-        done_bytes = plan.text_bytes - sum(unit.text_bytes for unit in left)
-        check_disk_space(plan, settings.output_dir, done_bytes)
-        if "://" not in settings.input_dir:  # workers run in other directories
-            plan.job = dataclasses.replace(plan.job, input_dir=os.path.abspath(settings.input_dir))
-        try:
-            with contextlib.ExitStack() as stack:
-                workers = stack.enter_context(start_workers(plan, settings)) if left else None
-                if left:
-                    run_units(plan, left, workers, progress_file, done_bytes)
-                    records = progress_file.finished(output_dir)
-                check_all_are_here(plan, records)
-                again = raise_threshold_if_val_is_empty(plan, records)
-                if again:
-                    workers = workers or stack.enter_context(start_workers(plan, settings))
-                    run_units(plan, again, workers, progress_file, plan.text_bytes)
-                    records = progress_file.finished(output_dir)
-        except BaseException:
-            # What other workers were writing must not fill the disk until the next run.
-            with contextlib.suppress(OSError):
-                remove_unrecorded_files(output_dir, progress_file.finished(output_dir))
-            raise
+        records = tokenize(plan, settings, progress_file)
         check_nothing_lost(plan, records)
-        if not sum(record.train.documents for record in records.values()):
+        if not any(record.train.documents for record in records.values()):
             raise UserError(
                 f"--val_fraction={settings.val_fraction}: every document became validation data. Give more documents, "
                 "or a smaller fraction, and a new --output_dir."
             )
-        remove_unrecorded_files(output_dir, records)
         manifest = publish(plan, records, output_dir)
-    report(plan, records, manifest, time.monotonic() - start)
+    report(records, manifest, time.monotonic() - start)
     say_next(settings)
 
 

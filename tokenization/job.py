@@ -1,4 +1,4 @@
-"""What the driver and the workers of step 1 hand to each other: the job, its units, and the record of a finished unit.
+"""What the parts of step 1 hand to each other: the plan, the job, its units, and the record of a finished unit.
 
 A unit's chunks are OUT/{train,val}/NODE/chunk-UNIT-i.bin; its record is a line of OUT/progress.jsonl.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 from utils.chunks import Chunk
@@ -43,6 +44,7 @@ class Job:
     """What is the same for all units of a run."""
 
     input_dir: str
+    """A URL, or an absolute path: workers run in other directories."""
     paths: tuple[str, ...]
     """Of the input files, relative to input_dir."""
     output_dir: str
@@ -60,6 +62,28 @@ class Job:
     """Shuffle the documents inside a unit; None: keep their order."""
     quarantine: bool
     """Leave out row groups that cannot be read, instead of failing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the settings and the input amount to."""
+
+    job: Job
+    units: list[Unit]
+    inputs: list[dict[str, Any]]
+    """path, bytes, rows, fingerprint of each usable parquet file, sorted by path."""
+    quarantined: list[dict[str, Any]]
+    """Files left out, with the reason."""
+    settings: dict[str, Any]
+    """Those that shape the result; for the manifest."""
+    tokenizer: dict[str, Any]
+    tokenizer_json: Path
+    fingerprint: str
+    """SHA-256 of settings, tokenizer and inputs: the identity of the result."""
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(unit.text_bytes for unit in self.units)
 
 
 @dataclasses.dataclass(slots=True)

@@ -17,13 +17,13 @@ import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tokenization.job import Job, Unit, UnitRecord
+from tokenization.tokenize_unit import process_encoder, tokenize_unit
+from tokenization.workers import MAX_RETRIES, Workers
 from utils.errors import WorkerDied
 from utils.machine import raise_open_file_limit
-
-if TYPE_CHECKING:
-    from tokenization.job import Job, Unit, UnitRecord
 
 FOLDER = "0"
 """Sub-folder of train/ and val/: this machine is the only node."""
@@ -38,15 +38,17 @@ class _Worker:
     """The last one that it was given."""
 
 
-class LocalWorkers:
-    """`num_workers` processes that tokenize one unit at a time each; tokenization/ray_workers.py has the same methods.
+class LocalWorkers(Workers):
+    """`num_workers` processes of this machine.
 
     Args:
         load_tokenizer: gives tokenizer.json and `fast_tokenizer_json` of it; called once, while the processes start.
         max_retries: how often a unit is tried again when its process died.
     """
 
-    def __init__(self, num_workers: int, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int):
+    def __init__(
+        self, num_workers: int, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int = MAX_RETRIES
+    ):
         # Not fork: Arrow's threads would not survive it.
         self._context = multiprocessing.get_context("spawn")
         raise_open_file_limit(256 + 4 * num_workers)  # a process takes three of ours
@@ -79,21 +81,18 @@ class LocalWorkers:
             worker.pipe.send(message)
 
     def num_free(self) -> int:
-        """Units that can be submitted now."""
         return sum(worker.unit is None for worker in self._workers)
 
     def submit(self, job: Job, unit: Unit) -> None:
-        """Give a unit to a free process."""
         worker = next(worker for worker in self._workers if worker.unit is None)
         self._hand(worker, job, unit)
 
     def _hand(self, worker: _Worker, job: Job, unit: Unit) -> None:
-        news = None if worker.job is job else job  # it lists all input files: not with every unit
+        new_job = None if worker.job is job else job  # it lists all input files: not with every unit
         worker.unit, worker.job = unit, job
-        self._send(worker, (news, unit))
+        self._send(worker, (new_job, unit))
 
     def finished(self) -> list[tuple[Unit, UnitRecord | Exception]]:
-        """Wait until at least one unit is done: each with its record, or what went wrong."""
         done: list[tuple[Unit, UnitRecord | Exception]] = []
         while not done:
             pipes = {worker.pipe: i for i, worker in enumerate(self._workers) if worker.unit is not None}
@@ -120,14 +119,8 @@ class LocalWorkers:
         self._hand(self._workers[i], dead.job, dead.unit)
         return None
 
-    def __enter__(self) -> LocalWorkers:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def close(self) -> None:
-        """End all processes, whatever they do: what they were at is not recorded, and will be done again."""
+        """End all processes, whatever they are doing: it has no record yet, and will be done again."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -138,17 +131,12 @@ class LocalWorkers:
 def serve(pipe: Connection) -> None:
     """The process: the tokenizer first, then units until the pipe ends."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
-
-    with contextlib.suppress(Exception):  # said with the first unit; here it only saves time
-        import tokenization.tokenize_unit  # noqa: F401
     try:
         tokenizer, job = pipe.recv(), None
         while True:
-            news, unit = pipe.recv()
-            job = news or job
+            new_job, unit = pipe.recv()
+            job = new_job or job
             try:
-                from tokenization.tokenize_unit import process_encoder, tokenize_unit
-
                 encoder = process_encoder(job, lambda: tokenizer)
                 answer = tokenize_unit(job, unit, FOLDER, encoder)
             except BaseException as error:  # a panic of Rust's code is no Exception

@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import xxhash
 
 from tokenization.threads import submit_ahead
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FOOTER_THREADS = 32
 # Text that is decoded at a time. Large enough that the per-batch cost vanishes, small enough for the caches.
@@ -66,18 +68,13 @@ def open_input(url: str) -> tuple[Any, str]:
     Raises:
         UserError: no file system for such a URL, or it does not answer.
     """
-    import pyarrow.fs as pafs
-
     if "://" not in url:
         return pafs.LocalFileSystem(), url
     try:
         return pafs.FileSystem.from_uri(url)
     except Exception as pyarrow_error:
         try:
-            import fsspec
-
-            filesystem, path = fsspec.core.url_to_fs(url)
-            return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+            return pafs.FileSystem.from_uri(f"fsspec+{url}")
         except Exception as error:
             raise UserError(
                 f"--input_dir={url}: neither pyarrow ({pyarrow_error}) nor fsspec ({error}) opens this URL. "
@@ -91,8 +88,6 @@ def list_parquet_files(url: str) -> list[FileEntry]:
     Raises:
         UserError: nothing there, or no parquet file in it.
     """
-    import pyarrow.fs as pafs
-
     filesystem, base = open_input(url)
     base = base.rstrip("/")
     try:
@@ -127,10 +122,6 @@ def _member(url: str, path: str) -> tuple[Any, str]:
 
 def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
     """Raises ValueError saying what is wrong with the file, UserError when it could not be read at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import xxhash
-
     filesystem, path = _member(url, entry.path)
     try:
         with filesystem.open_input_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
@@ -162,8 +153,6 @@ def leaf_index(metadata: Any, column: str) -> int:
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:
-    import pyarrow as pa
-
     if pa.types.is_dictionary(arrow_type):
         arrow_type = arrow_type.value_type
     return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type)
@@ -185,7 +174,9 @@ def read_footers(
             yield entry, None, str(error)
 
 
-def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_column: str) -> Iterator[pa.Array]:
+def stream_texts(
+    url: str, path: str, file_index: int, row_groups: Sequence[int], text_column: str
+) -> Iterator[pa.Array]:
     """The text column of some row groups, a few MB at a time, in bounded memory.
 
     Args:
@@ -198,11 +189,8 @@ def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_c
         CorruptRowGroup: a page cannot be decoded.
         OSError: the file could not be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     filesystem, full_path = _member(url, path)
-    group, rows = row_groups.start, 0
+    group, rows = row_groups[0], 0
     try:
         # A read buffer instead of pre_buffer: a row group of a million rows must not be held as a whole.
         with (
@@ -230,8 +218,6 @@ def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_c
 
 
 def _as_plain_text(column: pa.Array) -> pa.Array:
-    import pyarrow as pa
-
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column
     return column.cast(pa.large_string())

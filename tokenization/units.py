@@ -6,8 +6,8 @@ one unit, a large file makes several. The same input and settings give the same 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
 
 from tokenization.job import RowGroupRange, Unit
 from tokenization.parquet import Footer
@@ -34,39 +34,45 @@ def default_chunk_tokens(input_bytes: int) -> int:
     return BASE_CHUNK_TOKENS * max(1, min(MAX_CHUNK_FACTOR, input_bytes // BYTES_PER_CHUNK_FACTOR))
 
 
-def plan_units(footers: Iterable[tuple[int, Footer]], unit_bytes: int, limit_rows: int | None = None) -> list[Unit]:
-    """Pack row groups, in order, until a unit holds at least `unit_bytes` of text.
+class UnitPacker:
+    """Packs row groups, in the order in which the files are added, until a unit holds enough text.
 
     Args:
-        footers: (index of the file, its footer), sorted by path.
         unit_bytes: target size of a unit, in bytes of text; a row group is never cut.
-        limit_rows: plan only the first so many rows.
+        limit_rows: pack only the first so many rows.
     """
-    units: list[Unit] = []
-    ranges: list[RowGroupRange] = []
-    rows = text_bytes = planned_rows = 0
 
-    def close() -> None:
-        nonlocal ranges, rows, text_bytes
-        if rows:
-            overshoot = 0 if limit_rows is None else planned_rows - limit_rows
-            units.append(Unit(len(units), tuple(ranges), rows, text_bytes, rows - overshoot if overshoot > 0 else None))
-        ranges, rows, text_bytes = [], 0, 0
+    def __init__(self, unit_bytes: int, limit_rows: int | None = None):
+        self._unit_bytes, self._limit_rows = unit_bytes, limit_rows
+        self._units: list[Unit] = []
+        self._ranges: list[RowGroupRange] = []
+        self._rows = self._text_bytes = self._packed_rows = 0
 
-    for file_index, footer in footers:
-        for group, (group_rows, group_bytes) in enumerate(zip(footer.rows, footer.text_bytes)):
-            if limit_rows is not None and planned_rows >= limit_rows:
-                break
-            if group_rows == 0:
+    def add(self, file_index: int, footer: Footer) -> None:
+        for group, (rows, text_bytes) in enumerate(zip(footer.rows, footer.text_bytes)):
+            if self._limit_rows is not None and self._packed_rows >= self._limit_rows:
+                return
+            if rows == 0:
                 continue
-            if ranges and ranges[-1].file_index == file_index and ranges[-1].last == group:
-                ranges[-1] = RowGroupRange(file_index, ranges[-1].first, group + 1)
+            last = self._ranges[-1] if self._ranges else None
+            if last and (last.file_index, last.last) == (file_index, group):
+                self._ranges[-1] = dataclasses.replace(last, last=group + 1)
             else:
-                ranges.append(RowGroupRange(file_index, group, group + 1))
-            rows += group_rows
-            text_bytes += group_bytes
-            planned_rows += group_rows
-            if text_bytes >= unit_bytes:
-                close()
-    close()
-    return units
+                self._ranges.append(RowGroupRange(file_index, group, group + 1))
+            self._rows += rows
+            self._text_bytes += text_bytes
+            self._packed_rows += rows
+            if self._text_bytes >= self._unit_bytes:
+                self._close_unit()
+
+    def finish(self) -> list[Unit]:
+        """All units, the last one however small it is."""
+        if self._rows:
+            self._close_unit()
+        return self._units
+
+    def _close_unit(self) -> None:
+        excess_rows = 0 if self._limit_rows is None else self._packed_rows - self._limit_rows
+        max_rows = self._rows - excess_rows if excess_rows > 0 else None
+        self._units.append(Unit(len(self._units), tuple(self._ranges), self._rows, self._text_bytes, max_rows))
+        self._ranges, self._rows, self._text_bytes = [], 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import resource
 
@@ -63,7 +64,7 @@ def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-        with LocalWorkers(1, load, max_retries=0) as workers:
+        with contextlib.closing(LocalWorkers(1, load, max_retries=0)) as workers:
             workers.submit(job, bad)
             ((unit, outcome),) = workers.finished()
             assert unit is bad and isinstance(outcome, FileNotFoundError), outcome
