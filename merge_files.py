@@ -1,15 +1,16 @@
-"""Step 2: merge the folders that the nodes wrote into one dataset. Moves no bytes where it can.
+"""Step 2: merge the folders that the nodes wrote into one dataset, without moving bytes where that is possible.
 
     python merge_files.py --source_dir=OUT/train --target_dir=DATA/train
     python merge_files.py --source_dir=OUT/val   --target_dir=DATA/val
 
-DATA/train then holds the chunk files, one index.json that litdata and litgpt read, and a manifest.json. Their order
-is that of the input text, so the dataset is the same whichever nodes tokenized it. Run again after a crash to finish.
+DATA/train then holds the chunk files, one index.json that litdata and litgpt read, and a manifest.json. The chunks are
+in the order of the input text, so the dataset is the same whichever nodes tokenized it. Run the same command again
+after a crash to finish.
 
---mode=link   hard links, no bytes copied; a verified copy where source and target lie on different file systems
---mode=copy   a verified copy
---mode=move   like link, and the sources' names of the linked files are removed when the dataset is published
---mode=index  no files: --target_dir must be --source_dir, which gets one index.json that names the sub-folders
+--mode=link   makes hard links; copies and verifies where source and target are on different file systems
+--mode=copy   copies and verifies
+--mode=move   links, and removes the linked files' names from the source when the dataset is published
+--mode=index  makes no files: --target_dir must be --source_dir, which gets one index.json that names the sub-folders
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from utils.files import (
 )
 from utils.manifest import made_by, read_manifest, write_manifest
 
-# Up to so much, reading everything once to compare checksums is a matter of a minute.
+# Below this size, reading everything once to compare checksums takes about a minute.
 AUTO_VERIFY_BYTES = 64 << 30
 THREADS = 8
 COPY_BLOCK_BYTES = 8 << 20
@@ -52,7 +53,7 @@ NO_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """What step 2 takes: the folders of one split, where the dataset goes, and how the files get there."""
 
     source_dir: str
     """Directory whose sub-folders hold chunks and an index.json each, for example OUT/train."""
@@ -71,6 +72,28 @@ class Settings:
 # Work
 
 
+def collect_chunks(plan: Plan, settings: Settings) -> list[Chunk]:
+    """Verify every chunk and put it into the target; returns the chunks with the checksums that were computed."""
+    in_place, target, link = settings.mode == "index", Path(settings.target_dir), False
+    if settings.mode in ("link", "move"):
+        target.mkdir(parents=True, exist_ok=True)
+        link = links_work(plan.paths[0], target)
+        if not link:
+            console.say("source and target are on different file systems: copying")
+    copies = not link and not in_place
+    # What is copied is compared on the way.
+    by_checksum = not copies and (
+        settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
+    )
+    console.say(f"verify: sizes, document offsets{', checksums' if by_checksum or copies else ''}")
+    chunks = verify_chunks(plan, by_checksum)
+    if in_place:
+        return chunks
+    target.mkdir(parents=True, exist_ok=True)
+    place = functools.partial(place_chunk, target=target, link=link)
+    return for_each_chunk(place, plan.paths, chunks, "link" if link else "copy")
+
+
 def verify_chunks(plan: Plan, checksums: bool) -> list[Chunk]:
     """Compare every file with its index entry; returns the chunks, with their checksums if the content was read."""
 
@@ -84,7 +107,7 @@ def verify_chunks(plan: Plan, checksums: bool) -> list[Chunk]:
 
 
 def links_work(source: Path, target: Path) -> bool:
-    """Whether a hard link from the file `source` into `target` works; that is the only sure test."""
+    """Whether a hard link from the file `source` into `target` works; trying it is the only sure test."""
     probe = temporary_sibling(target / "probe")
     try:
         os.link(source, probe)
@@ -112,7 +135,7 @@ def place_chunk(source: Path, chunk: Chunk, target: Path, link: bool) -> Chunk:
             os.link(source, path)
             return chunk
         except OSError as error:
-            if error.errno not in NO_LINK_ERRNOS:  # this folder may lie on another file system than the first
+            if error.errno not in NO_LINK_ERRNOS:  # this folder may be on another file system than the first
                 raise
     return copy_verified(source, chunk, path)
 
@@ -177,7 +200,7 @@ def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
 
 
 def publish(plan: Plan, chunks: list[Chunk], target: Path) -> dict[str, Any]:
-    """index.json, then manifest.json."""
+    """Write index.json, then manifest.json, which completes the dataset."""
     fsync_directory(target)
     manifest = merged_manifest(plan, chunks)
     write_json(target / INDEX_NAME, make_index(chunks, plan.dtype, plan.chunk_tokens, manifest["fingerprint"]))
@@ -203,7 +226,7 @@ def check_target(target: Path, chunks: list[Chunk]) -> None:
 
 
 def check_index_is_ours(source: Path) -> None:
-    """--mode=index writes index.json and manifest.json into the source: refuse to replace an index of somebody else's."""
+    """--mode=index writes index.json and manifest.json into the source: refuse to replace somebody else's index."""
     if (source / INDEX_NAME).exists() and read_manifest(source) is None:
         raise UserError(
             f"--source_dir={source}: has an {INDEX_NAME} already, which --mode=index would replace. Move it away."
@@ -233,9 +256,9 @@ def finished_manifest(settings: Settings) -> dict[str, Any] | None:
 
 
 def remove_sources(source: Path, target: Path) -> None:
-    """After a published move: drop the names below `source` of files that now have a name in `target`.
+    """After a published move: remove the names below `source` of files that now have a name in `target`.
 
-    Where bytes were copied the sources stay: they are other files, and deleting them is for their owner.
+    Where bytes were copied the sources stay: they are other files, and deleting them is up to their owner.
     """
     moved = {(status.st_dev, status.st_ino) for status in (entry.stat() for entry in os.scandir(target))}
     for path in [*source.glob("*.bin"), *source.glob("*/*.bin")]:
@@ -246,9 +269,8 @@ def remove_sources(source: Path, target: Path) -> None:
 
 def say_result(manifest: dict[str, Any], target: Path) -> None:
     content = manifest["content"]
-    console.result(
-        f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {console.counted(content['chunks'], 'chunk')}"
-    )
+    chunks = console.counted(content["chunks"], "chunk")
+    console.result(f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {chunks}")
 
 
 def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
@@ -289,23 +311,7 @@ def main(settings: Settings) -> None:
         console.result(f"would {settings.mode} them to {target}")
         return
 
-    link = False
-    if settings.mode in ("link", "move"):
-        target.mkdir(parents=True, exist_ok=True)
-        link = links_work(plan.paths[0], target)
-        if not link:
-            console.say("source and target lie on different file systems: copying")
-    copies = not link and settings.mode != "index"
-    # What is copied is compared on the way.
-    by_checksum = not copies and (
-        settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
-    )
-    console.say(f"verify: sizes, document offsets{', checksums' if by_checksum or copies else ''}")
-    chunks = verify_chunks(plan, by_checksum)
-    if settings.mode != "index":
-        target.mkdir(parents=True, exist_ok=True)
-        place = functools.partial(place_chunk, target=target, link=link)
-        chunks = for_each_chunk(place, plan.paths, chunks, "link" if link else "copy")
+    chunks = collect_chunks(plan, settings)
     manifest = publish(plan, chunks, target)
     if settings.mode == "move":
         remove_sources(source, target)

@@ -3,10 +3,10 @@
     python optimize_dataset.py --input_dir=PARQUET --tokenizer_dir=CKPT --output_dir=OUT
     python optimize_dataset.py --input_dir=PARQUET --tokenizer_dir=CKPT --output_dir=OUT --dry_run
 
-Reads every *.parquet below PARQUET (a local path, or s3://, gs://, hf://datasets/..), writes
-OUT/{train,val}/NODE/chunk-*.bin with an index.json and a manifest.json a folder. Then run merge_files.py.
+Reads every *.parquet file below PARQUET (a local path, or s3://, gs://, hf://datasets/...), and writes
+OUT/{train,val}/NODE/chunk-*.bin, with an index.json and a manifest.json per folder. Then run merge_files.py.
 
-Run the same command again after a crash: finished units are kept, and the result is the same as without it.
+Run the same command again after a crash: finished units are kept, and the result is as if nothing had happened.
 Which documents are validation data depends on their text alone, and the chunks do not depend on the cluster.
 """
 
@@ -51,7 +51,7 @@ class Settings:
     output_dir: str
     """Directory to write; on a cluster one that all nodes mount."""
     text_column: str = "text"
-    """Column that holds the documents."""
+    """Column with the documents."""
     val_fraction: float = 0.005
     """Share of the documents that becomes validation data, chosen by a hash of the text; between 0 and 1."""
     add_bos: bool | None = None
@@ -59,19 +59,19 @@ class Settings:
     add_eos: bool | None = None
     """Put the EOS token after every document; null: as the tokenizer's configuration says."""
     parse_special_tokens: bool = False
-    """Turn a special token's literal text inside a document into its id; false: it is ordinary text."""
+    """Turn the literal text of a special token inside a document into the token's id; false: it is ordinary text."""
     shuffle_seed: int | None = None
     """Shuffle the documents inside each unit with this seed; null: keep their order."""
     limit_documents: int | None = None
-    """Use only the first so many rows, for a trial run; null: all."""
+    """Use only this many rows, the first ones, for a trial run; null: all."""
     on_bad_file: Literal["fail", "quarantine"] = "fail"
-    """A file or row group that cannot be read stops the run, or is left out and listed in quarantine.jsonl."""
+    """Whether a file or row group that cannot be read stops the run, or is left out and listed in quarantine.jsonl."""
     chunk_tokens: int | None = None
     """Tokens after which a chunk file is cut; null: 2049 * 8012 (64 MB in int32), up to 4 times that from 4 TiB on."""
     unit_bytes: int | None = None
-    """Bytes of text that one task takes at a time; null: from the input's size, 4 MiB to 1 GiB."""
+    """Bytes of text that a worker takes at a time; null: from the input's size, 4 MiB to 1 GiB."""
     num_workers: int | None = None
-    """Units at a time, each on one CPU; null: all CPUs of the cluster, or of this machine."""
+    """Number of units at a time, each on one CPU; null: all CPUs of the cluster, or of this machine."""
     address: str | None = None
     """Ray cluster to use, as HOST:PORT, or 'local' for processes of this machine; null: RAY_ADDRESS or the cluster that
     `ray start` started here, else this machine."""
@@ -220,12 +220,8 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
             f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
             f"{console.human_bytes(part['text_bytes'])} of text, {console.counted(part['chunks'], 'chunk')}"
         )
-    skipped = content["skipped_null"] + content["skipped_empty"]
-    console.say(
-        f"skipped: {content['skipped_null']:,} null and {content['skipped_empty']:,} empty texts"
-        if skipped
-        else "skipped: nothing"
-    )
+    null, empty = content["skipped_null"], content["skipped_empty"]
+    console.say(f"skipped: {null:,} null and {empty:,} empty texts" if null + empty else "skipped: nothing")
     if content["quarantined"]:
         console.warn(f"{content['quarantined']} files or row groups left out, listed in quarantine.jsonl")
     phases: collections.Counter = collections.Counter()
@@ -236,18 +232,14 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     busy_s = sum(phases.values()) or 1e-9
     tokens = sum(record.tokens for record in records.values())
     slowest = max(records.values(), key=lambda record: sum(record.seconds.values()))
-    backends = sorted({record.encoder for record in records.values()})
+    backends, checked = sorted({record.encoder for record in records.values()}), content["checked_documents"]
     console.say(
         f"speed: {console.human_count(tokens / busy_s)} tokens/s per core, {console.human_seconds(elapsed_s)} in all; "
         + ", ".join(f"{phase} {100 * seconds / busy_s:.0f}%" for phase, seconds in phases.most_common())
     )
     console.say(
         f"encoder: {', '.join(backends)}"
-        + (
-            f"; {content['checked_documents']:,} documents encoded by tokenizers too, all equal"
-            if content["checked_documents"]
-            else ""
-        )
+        + (f"; {checked:,} documents encoded by tokenizers too, all equal" if checked else "")
     )
     shares = ", ".join(
         f"{folder}: {100 * count / max(tokens, 1):.0f}%" for folder, count in sorted(tokens_of_folder.items())

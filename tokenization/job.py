@@ -41,7 +41,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is the same for all units of a run."""
+    """What all units of a run have in common."""
 
     input_dir: str
     """A URL, or an absolute path: workers run in other directories."""
@@ -55,6 +55,7 @@ class Job:
     bos_id: int | None
     """Put before every document; None: no BOS."""
     eos_id: int | None
+    """Put after every document; None: no EOS."""
     val_threshold: int
     """A document whose text hash is below it is validation data."""
     parse_special_tokens: bool
@@ -103,13 +104,13 @@ class UnitRecord:
 
     unit: int
     folder: str
-    """Sub-folder of train/ and val/ that the chunks are in: the node that did the work."""
+    """Sub-folder of train/ and val/ with the chunks; it stands for the node that did the work."""
     train: SplitRecord
     val: SplitRecord
     skipped_null: int = 0
     skipped_empty: int = 0
     min_hash: int = HASH_RANGE
-    """Smallest text hash of the unit: the document that becomes val if no hash is below the threshold."""
+    """Smallest text hash in the unit: that document can become validation data if no hash is below the threshold."""
     checked_documents: int = 0
     quarantined: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     encoder: str = ""
@@ -117,7 +118,7 @@ class UnitRecord:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Spent in read, hash, encode, check, assemble, write."""
     cpu_seconds: float = 0.0
-    """Processor time of the worker process meanwhile, all its threads: what a core is busy with, whoever else runs."""
+    """Processor time of the worker process on this unit, all threads, whatever else the machine was doing."""
     peak_bytes: int = 0
     """Largest resident memory of the worker process so far."""
 

@@ -1,7 +1,7 @@
 """Tokenization on this machine alone: a few processes, ready in two seconds, without a cluster around them.
 
-A process holds one end of a pipe: it reads a unit, and answers with the unit's record or with the exception that it met.
-A process that dies closes its end; its unit goes to a fresh process.
+A process holds one end of a pipe: it reads a unit, and answers with the unit's record or with the exception that was
+raised. A process that dies closes its end; its unit goes to a new process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Worker:
     pipe: Connection
     unit: Unit | None = None
     job: Job | None = None
-    """The last one that it was given."""
+    """The last one that it got."""
 
 
 class LocalWorkers(Workers):
@@ -51,7 +51,7 @@ class LocalWorkers(Workers):
     ):
         # Not fork: Arrow's threads would not survive it.
         self._context = multiprocessing.get_context("spawn")
-        raise_open_file_limit(256 + 4 * num_workers)  # a process takes three of ours
+        raise_open_file_limit(256 + 4 * num_workers)  # each process takes three descriptors here
         self._max_retries = max_retries
         self._deaths: dict[int, int] = {}
         self._tokenizer: tuple[bytes, bytes] | None = None
@@ -63,7 +63,7 @@ class LocalWorkers(Workers):
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=serve, args=(theirs,), name="tokenize", daemon=True)
-        # A child inherits what is blocked: Ctrl-C reaches the whole group, and it is for the parent to end its children.
+        # Ctrl-C reaches the whole process group. The children inherit that it is blocked: the parent ends them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
@@ -108,7 +108,7 @@ class LocalWorkers(Workers):
         return done
 
     def _replace(self, i: int) -> WorkerDied | None:
-        """Start a process in the place of one that died, and give it the unit; or say that this happened too often."""
+        """Start a process in place of one that died, and give it the unit; or say that this happened too often."""
         dead = self._workers[i]
         dead.process.join()
         self._deaths[dead.unit.index] = deaths = self._deaths.get(dead.unit.index, 0) + 1
@@ -139,7 +139,7 @@ def serve(pipe: Connection) -> None:
             try:
                 encoder = process_encoder(job, lambda: tokenizer)
                 answer = tokenize_unit(job, unit, FOLDER, encoder)
-            except BaseException as error:  # a panic of Rust's code is no Exception
+            except BaseException as error:  # a panic in Rust code is not an Exception
                 answer = _as_message(error)
             pipe.send(answer)
     except (EOFError, OSError):  # the parent is gone or has closed
@@ -147,7 +147,7 @@ def serve(pipe: Connection) -> None:
 
 
 def _as_message(error: BaseException) -> Exception:
-    """The error as the parent is to see it: itself if that survives the pipe, else its text."""
+    """The error as the parent gets it: itself if it survives the pipe, else its text."""
     text = "".join(traceback.format_exception(error))
     try:
         error.add_note(text)
@@ -159,6 +159,6 @@ def _as_message(error: BaseException) -> Exception:
 
 
 def _die_with_parent() -> None:
-    """Not even the unit at hand is finished: whoever takes the work up may be writing the same files already."""
+    """Do not even finish the current unit: whoever takes over the work may be writing the same files already."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

@@ -1,9 +1,9 @@
-"""What survives a crash of optimize_dataset.py, and what it publishes in the end.
+"""The output directory of optimize_dataset.py: what survives a crash, and what is published in the end.
 
 OUT/plan.json           settings, tokenizer and inputs: what the directory was begun with
 OUT/progress.jsonl      a line for each finished unit
 OUT/train/0/            chunk-*.bin as the units are finished; at the end index.json and manifest.json
-OUT/train/manifest.json, OUT/manifest.json      last: now the directory is complete
+OUT/train/manifest.json, OUT/manifest.json      written last: now the directory is complete
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def was_begun_with(plan: Plan, output_dir: Path) -> bool:
     """Whether `output_dir` was begun with this plan; False where it was not begun.
 
     Raises:
-        UserError: it was begun with other settings, another tokenizer or other inputs; names each difference.
+        UserError: it was begun with other settings, another tokenizer or other inputs; lists the differences.
     """
     path = output_dir / PLAN_NAME
     if not path.exists():
@@ -84,7 +84,7 @@ def was_begun_with(plan: Plan, output_dir: Path) -> bool:
     if differences:
         raise UserError(
             f"--output_dir={output_dir}: was begun with something else; nothing was touched. Give another "
-            "directory, or the former settings:\n  " + "\n  ".join(differences)
+            "directory, or the same settings as before:\n  " + "\n  ".join(differences)
         )
     return True
 
@@ -176,7 +176,7 @@ class ProgressFile:
 
 
 def _with_shared_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a hundred thousand records with the same keys, each key is held once."""
+    """A hundred thousand records have the same keys: hold each key once."""
     return {sys.intern(key): value for key, value in pairs}
 
 
@@ -188,7 +188,7 @@ def _size(path: Path) -> int:
 
 
 def remove_unrecorded_files(output_dir: Path, records: dict[int, UnitRecord]) -> None:
-    """Delete temporaries, and chunks of units that did not get as far as a record (a worker or node died)."""
+    """Delete temporaries, and chunks of units that have no record because a worker or node died."""
     remove_temporaries(output_dir)
     for split in SPLITS:
         kept = {(record.folder, chunk.name) for record in records.values() for chunk in getattr(record, split).chunks}
@@ -200,25 +200,25 @@ def remove_unrecorded_files(output_dir: Path, records: dict[int, UnitRecord]) ->
 
 
 def _sub_folders(directory: Path) -> list[Path]:
-    """Ours are directories, not links to somewhere else."""
+    """Those of the nodes are directories, not links to somewhere else."""
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
 
 
 def check_all_are_here(plan: Plan, records: dict[int, UnitRecord]) -> None:
-    """After the work every unit's chunks must be visible from here; raises UserError."""
+    """After the work, every unit's chunks must be visible from this machine; raises UserError if they are not."""
     missing = [unit.index for unit in plan.units if unit.index not in records]
     if missing:
         raise UserError(
-            f"--output_dir={plan.job.output_dir}: the chunks of {len(missing)} units were written, but are not to be seen "
-            f"from this machine (units {', '.join(map(str, missing[:5]))} ..). Give a directory that all nodes mount; the same "
-            "command does these units again."
+            f"--output_dir={plan.job.output_dir}: the chunks of {len(missing)} units were written, but cannot be seen "
+            f"from this machine (units {_some(list(map(str, missing)))}). Give a directory that all nodes mount; the "
+            "same command does these units again."
         )
 
 
 def check_nothing_lost(plan: Plan, records: dict[int, UnitRecord]) -> None:
-    """Rows that were planned and rows that were accounted for must agree."""
+    """Compare the rows that were planned with those that are accounted for; raises RuntimeError, since it is a bug."""
     for unit in plan.units:
         record = records[unit.index]
         planned = unit.rows if unit.max_rows is None else unit.max_rows
@@ -283,26 +283,12 @@ def _publish_split(
             with contextlib.suppress(OSError):
                 folder.rmdir()
     content = _content(records, split, plan.job.dtype)
-    write_manifest(
-        output_dir / split,
-        {
-            **common,
-            "split": split,
-            "content": content,
-            "files": [],
-            "inputs": plan.inputs,
-            "folders": sorted(per_folder),
-        },
-    )
+    whole = {"content": content, "files": [], "inputs": plan.inputs, "folders": sorted(per_folder)}
+    write_manifest(output_dir / split, {**common, "split": split, **whole})
     return content
 
 
 def _content(records: list[UnitRecord], split: str, dtype: str) -> dict[str, Any]:
     parts = [getattr(record, split) for record in records]
-    return {
-        "documents": sum(part.documents for part in parts),
-        "tokens": sum(part.tokens for part in parts),
-        "text_bytes": sum(part.text_bytes for part in parts),
-        "chunks": sum(len(part.chunks) for part in parts),
-        "dtype": dtype,
-    }
+    sums = {key: sum(getattr(part, key) for part in parts) for key in ("documents", "tokens", "text_bytes")}
+    return {**sums, "chunks": sum(len(part.chunks) for part in parts), "dtype": dtype}

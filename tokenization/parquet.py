@@ -1,6 +1,7 @@
-"""The parquet files of a dataset: finding them, reading their footers, streaming their text.
+"""The parquet files of a dataset: finds them, reads their footers, streams their text.
 
-A local path, or a URL that pyarrow (`s3://`, `gs://`, `abfs://`, `hdfs://`) or fsspec (`hf://datasets/..`, ..) reads.
+They are at a local path, or at a URL that pyarrow (`s3://`, `gs://`, `abfs://`, `hdfs://`, `hf://datasets/...`) or
+fsspec reads.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from tokenization.threads import submit_ahead
 from utils.errors import UserError
 
 FOOTER_THREADS = 32
-# Text that is decoded at a time. Large enough that the per-batch cost vanishes, small enough for the caches.
+# Text per batch. Large enough that the cost per batch vanishes, small enough for the processor's caches.
 BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 1 << 16
 READ_BUFFER_BYTES = 4 << 20
 
 
 class CorruptRowGroup(Exception):
-    """A row group whose footer was fine and whose pages are not."""
+    """A row group whose pages cannot be read, though the file's footer could."""
 
     def __init__(self, file_index: int, row_group: int, rows: int, reason: str):
         self.file_index, self.row_group, self.rows, self.reason = file_index, row_group, rows, reason
@@ -34,8 +35,8 @@ class CorruptRowGroup(Exception):
 
 
 def is_input_failure(error: Exception) -> bool:
-    """Whether reading failed, rather than what was read being wrong: another try may succeed, and nothing may be
-    quarantined for it. pyarrow sets errno for the operating system's errors, and words object stores' own."""
+    """Whether reading failed, and not whether what was read is wrong: another try may succeed, so nothing may be
+    quarantined. pyarrow sets errno for errors of the operating system, and only describes those of object stores."""
     remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
     return isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
 
@@ -51,7 +52,7 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Footer:
-    """What planning needs of a parquet file's footer."""
+    """What planning needs from a parquet file's footer."""
 
     rows: tuple[int, ...]
     """Of each row group."""
@@ -148,7 +149,7 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
 
 
 def leaf_index(metadata: Any, column: str) -> int:
-    """Position of a top-level column among the leaves, which is what row groups count: a struct before it has several."""
+    """Position of a top-level column among the leaves, which row groups count: a struct before it has several."""
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
 
 
@@ -209,7 +210,7 @@ def stream_texts(
                 batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes))
                 for batch in parquet.iter_batches(batch_rows, [group], [text_column], use_threads=False):
                     texts = _as_plain_text(batch.column(0))
-                    texts.validate(full=True)  # parquet readers do not look whether text is UTF-8
+                    texts.validate(full=True)  # parquet readers do not check whether text is UTF-8
                     yield texts
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         if is_input_failure(error):

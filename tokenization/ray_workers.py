@@ -1,4 +1,4 @@
-"""Tokenization on a Ray cluster: units as tasks on every node, tried again by Ray when a process or a node dies."""
+"""Tokenization on a Ray cluster: units are tasks on all nodes, which Ray tries again when a process or node dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RayWorkers(Workers):
     """Tasks on the cluster that this process is connected to.
 
     Args:
-        num_workers: tasks at a time; None: all CPUs, with the next task ready on each.
+        num_workers: tasks at a time; None: two per CPU, so that the next task is ready when one ends.
         job: its directories must be seen by every node.
         load_tokenizer: gives tokenizer.json and `fast_tokenizer_json` of it.
         max_retries: how often a unit is tried again when its process died.
@@ -51,7 +51,6 @@ class RayWorkers(Workers):
         return int(ray.cluster_resources().get("CPU", 1)) or 1
 
     def num_free(self) -> int:
-        # Twice the CPUs: the next unit lies ready on the node when one ends.
         return (self._num_workers or 2 * self.num_cpus()) - len(self._running)
 
     def submit(self, job: Job, unit: Unit) -> None:
@@ -62,7 +61,7 @@ class RayWorkers(Workers):
 
     def finished(self) -> list[tuple[Unit, UnitRecord | Exception]]:
         done: list[tuple[Unit, UnitRecord | Exception]] = []
-        # Not for ever: nodes may have come meanwhile, and can be given units.
+        # Not for ever: nodes that have joined meanwhile should get units.
         for reference in ray.wait(list(self._running), num_returns=1, timeout=10)[0]:
             unit = self._running.pop(reference)
             try:

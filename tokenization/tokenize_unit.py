@@ -27,8 +27,8 @@ from tokenization.encoder import Encoder, arrow_text_buffers
 from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
 from tokenization.parquet import CorruptRowGroup, stream_texts
 
-# Documents of a unit that are encoded by the reference too. It is a hundred times slower: so little text of each unit
-# costs a few percent of the time. A document above the last limit is never among them.
+# Documents of a unit that the reference encodes too. It is a hundred times slower: with so little text of each unit
+# it takes a few percent of the time. A document above the last limit is never among them.
 CHECKED_DOCUMENTS = 8
 MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 16 << 10
 CHECKED_SHARE = 1 / 2048
@@ -46,7 +46,7 @@ def text_hashes(texts: pa.Array) -> np.ndarray:
 def assemble(
     ids: np.ndarray, ends: np.ndarray, bos_id: int | None, eos_id: int | None, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put BOS before and EOS after every document.
+    """Put BOS before and EOS after every document; one of them at least.
 
     Args:
         ids: token ids of n documents, back to back, shape (tokens,).
@@ -55,23 +55,15 @@ def assemble(
     Returns:
         tokens, shape (tokens + n * specials,), and the length of each document in them, shape (n,).
     """
-    specials = (bos_id is not None) + (eos_id is not None)
-    lengths = np.diff(ends) + specials
-    out = np.empty(len(ids) + specials * len(lengths), dtype)
-    stops = np.cumsum(lengths)
-    is_text = np.ones(len(out), bool)
-    if bos_id is not None:
-        out[stops - lengths] = bos_id
-        is_text[stops - lengths] = False
-    if eos_id is not None:
-        out[stops - 1] = eos_id
-        is_text[stops - 1] = False
-    out[is_text] = ids
-    return out, lengths
+    around = [(token, at) for token, at in ((bos_id, ends[:-1]), (eos_id, ends[1:])) if token is not None]
+    # Document by document, so that EOS stands before the next document's BOS: both have the same place.
+    places = np.stack([at for _, at in around], axis=1).ravel()
+    values = np.tile([token for token, _ in around], len(ends) - 1)
+    return np.insert(ids.astype(dtype), places, values), np.diff(ends) + len(around)
 
 
 def sample_rows(document_bytes: np.ndarray, unit_bytes: int) -> list[int]:
-    """Which documents of a batch to check: some that lie apart, and no more text than the unit's size allows.
+    """Which documents of a batch to check: a few from all over it, and no more text than the unit's size allows.
 
     Args:
         document_bytes: UTF-8 bytes of each document, shape (n,).
@@ -112,7 +104,7 @@ def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRe
         except CorruptRowGroup as error:
             if not job.quarantine:
                 raise
-            # From the start without it: what a row group gave before its bad page must not depend on batch sizes.
+            # Start over without it: what a row group gave before its bad page must not depend on batch sizes.
             excluded[error.file_index, error.row_group] = error
         else:
             record.quarantined = [

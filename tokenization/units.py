@@ -1,7 +1,7 @@
-"""Cutting the input into units of work, from the sorted list of files and their footers alone.
+"""Cuts the input into units of work, from the sorted list of files and their footers alone.
 
-A unit is what one task tokenizes and what a crash can lose. It is a few row-group ranges: many small files make
-one unit, a large file makes several. The same input and settings give the same units on any cluster.
+A unit is what one worker tokenizes at a time, and what a crash can lose. It consists of row-group ranges: many small
+files make one unit, a large file makes several. The same input and settings give the same units on any cluster.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tokenization.parquet import Footer
 MIB = 1 << 20
 MIN_UNIT_BYTES = 4 * MIB
 MAX_UNIT_BYTES = 1024 * MIB
-# Enough units that the slowest one does not hold up a large cluster's end, few enough to schedule and record.
-AIMED_UNITS = 2048
+# Enough that the slowest unit does not hold up a large cluster at the end; few enough to schedule and record.
+TARGET_UNITS = 2048
 
-# litgpt's and litdata's habitual chunk: 8,012 blocks of 2,048 tokens and their successor. 64 MB in int32.
+# The chunk size in litgpt's and litdata's examples: 8,012 blocks of 2,048 tokens and their successor. 64 MB in int32.
 BASE_CHUNK_TOKENS = 2049 * 8012
 MAX_CHUNK_FACTOR = 4
 BYTES_PER_CHUNK_FACTOR = 1 << 40
@@ -26,11 +26,11 @@ BYTES_PER_CHUNK_FACTOR = 1 << 40
 
 def default_unit_bytes(input_bytes: int) -> int:
     """Target size of a unit, in bytes of text, for an input of `input_bytes` bytes of parquet files."""
-    return max(MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, math.ceil(input_bytes / AIMED_UNITS)))
+    return max(MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, math.ceil(input_bytes / TARGET_UNITS)))
 
 
 def default_chunk_tokens(input_bytes: int) -> int:
-    """64 MB chunks in int32; up to four times that from 4 TiB of parquet on, where the index would grow too long."""
+    """64 MB in int32, and from 2 TiB of parquet files on up to four times that, to keep the index short."""
     return BASE_CHUNK_TOKENS * max(1, min(MAX_CHUNK_FACTOR, input_bytes // BYTES_PER_CHUNK_FACTOR))
 
 

@@ -48,8 +48,8 @@ def record_or_user_error(outcome: UnitRecord | Exception, plan: Plan) -> UnitRec
     output_dir = f"--output_dir={plan.job.output_dir}"
     if isinstance(outcome, CorruptRowGroup):
         message = (
-            f"--input_dir: {plan.job.paths[outcome.file_index]}, row group {outcome.row_group}: {outcome.reason}. Fix or "
-            "remove the file, or leave such row groups out with --on_bad_file=quarantine in a new --output_dir."
+            f"--input_dir: {plan.job.paths[outcome.file_index]}, row group {outcome.row_group}: {outcome.reason}. Fix "
+            "or remove the file, or leave such row groups out with --on_bad_file=quarantine in a new --output_dir."
         )
     elif isinstance(outcome, EncodingMismatch):
         message = (
@@ -57,15 +57,17 @@ def record_or_user_error(outcome: UnitRecord | Exception, plan: Plan) -> UnitRec
             f"tokenizers, so nothing can be trusted: {outcome}. Please report this tokenizer."
         )
     elif isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"{output_dir}: the disk is full ({outcome.strerror}). Nothing half-written was kept; make room, and {go_on}"
+        message = (
+            f"{output_dir}: the disk is full ({outcome.strerror}). Nothing half-written was kept. Make room; {go_on}"
+        )
     elif isinstance(outcome, OSError) and outcome.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         message = f"{output_dir}: cannot be written ({outcome})."
     elif isinstance(outcome, OSError):
         message = f"reading or writing failed on a node ({type(outcome).__name__}: {outcome}). Then {go_on}"
     elif isinstance(outcome, WorkerDied):
         message = (
-            f"a worker process died {MAX_RETRIES + 1} times on the same unit, most likely for want of memory ({outcome}). "
-            f"Lower --num_workers or --unit_bytes; {go_on}"
+            f"a worker process died {MAX_RETRIES + 1} times on the same unit, most likely because it ran out of memory "
+            f"({outcome}). Lower --num_workers or --unit_bytes; {go_on}"
         )
     else:
         raise outcome

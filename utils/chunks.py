@@ -9,7 +9,7 @@ A chunk of three documents, little-endian (litdata/streaming/writer.py and item_
           |        '-------------------------------------^
           '-------- absolute byte positions; the last one is the file's size, so it is below 4 GiB
 
-litdata's reader ignores the offsets: it cuts the tokens into blocks and drops the chunk's last, incomplete one.
+litdata's reader ignores the offsets: it cuts the tokens into blocks, and drops the last block if it is incomplete.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def verify(
 
     Args:
         dtype: of the tokens.
-        depth: compare the size alone; the counts of documents and tokens too, which the header tells; or every byte too.
+        depth: compare the size alone; also the counts of documents and tokens, from the header; or also every byte.
 
     Returns:
         The entry, with the file's checksum if that was computed.
@@ -151,12 +151,12 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
         folders = sorted(index.parent.name for index in directory.glob(f"*/{INDEX_NAME}"))
         if folders:
             raise UserError(
-                f"{flag}={directory}: not merged yet: its chunks are in folders of their own ({', '.join(folders[:5])}). Merge them: "
-                f"python merge_files.py --source_dir={directory} --target_dir=DATA/{directory.name}"
+                f"{flag}={directory}: not merged yet: its chunks are in separate folders ({', '.join(folders[:5])}). "
+                f"Merge them: python merge_files.py --source_dir={directory} --target_dir=DATA/{directory.name}"
             )
         raise UserError(
-            f"{flag}={directory}: no {INDEX_NAME} in it. Give a directory of token chunks, made by optimize_dataset.py, "
-            "merge_files.py or litdata.optimize with TokensLoader."
+            f"{flag}={directory}: no {INDEX_NAME} in it. Give a directory of token chunks made by optimize_dataset.py, "
+            "merge_files.py, or litdata.optimize with TokensLoader."
         )
     try:
         raw = json.loads(path.read_bytes())
@@ -164,10 +164,11 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
         data_format = config["data_format"]
         listed = raw["chunks"]
         if not isinstance(listed, list) or not isinstance(config, dict):
-            raise TypeError("chunks is no list or config no object")
+            raise TypeError("chunks is not a list or config is not an object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({type(error).__name__}: {error}). Make the directory again."
+            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({type(error).__name__}: {error}). Make the directory "
+            "again."
         ) from error
 
     kind, _, code = str(data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else "").partition(
@@ -176,8 +177,8 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
     dtype = DTYPE_OF_CODE.get(int(code)) if code.isdecimal() else None
     if config.get("item_loader") != "TokensLoader" or kind != "no_header_tensor" or dtype is None:
         raise UserError(
-            f"{flag}={directory}: item_loader {config.get('item_loader')!r} with data_format {data_format!r} is no "
-            "dataset of tokens. Make it with optimize_dataset.py, or litdata.optimize(.., item_loader=TokensLoader())."
+            f"{flag}={directory}: item_loader {config.get('item_loader')!r} with data_format {data_format!r} is not a "
+            "dataset of tokens. Make it with optimize_dataset.py, or litdata.optimize(..., item_loader=TokensLoader())."
         )
     if config.get("compression") or config.get("encryption"):
         raise UserError(f"{flag}={directory}: compressed or encrypted chunks cannot be read in place. Make it without.")

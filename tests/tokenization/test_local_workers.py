@@ -1,4 +1,4 @@
-"""What a local worker process says when something goes wrong in it; its deaths are in test_optimize_dataset_crashes.py."""
+"""What a local worker process says when its work fails; its deaths are in test_optimize_dataset_crashes.py."""
 
 from __future__ import annotations
 
