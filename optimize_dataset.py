@@ -15,11 +15,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tokenization.job import Job, Plan, Unit, UnitRecord
 from tokenization.output import (
@@ -31,13 +32,11 @@ from tokenization.output import (
     remove_unrecorded_files,
     was_begun_with,
 )
+from tokenization.workers import MAX_RETRIES, Workers
 from utils import cli, console
-from utils.errors import UserError
+from utils.errors import UserError, WorkerDied
 from utils.machine import available_cpus
 from utils.ray_cluster import find_cluster, ray_session
-
-if TYPE_CHECKING:  # pyarrow is imported with them, which --help has no time for
-    from tokenization.workers import Workers
 
 
 @dataclasses.dataclass
@@ -137,11 +136,17 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
     return records
 
 
+def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
+    """tokenizer.json, and what gigatoken loads: made once, and not once per worker."""
+    from tokenization.encoder import fast_tokenizer_json
+
+    tokenizer_json = plan.tokenizer_json.read_bytes()
+    return tokenizer_json, fast_tokenizer_json(tokenizer_json, plan.job.parse_special_tokens)
+
+
 @contextlib.contextmanager
 def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
     """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
-    from tokenization.workers import load_tokenizer
-
     cluster = find_cluster(settings.address)
     if cluster is None:
         from tokenization.local_workers import LocalWorkers
@@ -162,8 +167,6 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
 
 def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progress_file: ProgressFile) -> None:
     """Tokenize `units`, largest first; append a record for each as it is finished."""
-    from tokenization.workers import record_or_user_error
-
     queue = collections.deque(sorted(units, key=lambda unit: (-unit.text_bytes, unit.index)))
     left = len(queue)
     documents = tokens = 0
@@ -187,6 +190,43 @@ def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progres
                     f"{console.human_count(tokens / progress.elapsed_s)} tokens/s | "
                     f"{console.human_count(tokens / busy_s)} tokens/s per core",
                 )
+
+
+def record_or_user_error(outcome: UnitRecord | Exception, plan: Plan) -> UnitRecord:
+    """A finished unit's record; what went wrong in it becomes a UserError where the user can fix it."""
+    from tokenization.encoder import EncodingMismatch
+    from tokenization.parquet import CorruptRowGroup
+
+    if isinstance(outcome, UnitRecord):
+        return outcome
+    go_on = f"the same command goes on:\n  {console.this_command()}"
+    output_dir = f"--output_dir={plan.job.output_dir}"
+    if isinstance(outcome, CorruptRowGroup):
+        message = (
+            f"--input_dir: {plan.job.paths[outcome.file_index]}, row group {outcome.row_group}: {outcome.reason}. Fix "
+            "or remove the file, or leave such row groups out with --on_bad_file=quarantine in a new --output_dir."
+        )
+    elif isinstance(outcome, EncodingMismatch):
+        message = (
+            f"--tokenizer_dir={plan.tokenizer_json.parent}: the fast encoder disagrees with Hugging Face "
+            f"tokenizers, so nothing can be trusted: {outcome}. Please report this tokenizer."
+        )
+    elif isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = (
+            f"{output_dir}: the disk is full ({outcome.strerror}). Nothing half-written was kept. Make room; {go_on}"
+        )
+    elif isinstance(outcome, OSError) and outcome.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        message = f"{output_dir}: cannot be written ({outcome})."
+    elif isinstance(outcome, OSError):
+        message = f"reading or writing failed on a node ({type(outcome).__name__}: {outcome}). Then {go_on}"
+    elif isinstance(outcome, WorkerDied):
+        message = (
+            f"a worker process died {MAX_RETRIES + 1} times on the same unit, most likely because it ran out of memory "
+            f"({outcome}). Lower --num_workers or --unit_bytes; {go_on}"
+        )
+    else:
+        raise outcome
+    raise UserError(message) from outcome
 
 
 def units_to_redo_for_validation(plan: Plan, records: dict[int, UnitRecord]) -> tuple[list[Unit], int]:

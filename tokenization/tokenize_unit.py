@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from tokenization.chunk_writer import ChunkWriter
@@ -198,13 +197,14 @@ def _texts_of(
             if not len(texts):
                 return
             rows_left -= len(texts)
-            is_text = pc.greater(pc.binary_length(texts), 0)  # null where the text is null
-            num_texts = is_text.true_count
             record.skipped_null += texts.null_count
-            record.skipped_empty += len(texts) - texts.null_count - num_texts
-            if num_texts < len(texts):
-                texts = texts.filter(is_text)
-            if num_texts:
+            if texts.null_count:
+                texts = texts.drop_null()
+            is_text = np.diff(arrow_text_buffers(texts)[0]) > 0
+            record.skipped_empty += len(texts) - int(is_text.sum())
+            if not is_text.all():
+                texts = texts.filter(pa.array(is_text))
+            if len(texts):
                 yield texts
 
 
@@ -231,7 +231,6 @@ def process_encoder(job: Job, load_tokenizer: Callable[[], tuple[bytes, bytes]])
 def _warm_up(encoder: Encoder) -> None:
     """First calls take half a second, which belongs to a process's start and not to its first unit."""
     texts = pa.array(["warm", "up"])
-    pc.greater(pc.binary_length(texts), 0)
     text_hashes(texts)
     encoder.encode(texts)
 
