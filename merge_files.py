@@ -1,42 +1,59 @@
-"""Step 2: merge the folders that the nodes wrote into one dataset. Moves no bytes where it can.
+"""Step 2: merge the folders that the nodes wrote into one dataset, without moving bytes where that is possible.
 
     python merge_files.py --source_dir=OUT/train --target_dir=DATA/train
     python merge_files.py --source_dir=OUT/val   --target_dir=DATA/val
 
-DATA/train then holds the chunk files, one index.json that litdata and litgpt read, and a manifest.json. Their order
-is that of the input text, so the dataset is the same whichever nodes tokenized it. Run again after a crash to finish.
+DATA/train then holds the chunk files, one index.json that litdata and litgpt read, and a manifest.json. The chunks are
+in the order of the input text, so the dataset is the same whichever nodes tokenized it. Run the same command again
+after a crash to finish.
 
---mode=link   hard links, no bytes copied; a verified copy where source and target lie on different file systems
---mode=copy   a verified copy
---mode=move   like link, and the sources' names of the linked files are removed when the dataset is published
---mode=index  no files: --target_dir must be --source_dir, which gets one index.json that names the sub-folders
+--mode=link   makes hard links; copies and verifies where source and target are on different file systems
+--mode=copy   copies and verifies
+--mode=move   links, and removes the linked files' names from the source when the dataset is published
+--mode=index  makes no files: --target_dir must be --source_dir, which gets one index.json that names the sub-folders
 """
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
 import errno
+import functools
 import glob
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenization.merge_plan import Plan, SourceChunk, make_plan
-from utils import cli, console
-from utils.errors import Problems, UserError
+import xxhash
 
-# Up to so much, reading everything once to compare checksums is a matter of a minute.
+from tokenization.chunk_writer import make_index
+from tokenization.merge_plan import Plan, make_plan
+from tokenization.threads import submit_ahead
+from utils import cli, console
+from utils.chunks import INDEX_NAME, Chunk, read_index, verify
+from utils.errors import Problems, UserError
+from utils.files import (
+    atomic_write,
+    checksum,
+    fsync_directory,
+    is_temporary,
+    remove_temporaries,
+    temporary_sibling,
+    write_json,
+)
+from utils.manifest import made_by, read_manifest, write_manifest
+
+# Below this size, reading everything once to compare checksums takes about a minute.
 AUTO_VERIFY_BYTES = 64 << 30
 THREADS = 8
+COPY_BLOCK_BYTES = 8 << 20
 NO_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """What step 2 takes: the folders of one split, where the dataset goes, and how the files get there."""
 
     source_dir: str
     """Directory whose sub-folders hold chunks and an index.json each, for example OUT/train."""
@@ -55,41 +72,45 @@ class Settings:
 # Work
 
 
-def verify_chunk(chunk: SourceChunk, dtype: str, checksums: bool) -> SourceChunk:
-    """Compare a chunk file with its index entry; raises UserError. Returns it with its checksum, if that was read."""
-    import numpy as np
-
-    from utils.chunks import read_document_offsets
-    from utils.files import checksum
-
-    try:
-        size = chunk.path.stat().st_size
-        if size != chunk.bytes:
-            raise ValueError(f"{chunk.path}: {size:,} bytes, the index says {chunk.bytes:,}")
-        offsets = read_document_offsets(chunk.path)
-        found_counts = (len(offsets) - 1, int(offsets[-1] - offsets[0]) // np.dtype(dtype).itemsize)
-        if found_counts != (chunk.documents, chunk.tokens):
-            raise ValueError(
-                f"{chunk.path}: holds {found_counts[0]:,} documents and {found_counts[1]:,} tokens, the index says "
-                f"{chunk.documents:,} and {chunk.tokens:,}"
-            )
-        if not checksums:
-            return chunk
-        found = checksum(chunk.path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--source_dir: {error}. Tokenize again, or bring the file back.") from error
-    if chunk.xxh3_128 is not None and found != chunk.xxh3_128:
-        raise UserError(f"--source_dir: {chunk.path}: its content differs from its checksum. Tokenize again.")
-    return dataclasses.replace(chunk, xxh3_128=found)
+def collect_chunks(plan: Plan, settings: Settings) -> list[Chunk]:
+    """Verify every chunk and put it into the target; returns the chunks with the checksums that were computed."""
+    in_place, target, link = settings.mode == "index", Path(settings.target_dir), False
+    if settings.mode in ("link", "move"):
+        target.mkdir(parents=True, exist_ok=True)
+        link = links_work(plan.paths[0], target)
+        if not link:
+            console.say("source and target are on different file systems: copying")
+    copies = not link and not in_place
+    # What is copied is compared on the way.
+    by_checksum = not copies and (
+        settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
+    )
+    console.say(f"verify: sizes, document offsets{', checksums' if by_checksum or copies else ''}")
+    chunks = verify_chunks(plan, by_checksum)
+    if in_place:
+        return chunks
+    target.mkdir(parents=True, exist_ok=True)
+    place = functools.partial(place_chunk, target=target, link=link)
+    return for_each_chunk(place, plan.paths, chunks, "link" if link else "copy")
 
 
-def same_file_system(chunks: list[SourceChunk], target: Path) -> bool:
-    """Whether a hard link from the first chunk into `target` works; that is the only sure test."""
-    from utils.files import temporary_sibling
+def verify_chunks(plan: Plan, checksums: bool) -> list[Chunk]:
+    """Compare every file with its index entry; returns the chunks, with their checksums if the content was read."""
 
+    def check(path: Path, chunk: Chunk) -> Chunk:
+        try:
+            return verify(path, chunk, plan.dtype, "checksum" if checksums else "offsets")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--source_dir: {error}. Tokenize again, or bring the file back.") from error
+
+    return for_each_chunk(check, plan.paths, plan.chunks, "verify")
+
+
+def links_work(source: Path, target: Path) -> bool:
+    """Whether a hard link from the file `source` into `target` works; trying it is the only sure test."""
     probe = temporary_sibling(target / "probe")
     try:
-        os.link(chunks[0].path, probe)
+        os.link(source, probe)
     except OSError as error:
         if error.errno in NO_LINK_ERRNOS:
             return False
@@ -98,68 +119,49 @@ def same_file_system(chunks: list[SourceChunk], target: Path) -> bool:
     return True
 
 
-def place_chunk(chunk: SourceChunk, target: Path, link: bool) -> SourceChunk:
+def place_chunk(source: Path, chunk: Chunk, target: Path, link: bool) -> Chunk:
     """Put the file under its name in `target`, unless an interrupted run has done so. Never overwrites another file."""
-    from utils.files import checksum
-
     path = target / chunk.name
     if path.exists():
-        if path.samefile(chunk.path):
+        if path.samefile(source):
             return chunk
-        if path.stat().st_size == chunk.bytes and checksum(path) == (chunk.xxh3_128 or checksum(chunk.path)):
+        if path.stat().st_size == chunk.bytes and checksum(path) == (chunk.xxh3_128 or checksum(source)):
             return chunk
         raise UserError(
             f"--target_dir={target}: {chunk.name} is there already and is another file. Give a new directory."
         )
     if link:
         try:
-            os.link(chunk.path, path)
+            os.link(source, path)
             return chunk
         except OSError as error:
-            if error.errno not in NO_LINK_ERRNOS:  # this folder may lie on another file system than the first
+            if error.errno not in NO_LINK_ERRNOS:  # this folder may be on another file system than the first
                 raise
-    return copy_verified(chunk, path)
+    return copy_verified(source, chunk, path)
 
 
-def copy_verified(chunk: SourceChunk, path: Path) -> SourceChunk:
+def copy_verified(source: Path, chunk: Chunk, path: Path) -> Chunk:
     """Copy, then compare what was read with the checksum; raises UserError and leaves nothing if they differ."""
-    import xxhash
-
-    from utils.files import atomic_write
-
     digest = xxhash.xxh3_128()
-    with atomic_write(path) as target, open(chunk.path, "rb", buffering=0) as source:
-        while block := source.read(8 << 20):
+    with atomic_write(path) as copy, open(source, "rb", buffering=0) as original:
+        while block := original.read(COPY_BLOCK_BYTES):
             digest.update(block)
-            target.write(block)
+            copy.write(block)
         found = digest.hexdigest()
-        if chunk.xxh3_128 is not None and found != chunk.xxh3_128:
-            raise UserError(f"--source_dir: {chunk.path}: its content differs from its checksum. Tokenize again.")
+        if chunk.xxh3_128 not in (None, found):
+            raise UserError(f"--source_dir: {source}: its content differs from its checksum. Tokenize again.")
     return dataclasses.replace(chunk, xxh3_128=found)
 
 
-def in_parallel(work: Any, chunks: list[SourceChunk], label: str) -> list[SourceChunk]:
-    """Apply `work` to every chunk on a few threads, in order, with a progress bar; all user errors at once."""
-    from utils.console import Progress
-
-    problems = Problems()
-    done = []
-    with (
-        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
-        Progress(label, sum(chunk.bytes for chunk in chunks)) as progress,
-    ):
-        futures: collections.deque = collections.deque()
-
-        def finish_oldest() -> None:
-            done.append(problems.collect(futures.popleft().result))
-            progress.advance(chunks[len(done) - 1].bytes, f"{len(done):,} of {len(chunks):,} chunks")
-
-        for chunk in chunks:
-            futures.append(pool.submit(work, chunk))
-            if len(futures) > 4 * THREADS:
-                finish_oldest()
-        while futures:
-            finish_oldest()
+def for_each_chunk(
+    work: Callable[[Path, Chunk], Chunk], paths: list[Path], chunks: list[Chunk], label: str
+) -> list[Chunk]:
+    """Apply `work` to every chunk on a few threads, with a progress bar; all user errors at once."""
+    problems, done = Problems(), []
+    with console.Progress(label, sum(chunk.bytes for chunk in chunks)) as progress:
+        for chunk, future in zip(chunks, submit_ahead(work, paths, chunks, num_threads=THREADS)):
+            done.append(problems.collect(future.result))
+            progress.advance(chunk.bytes, f"{len(done):,} of {len(chunks):,} chunks")
     problems.raise_if_any()
     return done
 
@@ -168,15 +170,13 @@ def in_parallel(work: Any, chunks: list[SourceChunk], label: str) -> list[Source
 # Publish
 
 
-def fingerprint_of(chunks: list[SourceChunk]) -> str:
+def fingerprint_of(chunks: list[Chunk]) -> str:
     """Changes when the merged dataset changes; from checksums where they are known, else from names and counts."""
     parts = [f"{chunk.name} {chunk.xxh3_128 or (chunk.documents, chunk.tokens, chunk.bytes)}" for chunk in chunks]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def merged_manifest(plan: Plan, chunks: list[SourceChunk]) -> dict[str, Any]:
-    from utils.manifest import made_by
-
+def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
     inherited = plan.manifest or {}
     content = {
         "documents": sum(chunk.documents for chunk in chunks),
@@ -194,34 +194,22 @@ def merged_manifest(plan: Plan, chunks: list[SourceChunk]) -> dict[str, Any]:
         "tokenizer": inherited.get("tokenizer"),
         "fingerprint": fingerprint_of(chunks),
         "content": content,
-        "files": [
-            {"name": c.name, "documents": c.documents, "tokens": c.tokens, "bytes": c.bytes, "xxh3_128": c.xxh3_128}
-            for c in chunks
-        ],
+        "files": [dataclasses.asdict(chunk) for chunk in chunks],
         "inputs": inherited.get("inputs", []),
     }
 
 
-def publish(plan: Plan, chunks: list[SourceChunk], target: Path) -> dict[str, Any]:
-    """index.json, then manifest.json."""
-    from tokenization.chunk_writer import make_index
-    from utils.chunks import INDEX_NAME, Chunk
-    from utils.files import fsync_directory, write_json
-    from utils.manifest import write_manifest
-
+def publish(plan: Plan, chunks: list[Chunk], target: Path) -> dict[str, Any]:
+    """Write index.json, then manifest.json, which completes the dataset."""
     fsync_directory(target)
     manifest = merged_manifest(plan, chunks)
-    entries = [Chunk(chunk.name, chunk.documents, chunk.tokens, chunk.bytes) for chunk in chunks]
-    write_json(target / INDEX_NAME, make_index(entries, plan.dtype, plan.chunk_tokens, manifest["fingerprint"]))
+    write_json(target / INDEX_NAME, make_index(chunks, plan.dtype, plan.chunk_tokens, manifest["fingerprint"]))
     write_manifest(target, manifest)
     return manifest
 
 
-def check_target(target: Path, chunks: list[SourceChunk]) -> None:
+def check_target(target: Path, chunks: list[Chunk]) -> None:
     """Refuse a directory with anything in it but an interrupted merge of the same chunks."""
-    from utils.chunks import INDEX_NAME
-    from utils.files import is_temporary, remove_temporaries
-
     if target.exists() and not target.is_dir():
         raise UserError(f"--target_dir={target}: is a file. Give a directory that is new or empty.")
     if not target.exists():
@@ -238,10 +226,7 @@ def check_target(target: Path, chunks: list[SourceChunk]) -> None:
 
 
 def check_index_is_ours(source: Path) -> None:
-    """--mode=index writes index.json and manifest.json into the source: refuse to replace an index of somebody else's."""
-    from utils.chunks import INDEX_NAME
-    from utils.manifest import read_manifest
-
+    """--mode=index writes index.json and manifest.json into the source: refuse to replace somebody else's index."""
     if (source / INDEX_NAME).exists() and read_manifest(source) is None:
         raise UserError(
             f"--source_dir={source}: has an {INDEX_NAME} already, which --mode=index would replace. Move it away."
@@ -254,9 +239,6 @@ def finished_manifest(settings: Settings) -> dict[str, Any] | None:
     Raises:
         UserError: the target is another dataset than the source makes.
     """
-    from utils.chunks import read_index
-    from utils.manifest import read_manifest
-
     target, source = Path(settings.target_dir), Path(settings.source_dir)
     published = read_manifest(target)
     if published is None or published["kind"] != "dataset":
@@ -274,9 +256,9 @@ def finished_manifest(settings: Settings) -> dict[str, Any] | None:
 
 
 def remove_sources(source: Path, target: Path) -> None:
-    """After a published move: drop the names below `source` of files that now have a name in `target`.
+    """After a published move: remove the names below `source` of files that now have a name in `target`.
 
-    Where bytes were copied the sources stay: they are other files, and deleting them is for their owner.
+    Where bytes were copied the sources stay: they are other files, and deleting them is up to their owner.
     """
     moved = {(status.st_dev, status.st_ino) for status in (entry.stat() for entry in os.scandir(target))}
     for path in [*source.glob("*.bin"), *source.glob("*/*.bin")]:
@@ -287,9 +269,8 @@ def remove_sources(source: Path, target: Path) -> None:
 
 def say_result(manifest: dict[str, Any], target: Path) -> None:
     content = manifest["content"]
-    console.result(
-        f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {console.counted(content['chunks'], 'chunk')}"
-    )
+    chunks = console.counted(content["chunks"], "chunk")
+    console.result(f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {chunks}")
 
 
 def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
@@ -330,22 +311,7 @@ def main(settings: Settings) -> None:
         console.result(f"would {settings.mode} them to {target}")
         return
 
-    link = False
-    if settings.mode in ("link", "move"):
-        target.mkdir(parents=True, exist_ok=True)
-        link = same_file_system(plan.chunks, target)
-        if not link:
-            console.say("source and target lie on different file systems: copying")
-    copies = not link and settings.mode != "index"
-    # What is copied is compared on the way.
-    by_checksum = not copies and (
-        settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
-    )
-    console.say(f"verify: sizes, document offsets{', checksums' if by_checksum or copies else ''}")
-    chunks = in_parallel(lambda chunk: verify_chunk(chunk, plan.dtype, by_checksum), plan.chunks, "verify")
-    if settings.mode != "index":
-        target.mkdir(parents=True, exist_ok=True)
-        chunks = in_parallel(lambda chunk: place_chunk(chunk, target, link), chunks, "link" if link else "copy")
+    chunks = collect_chunks(plan, settings)
     manifest = publish(plan, chunks, target)
     if settings.mode == "move":
         remove_sources(source, target)

@@ -83,34 +83,31 @@ def make_small_files(directory: Path, count: int, document_bytes: int = 2_000) -
 
 def plan_files(directory: str) -> str:
     from tokenization.parquet import list_parquet_files, read_footers
-    from tokenization.units import default_unit_bytes, plan_units
+    from tokenization.units import UnitPacker, default_unit_bytes
 
     entries = list_parquet_files(directory)
-    footers = ((i, footer) for i, (_, footer, _) in enumerate(read_footers(directory, entries, "text")))
-    units = plan_units(footers, default_unit_bytes(sum(entry.bytes for entry in entries)))
-    return f"{len(units)} units"
+    packer = UnitPacker(default_unit_bytes(sum(entry.bytes for entry in entries)))
+    for i, (_, footer, _) in enumerate(read_footers(directory, entries, "text")):
+        packer.add(i, footer)
+    return f"{len(packer.finish())} units"
 
 
 def plan_fineweb(files: int) -> str:
     """Planning from made-up footers; keeps what optimize_dataset.py keeps of each file."""
     from tokenization.parquet import Footer
-    from tokenization.units import default_unit_bytes, plan_units
+    from tokenization.units import UnitPacker, default_unit_bytes
 
     footer = Footer(
         (1000,) * FINEWEB_ROW_GROUPS,
         (FINEWEB_TEXT_BYTES_PER_FILE // FINEWEB_ROW_GROUPS,) * FINEWEB_ROW_GROUPS,
         "0" * 16,
     )
-    inputs = []
-
-    def footers():
-        for i in range(files):
-            rows = sum(footer.rows)
-            inputs.append({"path": f"CC-MAIN-{i:06}.parquet", "bytes": i, "rows": rows, "fingerprint": f"{i:016x}"})
-            yield i, footer
-
-    units = plan_units(footers(), default_unit_bytes(files * FINEWEB_FILE_BYTES))
-    return f"{len(units):,} units"
+    inputs, packer = [], UnitPacker(default_unit_bytes(files * FINEWEB_FILE_BYTES))
+    for i in range(files):
+        rows = sum(footer.rows)
+        inputs.append({"path": f"CC-MAIN-{i:06}.parquet", "bytes": i, "rows": rows, "fingerprint": f"{i:016x}"})
+        packer.add(i, footer)
+    return f"{len(packer.finish()):,} units"
 
 
 def tokenize_files(directory: str, tokenizer: str, out: str) -> tuple[float, int, str]:

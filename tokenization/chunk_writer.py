@@ -1,8 +1,7 @@
-"""Writing litdata's TokensLoader chunks and their index.json; utils/chunks.py draws the format."""
+"""Writes litdata's TokensLoader chunks and their index.json; utils/chunks.py draws the format."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ def make_index(chunks: Sequence[Chunk], dtype: str, chunk_tokens: int | None, fi
     Args:
         chunks: in the order in which the dataset is read.
         dtype: of the tokens.
-        chunk_tokens: the size that chunks were cut at.
-        fingerprint: hexadecimal, changes with the content. litdata takes `updated_at` to tell whether its cache of
+        chunk_tokens: the size at which chunks were cut.
+        fingerprint: hexadecimal, changes with the content. litdata uses `updated_at` to tell whether its cache of
             a remote directory is stale; a clock there would make equal datasets differ.
     """
     return {
@@ -70,9 +69,9 @@ def make_index(chunks: Sequence[Chunk], dtype: str, chunk_tokens: int | None, fi
 
 
 class ChunkWriter:
-    """Collects the documents of a unit and split, and writes a chunk file when it is full.
+    """Collects the documents of one unit and split, and writes a chunk file whenever one is full.
 
-    A chunk is cut after the document with which it reaches `chunk_tokens`.
+    A chunk ends with the document that takes it to `chunk_tokens`.
     """
 
     def __init__(self, directory: Path, name_of: Callable[[int], str], dtype: str, chunk_tokens: int):
@@ -81,13 +80,14 @@ class ChunkWriter:
         self._lengths: list[np.ndarray] = []
         self._tokens = 0
         self._documents = 0
-        self.chunks: list[dict[str, Any]] = []
+        self.chunks: list[Chunk] = []
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents that lie one after the other.
+        """Append documents.
 
         Args:
-            tokens: shape (sum of lengths,); may be kept by reference until the chunk is written.
+            tokens: of all of them, back to back, shape (sum of lengths,); may be kept by reference until the chunk is
+                written.
             lengths: tokens of each document, shape (n,).
         """
         ends = np.cumsum(lengths)
@@ -98,7 +98,7 @@ class ChunkWriter:
             last = min(last, len(lengths))
             end = int(ends[last - 1])
             piece = tokens[begin:end]
-            # A view would keep the whole batch alive: a few validation documents of each would hold a unit in memory.
+            # A view keeps its whole batch alive: a few validation documents from each would hold a unit in memory.
             batch = piece if piece.base is None else piece.base
             self._pieces.append(piece.copy() if 2 * piece.nbytes < batch.nbytes else piece)
             self._lengths.append(lengths[first:last])
@@ -112,7 +112,6 @@ class ChunkWriter:
         """Write what was collected as a chunk file, whole or not at all."""
         if not self._documents:
             return
-
         path = self._directory / self._name_of(len(self.chunks))
         path.parent.mkdir(parents=True, exist_ok=True)
         header = chunk_header(np.concatenate(self._lengths), self._dtype)
@@ -122,16 +121,11 @@ class ChunkWriter:
                 view = memoryview(np.ascontiguousarray(piece)).cast("B")
                 digest.update(view)
                 file.write(view)
-        chunk = Chunk(
-            name=path.name,
-            documents=self._documents,
-            tokens=self._tokens,
-            bytes=header.nbytes + self._tokens * np.dtype(self._dtype).itemsize,
-        )
-        self.chunks.append({**dataclasses.asdict(chunk), "xxh3_128": digest.hexdigest()})
+        size = header.nbytes + self._tokens * np.dtype(self._dtype).itemsize
+        self.chunks.append(Chunk(path.name, self._documents, self._tokens, size, digest.hexdigest()))
         self._pieces, self._lengths, self._tokens, self._documents = [], [], 0, 0
 
 
 def largest_chunk_tokens(dtype: str) -> int:
-    """Tokens that surely fit a chunk file besides a header of as many documents."""
+    """Tokens that fit into a chunk file however short the documents are: the header takes 4 bytes per document."""
     return (MAX_CHUNK_BYTES - header_bytes(0)) // (np.dtype(dtype).itemsize + 4)

@@ -1,4 +1,4 @@
-"""What the driver and the workers of step 1 hand to each other: the job, its units, and the record of a finished unit.
+"""What the parts of step 1 hand to each other: the plan, the job, its units, and the record of a finished unit.
 
 A unit's chunks are OUT/{train,val}/NODE/chunk-UNIT-i.bin; its record is a line of OUT/progress.jsonl.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
+
+from utils.chunks import Chunk
 
 SPLITS = ("train", "val")
 HASH_RANGE = 1 << 64
@@ -38,9 +41,10 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is the same for all units of a run."""
+    """What all units of a run have in common."""
 
     input_dir: str
+    """A URL, or an absolute path: workers run in other directories."""
     paths: tuple[str, ...]
     """Of the input files, relative to input_dir."""
     output_dir: str
@@ -51,6 +55,7 @@ class Job:
     bos_id: int | None
     """Put before every document; None: no BOS."""
     eos_id: int | None
+    """Put after every document; None: no EOS."""
     val_threshold: int
     """A document whose text hash is below it is validation data."""
     parse_special_tokens: bool
@@ -60,31 +65,52 @@ class Job:
     """Leave out row groups that cannot be read, instead of failing."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the settings and the input amount to."""
+
+    job: Job
+    units: list[Unit]
+    inputs: list[dict[str, Any]]
+    """path, bytes, rows, fingerprint of each usable parquet file, sorted by path."""
+    quarantined: list[dict[str, Any]]
+    """Files left out, with the reason."""
+    settings: dict[str, Any]
+    """Those that shape the result; for the manifest."""
+    tokenizer: dict[str, Any]
+    tokenizer_json: Path
+    fingerprint: str
+    """SHA-256 of settings, tokenizer and inputs: the identity of the result."""
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(unit.text_bytes for unit in self.units)
+
+
+@dataclasses.dataclass(slots=True)
 class SplitRecord:
     """What a unit put into one split."""
 
-    chunks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """name, documents, tokens, bytes, xxh3_128 of each chunk file."""
+    chunks: list[Chunk] = dataclasses.field(default_factory=list)
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     """UTF-8 bytes of the documents, before tokenization."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class UnitRecord:
     """The result of a unit; as JSON, a line of progress.jsonl."""
 
     unit: int
     folder: str
-    """Sub-folder of train/ and val/ that the chunks are in: the node that did the work."""
+    """Sub-folder of train/ and val/ with the chunks; it stands for the node that did the work."""
     train: SplitRecord
     val: SplitRecord
     skipped_null: int = 0
     skipped_empty: int = 0
     min_hash: int = HASH_RANGE
-    """Smallest text hash of the unit: the document that becomes val if no hash is below the threshold."""
+    """Smallest text hash in the unit: that document can become validation data if no hash is below the threshold."""
     checked_documents: int = 0
     quarantined: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     encoder: str = ""
@@ -92,14 +118,17 @@ class UnitRecord:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Spent in read, hash, encode, check, assemble, write."""
     cpu_seconds: float = 0.0
-    """Processor time of the worker process meanwhile, all its threads: what a core is busy with, whoever else runs."""
+    """Processor time of the worker process on this unit, all threads, whatever else the machine was doing."""
     peak_bytes: int = 0
     """Largest resident memory of the worker process so far."""
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> UnitRecord:
-        splits = {split: SplitRecord(**record.pop(split)) for split in SPLITS}
-        return cls(**splits, **record)
+        """Raises KeyError or TypeError where it is not the record of a unit."""
+        for split in SPLITS:
+            chunks = [Chunk(**chunk) for chunk in record[split]["chunks"]]
+            record[split] = SplitRecord(**{**record[split], "chunks": chunks})
+        return cls(**record)
 
     @property
     def documents(self) -> int:

@@ -1,7 +1,7 @@
 """Tokenization on this machine alone: a few processes, ready in two seconds, without a cluster around them.
 
-A process holds one end of a pipe: it reads a unit, and answers with the unit's record or with the exception that it met.
-A process that dies closes its end; its unit goes to a fresh process.
+A process holds one end of a pipe: it reads a unit, and answers with the unit's record or with the exception that was
+raised. A process that dies closes its end; its unit goes to a new process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tokenization.job import Job, Unit, UnitRecord
+from tokenization.tokenize_unit import process_encoder, tokenize_unit
+from tokenization.workers import MAX_RETRIES, Workers
 from utils.errors import WorkerDied
 from utils.machine import raise_open_file_limit
-
-if TYPE_CHECKING:
-    from tokenization.job import Job, Unit
 
 FOLDER = "0"
 """Sub-folder of train/ and val/: this machine is the only node."""
@@ -35,21 +35,23 @@ class _Worker:
     pipe: Connection
     unit: Unit | None = None
     job: Job | None = None
-    """The last one that it was given."""
+    """The last one that it got."""
 
 
-class LocalWorkers:
-    """`num_workers` processes that tokenize one unit at a time each; tokenization/ray_workers.py has the same methods.
+class LocalWorkers(Workers):
+    """`num_workers` processes of this machine.
 
     Args:
         load_tokenizer: gives tokenizer.json and `fast_tokenizer_json` of it; called once, while the processes start.
         max_retries: how often a unit is tried again when its process died.
     """
 
-    def __init__(self, num_workers: int, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int):
+    def __init__(
+        self, num_workers: int, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int = MAX_RETRIES
+    ):
         # Not fork: Arrow's threads would not survive it.
         self._context = multiprocessing.get_context("spawn")
-        raise_open_file_limit(256 + 4 * num_workers)  # a process takes three of ours
+        raise_open_file_limit(256 + 4 * num_workers)  # each process takes three descriptors here
         self._max_retries = max_retries
         self._deaths: dict[int, int] = {}
         self._tokenizer: tuple[bytes, bytes] | None = None
@@ -61,7 +63,7 @@ class LocalWorkers:
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=serve, args=(theirs,), name="tokenize", daemon=True)
-        # A child inherits what is blocked: Ctrl-C reaches the whole group, and it is for the parent to end its children.
+        # Ctrl-C reaches the whole process group. The children inherit that it is blocked: the parent ends them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
@@ -79,22 +81,19 @@ class LocalWorkers:
             worker.pipe.send(message)
 
     def num_free(self) -> int:
-        """Units that can be submitted now."""
         return sum(worker.unit is None for worker in self._workers)
 
     def submit(self, job: Job, unit: Unit) -> None:
-        """Give a unit to a free process."""
         worker = next(worker for worker in self._workers if worker.unit is None)
         self._hand(worker, job, unit)
 
     def _hand(self, worker: _Worker, job: Job, unit: Unit) -> None:
-        news = None if worker.job is job else job  # it lists all input files: not with every unit
+        new_job = None if worker.job is job else job  # it lists all input files: not with every unit
         worker.unit, worker.job = unit, job
-        self._send(worker, (news, unit))
+        self._send(worker, (new_job, unit))
 
-    def finished(self) -> list[tuple[Unit, dict[str, Any] | BaseException]]:
-        """Wait until at least one unit is done: each with its record, or what went wrong."""
-        done: list[tuple[Unit, dict[str, Any] | BaseException]] = []
+    def finished(self) -> list[tuple[Unit, UnitRecord | Exception]]:
+        done: list[tuple[Unit, UnitRecord | Exception]] = []
         while not done:
             pipes = {worker.pipe: i for i, worker in enumerate(self._workers) if worker.unit is not None}
             for pipe in multiprocessing.connection.wait(list(pipes)):
@@ -109,7 +108,7 @@ class LocalWorkers:
         return done
 
     def _replace(self, i: int) -> WorkerDied | None:
-        """Start a process in the place of one that died, and give it the unit; or say that this happened too often."""
+        """Start a process in place of one that died, and give it the unit; or say that this happened too often."""
         dead = self._workers[i]
         dead.process.join()
         self._deaths[dead.unit.index] = deaths = self._deaths.get(dead.unit.index, 0) + 1
@@ -120,14 +119,8 @@ class LocalWorkers:
         self._hand(self._workers[i], dead.job, dead.unit)
         return None
 
-    def __enter__(self) -> LocalWorkers:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def close(self) -> None:
-        """End all processes, whatever they do: what they were at is not recorded, and will be done again."""
+        """End all processes, whatever they are doing: it has no record yet, and will be done again."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -138,20 +131,15 @@ class LocalWorkers:
 def serve(pipe: Connection) -> None:
     """The process: the tokenizer first, then units until the pipe ends."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
-
-    with contextlib.suppress(Exception):  # said with the first unit; here it only saves time
-        import tokenization.tokenize_unit  # noqa: F401
     try:
         tokenizer, job = pipe.recv(), None
         while True:
-            news, unit = pipe.recv()
-            job = news or job
+            new_job, unit = pipe.recv()
+            job = new_job or job
             try:
-                from tokenization.tokenize_unit import process_encoder, tokenize_unit
-
                 encoder = process_encoder(job, lambda: tokenizer)
-                answer = dataclasses.asdict(tokenize_unit(job, unit, FOLDER, encoder))
-            except BaseException as error:  # a panic of Rust's code is no Exception
+                answer = tokenize_unit(job, unit, FOLDER, encoder)
+            except BaseException as error:  # a panic in Rust code is not an Exception
                 answer = _as_message(error)
             pipe.send(answer)
     except (EOFError, OSError):  # the parent is gone or has closed
@@ -159,7 +147,7 @@ def serve(pipe: Connection) -> None:
 
 
 def _as_message(error: BaseException) -> Exception:
-    """The error as the parent is to see it: itself if that survives the pipe, else its text."""
+    """The error as the parent gets it: itself if it survives the pipe, else its text."""
     text = "".join(traceback.format_exception(error))
     try:
         error.add_note(text)
@@ -171,6 +159,6 @@ def _as_message(error: BaseException) -> Exception:
 
 
 def _die_with_parent() -> None:
-    """Not even the unit at hand is finished: whoever takes the work up may be writing the same files already."""
+    """Do not even finish the current unit: whoever takes over the work may be writing the same files already."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

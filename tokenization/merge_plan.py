@@ -1,4 +1,4 @@
-"""What merge_files.py is going to do: every index and manifest read and compared before anything is written."""
+"""What merge_files.py is going to do: every index and manifest is read and compared before anything is written."""
 
 from __future__ import annotations
 
@@ -8,31 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from utils import console
-from utils.chunks import INDEX_NAME, read_index
+from utils.chunks import INDEX_NAME, Chunk, Index, read_index
 from utils.errors import Problems, UserError
 from utils.manifest import read_manifest
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceChunk:
-    """A chunk file, where it lies and what it is called in the merged dataset."""
-
-    path: Path
-    name: str
-    """In the merged dataset."""
-    documents: int
-    tokens: int
-    bytes: int
-    xxh3_128: str | None
-    """None where the source has no manifest, until the file was read."""
-
-
-@dataclasses.dataclass
 class Plan:
     """The merged dataset, before it exists."""
 
-    chunks: list[SourceChunk]
-    """In the order of the merged dataset."""
+    chunks: list[Chunk]
+    """In the order of the merged dataset, under their names in it; with checksums where the source has manifests."""
+    paths: list[Path]
+    """Where each of them is now."""
     dtype: str
     chunk_tokens: int | None
     manifest: dict[str, Any] | None
@@ -43,41 +31,16 @@ class Plan:
         return sum(chunk.bytes for chunk in self.chunks)
 
 
-def natural_key(name: str) -> list[Any]:
-    """'10' after '9'."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
 def make_plan(settings: Any) -> Plan:
     """Read and check every index and manifest; raises UserError with all problems that were found."""
-    source, target = Path(settings.source_dir), Path(settings.target_dir)
+    source, in_place = Path(settings.source_dir), settings.mode == "index"
     problems = Problems()
     if not source.is_dir():
         raise UserError(
             f"--source_dir={source}: no such directory. Give the output of optimize_dataset.py, for example OUT/train."
         )
-    in_place = source.resolve() == target.resolve()
-    if in_place != (settings.mode == "index"):
-        problems.add(
-            f"--target_dir={target}: --mode=index writes its index.json into --source_dir={source}, so give that directory."
-            if settings.mode == "index"
-            else f"--target_dir={target}: is --source_dir itself. Give another directory, or --mode=index."
-        )
-    elif source.resolve() in target.resolve().parents:
-        problems.add(f"--target_dir={target}: lies inside --source_dir={source}. Give a directory outside of it.")
-
-    folders = sorted(
-        (path for path in source.iterdir() if path.is_dir() and (path / INDEX_NAME).exists()),
-        key=lambda path: natural_key(path.name),
-    )
-    if not folders:
-        if (source / INDEX_NAME).exists() and settings.mode != "index":
-            folders = [source]
-        else:
-            raise UserError(
-                f"--source_dir={source}: no sub-folder with an {INDEX_NAME} in it. Give the directory above the nodes' "
-                "folders, for example OUT/train; if optimize_dataset.py has not finished, run it again."
-            )
+    check_places(source, Path(settings.target_dir), in_place, problems)
+    folders = find_folders(source, in_place)
     indexes = [problems.collect(read_index, folder, "--source_dir") for folder in folders]
     manifests = [problems.collect(read_manifest, folder) for folder in folders]
     above = problems.collect(read_manifest, source) if folders != [source] else None
@@ -91,16 +54,47 @@ def make_plan(settings: Any) -> Plan:
             problems.add(f"--source_dir={source}: a manifest.json of its folders lacks {error}. Tokenize again.")
     else:
         console.warn(
-            f"{source}: no manifest.json, so the folders were not made by optimize_dataset.py. Tokenizers and checksums "
-            "cannot be compared, and the dataset cannot be traced back to its text."
+            f"{source}: no manifest.json, so the folders were not made by optimize_dataset.py. Tokenizers and "
+            "checksums cannot be compared, and the dataset cannot be traced back to its text."
         )
     problems.raise_if_any()
 
-    chunks = named_chunks(folders, indexes, manifests, settings.mode == "index")
-    if not chunks:
+    found = named_chunks(folders, indexes, manifests, in_place)
+    if not found:
         raise UserError(f"--source_dir={source}: its {len(folders)} folders hold no chunks. Tokenize again.")
-    sizes = [index.chunk_tokens for index in indexes if index.chunk_tokens]
-    return Plan(chunks, indexes[0].dtype, max(sizes, default=None), above or manifests[0])
+    return Plan(
+        chunks=[chunk for _, chunk in found],
+        paths=[path for path, _ in found],
+        dtype=indexes[0].dtype,
+        chunk_tokens=max((index.chunk_tokens for index in indexes if index.chunk_tokens), default=None),
+        manifest=above or manifests[0],
+    )
+
+
+def check_places(source: Path, target: Path, in_place: bool, problems: Problems) -> None:
+    is_source = source.resolve() == target.resolve()
+    if in_place and not is_source:
+        problems.add(
+            f"--target_dir={target}: --mode=index writes its index.json into --source_dir={source}, so give that "
+            "directory."
+        )
+    elif is_source and not in_place:
+        problems.add(f"--target_dir={target}: is --source_dir itself. Give another directory, or --mode=index.")
+    elif source.resolve() in target.resolve().parents:
+        problems.add(f"--target_dir={target}: lies inside --source_dir={source}. Give a directory outside of it.")
+
+
+def find_folders(source: Path, in_place: bool) -> list[Path]:
+    """The folders of the nodes, 10 after 9; or `source` itself, if it is one."""
+    folders = [path for path in source.iterdir() if path.is_dir() and (path / INDEX_NAME).exists()]
+    if folders:
+        return sorted(folders, key=lambda path: natural_key(path.name))
+    if (source / INDEX_NAME).exists() and not in_place:
+        return [source]
+    raise UserError(
+        f"--source_dir={source}: no sub-folder with an {INDEX_NAME} in it. Give the directory above the nodes' "
+        "folders, for example OUT/train; if optimize_dataset.py has not finished, run it again."
+    )
 
 
 def check_same(folders: list[Path], values: list[Any], what: str, problems: Problems) -> None:
@@ -115,7 +109,7 @@ def check_same(folders: list[Path], values: list[Any], what: str, problems: Prob
 def check_manifests(
     source: Path,
     folders: list[Path],
-    indexes: list[Any],
+    indexes: list[Index],
     manifests: list[dict[str, Any] | None],
     above: dict[str, Any] | None,
     problems: Problems,
@@ -124,31 +118,25 @@ def check_manifests(
     for folder, index, manifest in zip(folders, indexes, manifests):
         if manifest is None:
             problems.add(f"{folder}: no manifest.json, unlike its neighbours. Remove the folder or make it again.")
-            continue
-        listed = {chunk.name: (chunk.documents, chunk.tokens, chunk.bytes) for chunk in index.chunks}
-        try:
-            recorded = {file["name"]: (file["documents"], file["tokens"], file["bytes"]) for file in manifest["files"]}
-        except (KeyError, TypeError):
-            recorded = None
-        if listed != recorded:
+        elif not lists_the_same(index, manifest):
             problems.add(f"{folder}: index.json and manifest.json do not name the same chunks. Make the folder again.")
     if problems.found:
         return
-    check_same(folders, [m["tokenizer"]["sha256"] for m in manifests], "tokenizer", problems)
+    check_same(folders, [manifest["tokenizer"]["sha256"] for manifest in manifests], "tokenizer", problems)
     if problems.found:
         return
-    check_same(folders, [m.get("fingerprint") for m in manifests], "settings or input files", problems)
+    check_same(folders, [manifest.get("fingerprint") for manifest in manifests], "settings or input files", problems)
+    if above is None and folders != [source]:
+        problems.add(f"{source}: no manifest.json beside its folders. Run optimize_dataset.py to its end.")
     if problems.found or above is None:
-        if above is None and folders != [source]:
-            problems.add(f"{source}: no manifest.json beside its folders. Run optimize_dataset.py to its end.")
         return
     if above.get("fingerprint") != manifests[0].get("fingerprint"):
         problems.add(f"{source} and {folders[0]} differ in the settings or input files. Tokenize into a new directory.")
+    missing = sorted(set(above.get("folders", [])) - {folder.name for folder in folders})
     for key in ("documents", "tokens", "chunks", "text_bytes"):
         found = sum(manifest["content"][key] for manifest in manifests)
         expected = above["content"][key]
         if found != expected:
-            missing = sorted(set(above.get("folders", [])) - {folder.name for folder in folders})
             problems.add(
                 f"--source_dir={source}: its folders hold {found:,} {key}, its manifest says {expected:,}"
                 + (f"; missing: {', '.join(missing)}" if missing else "")
@@ -156,20 +144,33 @@ def check_manifests(
             )
 
 
-def named_chunks(folders: list[Path], indexes: list[Any], manifests: list[Any], in_place: bool) -> list[SourceChunk]:
-    """All chunks in their final order, by unit and not by node, under names that are unique."""
-    chunks = []
+def lists_the_same(index: Index, manifest: dict[str, Any]) -> bool:
+    try:
+        recorded = {Chunk(file["name"], file["documents"], file["tokens"], file["bytes"]) for file in manifest["files"]}
+    except (KeyError, TypeError):
+        return False
+    return recorded == set(index.chunks)
+
+
+def named_chunks(
+    folders: list[Path], indexes: list[Index], manifests: list[dict[str, Any] | None], in_place: bool
+) -> list[tuple[Path, Chunk]]:
+    """All chunks, by unit and not by node: where each one is, and its entry under a unique name."""
+    found = []
     for folder, index, manifest in zip(folders, indexes, manifests):
         checksums = {file["name"]: file["xxh3_128"] for file in manifest["files"]} if manifest else {}
         for chunk in index.chunks:
             name = f"{folder.name}/{chunk.name}" if in_place else chunk.name
-            path = folder / chunk.name
-            chunks.append(
-                SourceChunk(path, name, chunk.documents, chunk.tokens, chunk.bytes, checksums.get(chunk.name))
-            )
+            entry = dataclasses.replace(chunk, name=name, xxh3_128=checksums.get(chunk.name))
+            found.append((folder / chunk.name, entry))
     if all(manifests):
-        return sorted(chunks, key=lambda chunk: natural_key(chunk.path.name))
+        return sorted(found, key=lambda item: natural_key(item[0].name))
     if in_place:
-        return chunks
-    # litdata calls the first chunk of every node chunk-0-0.bin: keep the folders' order, and number anew.
-    return [dataclasses.replace(chunk, name=f"chunk-{i:07d}-0.bin") for i, chunk in enumerate(chunks)]
+        return found
+    # litdata calls the first chunk of every node chunk-0-0.bin: keep the folders' order, and number the chunks again.
+    return [(path, dataclasses.replace(chunk, name=f"chunk-{i:07d}-0.bin")) for i, (path, chunk) in enumerate(found)]
+
+
+def natural_key(name: str) -> list[Any]:
+    """Sorts '10' after '9'."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,15 +1,16 @@
-"""What survives a crash of optimize_dataset.py, and what it publishes in the end.
+"""The output directory of optimize_dataset.py: what survives a crash, and what is published in the end.
 
 OUT/plan.json           settings, tokenizer and inputs: what the directory was begun with
 OUT/progress.jsonl      a line for each finished unit
 OUT/train/0/            chunk-*.bin as the units are finished; at the end index.json and manifest.json
-OUT/train/manifest.json, OUT/manifest.json      last: now the directory is complete
+OUT/train/manifest.json, OUT/manifest.json      written last: now the directory is complete
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -20,24 +21,58 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.chunk_writer import make_index
-from tokenization.job import CHUNK_PATTERN, SPLITS, UnitRecord
-from tokenization.plan import PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, Plan
+from tokenization.job import CHUNK_PATTERN, SPLITS, Plan, UnitRecord
 from utils import console
-from utils.chunks import INDEX_NAME, Chunk
+from utils.chunks import INDEX_NAME
 from utils.errors import UserError
-from utils.files import atomic_write, remove_temporaries, write_json
+from utils.files import atomic_write, is_temporary, remove_temporaries, write_json
 from utils.manifest import MANIFEST_NAME, made_by, read_manifest, write_manifest
+
+PLAN_NAME = "plan.json"
+PROGRESS_NAME = "progress.jsonl"
+QUARANTINE_NAME = "quarantine.jsonl"
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Refuse a directory with anything in it that this script did not write."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir={output_dir}: is a file. Give a directory that is new or empty.")
+    names = {name for name in os.listdir(output_dir) if not is_temporary(name)} if output_dir.exists() else set()
+    if PLAN_NAME in names:
+        ours = {PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, MANIFEST_NAME, *SPLITS}
+        foreign = [*sorted(names - ours), *_foreign_files_in_splits(output_dir)]
+    else:
+        foreign = sorted(names)
+    if foreign:
+        raise UserError(
+            f"--output_dir={output_dir}: holds what this script did not write ({_some(foreign)}); nothing was touched. "
+            "Give a directory that is new or empty."
+        )
+
+
+def _foreign_files_in_splits(output_dir: Path) -> Iterator[str]:
+    for split in SPLITS:
+        for root, _, names in os.walk(output_dir / split):
+            for name in sorted(names):
+                ours = CHUNK_PATTERN.fullmatch(name) or name in (INDEX_NAME, MANIFEST_NAME) or is_temporary(name)
+                if not ours:
+                    yield os.path.relpath(os.path.join(root, name), output_dir)
+
+
+def _some(names: list[str]) -> str:
+    """The first five of them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
     return {"settings": plan.settings, "tokenizer": plan.tokenizer, "inputs": plan.inputs}
 
 
-def check_same_plan(plan: Plan, output_dir: Path) -> bool:
+def was_begun_with(plan: Plan, output_dir: Path) -> bool:
     """Whether `output_dir` was begun with this plan; False where it was not begun.
 
     Raises:
-        UserError: it was begun with other settings, another tokenizer or other inputs; names each difference.
+        UserError: it was begun with other settings, another tokenizer or other inputs; lists the differences.
     """
     path = output_dir / PLAN_NAME
     if not path.exists():
@@ -49,7 +84,7 @@ def check_same_plan(plan: Plan, output_dir: Path) -> bool:
     if differences:
         raise UserError(
             f"--output_dir={output_dir}: was begun with something else; nothing was touched. Give another "
-            "directory, or the former settings:\n  " + "\n  ".join(differences)
+            "directory, or the same settings as before:\n  " + "\n  ".join(differences)
         )
     return True
 
@@ -60,7 +95,7 @@ def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
     Returns:
         The manifest of the finished run, or None while there is work to do.
     """
-    if check_same_plan(plan, output_dir):
+    if was_begun_with(plan, output_dir):
         return read_manifest(output_dir, "tokens")
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / PLAN_NAME, _identity(plan))
@@ -81,16 +116,15 @@ def _differences(begun: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         ("changed", {path for path in before.keys() & after.keys() if before[path] != after[path]}),
     ):
         if paths:
-            shown = ", ".join(sorted(paths)[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-            yield f"input files {kind}: {shown}"
+            yield f"input files {kind}: {_some(sorted(paths))}"
 
 
 class ProgressFile:
     """progress.jsonl: a line for each finished unit, written when its chunks are on disk. Locked while in use."""
 
     def __init__(self, output_dir: Path):
-        self._path = output_dir / PROGRESS_NAME
-        self._file = open(self._path, "a+b")
+        self._output_dir = output_dir
+        self._file = open(output_dir / PROGRESS_NAME, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -110,7 +144,7 @@ class ProgressFile:
     def __exit__(self, *_) -> None:
         self._file.close()
 
-    def finished(self, output_dir: Path) -> dict[int, Any]:
+    def finished(self) -> dict[int, UnitRecord]:
         """Records of units whose chunks are all there; cuts off a line that a crash left incomplete."""
         self._file.seek(0)
         records, good_bytes = {}, 0
@@ -128,21 +162,21 @@ class ProgressFile:
             unit: record
             for unit, record in records.items()
             if all(
-                _size(output_dir / split / record.folder / chunk["name"]) == chunk["bytes"]
+                _size(self._output_dir / split / record.folder / chunk.name) == chunk.bytes
                 for split in SPLITS
                 for chunk in getattr(record, split).chunks
             )
         }
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: UnitRecord) -> None:
         self._file.seek(0, os.SEEK_END)
-        self._file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+        self._file.write(json.dumps(dataclasses.asdict(record), sort_keys=True).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 def _with_shared_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a hundred thousand records with the same keys, each key is held once."""
+    """A hundred thousand records have the same keys: hold each key once."""
     return {sys.intern(key): value for key, value in pairs}
 
 
@@ -153,13 +187,11 @@ def _size(path: Path) -> int:
         return -1
 
 
-def remove_unrecorded_files(output_dir: Path, records: dict[int, Any]) -> None:
-    """Delete temporaries, and chunks of units that did not get as far as a record (a worker or node died)."""
+def remove_unrecorded_files(output_dir: Path, records: dict[int, UnitRecord]) -> None:
+    """Delete temporaries, and chunks of units that have no record because a worker or node died."""
     remove_temporaries(output_dir)
     for split in SPLITS:
-        kept = {
-            (record.folder, chunk["name"]) for record in records.values() for chunk in getattr(record, split).chunks
-        }
+        kept = {(record.folder, chunk.name) for record in records.values() for chunk in getattr(record, split).chunks}
         for folder in _sub_folders(output_dir / split):
             remove_temporaries(folder)
             for name in os.listdir(folder):
@@ -168,25 +200,25 @@ def remove_unrecorded_files(output_dir: Path, records: dict[int, Any]) -> None:
 
 
 def _sub_folders(directory: Path) -> list[Path]:
-    """Ours are directories, not links to somewhere else."""
+    """Those of the nodes are directories, not links to somewhere else."""
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def check_all_are_here(plan: Plan, records: dict[int, Any]) -> None:
-    """After the work every unit's chunks must be visible from here; raises UserError."""
+def check_all_are_here(plan: Plan, records: dict[int, UnitRecord]) -> None:
+    """After the work, every unit's chunks must be visible from this machine; raises UserError if they are not."""
     missing = [unit.index for unit in plan.units if unit.index not in records]
     if missing:
         raise UserError(
-            f"--output_dir={plan.job.output_dir}: the chunks of {len(missing)} units were written, but are not to be seen "
-            f"from this machine (units {', '.join(map(str, missing[:5]))} ..). Give a directory that all nodes mount; the same "
-            "command does these units again."
+            f"--output_dir={plan.job.output_dir}: the chunks of {len(missing)} units were written, but cannot be seen "
+            f"from this machine (units {_some(list(map(str, missing)))}). Give a directory that all nodes mount; the "
+            "same command does these units again."
         )
 
 
-def check_nothing_lost(plan: Plan, records: dict[int, Any]) -> None:
-    """Rows that were planned and rows that were accounted for must agree."""
+def check_nothing_lost(plan: Plan, records: dict[int, UnitRecord]) -> None:
+    """Compare the rows that were planned with those that are accounted for; raises RuntimeError, since it is a bug."""
     for unit in plan.units:
         record = records[unit.index]
         planned = unit.rows if unit.max_rows is None else unit.max_rows
@@ -196,8 +228,8 @@ def check_nothing_lost(plan: Plan, records: dict[int, Any]) -> None:
             raise RuntimeError(f"unit {unit.index}: {planned} rows planned, {found} accounted for")
 
 
-def publish(plan: Plan, records: dict[int, Any], output_dir: Path) -> dict[str, Any]:
-    """Write an index and a manifest a folder, then one a split, then the run's own, which completes it."""
+def publish(plan: Plan, records: dict[int, UnitRecord], output_dir: Path) -> dict[str, Any]:
+    """Write an index and a manifest per folder, then one manifest per split, then the run's own, which completes it."""
     common = {
         "kind": "tokens",
         "made_by": made_by("optimize_dataset.py", "gigatoken", "tokenizers", "pyarrow", "litdata"),
@@ -206,33 +238,7 @@ def publish(plan: Plan, records: dict[int, Any], output_dir: Path) -> dict[str, 
         "fingerprint": plan.fingerprint,
     }
     ordered = [records[unit] for unit in sorted(records)]
-    totals = {}
-    for split in SPLITS:
-        per_folder: dict[str, list[Any]] = collections.defaultdict(list)
-        for record in ordered:
-            if getattr(record, split).chunks:
-                per_folder[record.folder].append(record)
-        for folder, folder_records in per_folder.items():
-            path = output_dir / split / folder
-            files = [chunk for record in folder_records for chunk in getattr(record, split).chunks]
-            chunks = [Chunk(c["name"], c["documents"], c["tokens"], c["bytes"]) for c in files]
-            fingerprint = hashlib.sha256("".join(c["xxh3_128"] for c in files).encode()).hexdigest()
-            write_json(path / INDEX_NAME, make_index(chunks, plan.job.dtype, plan.job.chunk_tokens, fingerprint))
-            content = _content(folder_records, split, plan.job.dtype)
-            write_manifest(path, {**common, "split": split, "content": content, "files": files, "inputs": []})
-        for folder in _sub_folders(output_dir / split):
-            if folder.name not in per_folder:  # an interrupted run used it, its units were then done elsewhere
-                for name in (INDEX_NAME, MANIFEST_NAME):
-                    (folder / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-        totals[split] = _content(ordered, split, plan.job.dtype)
-        write_manifest(
-            output_dir / split,
-            {**common, "split": split, "content": totals[split], "files": [], "inputs": plan.inputs}
-            | {"folders": sorted(per_folder)},
-        )
-
+    totals = {split: _publish_split(plan, ordered, output_dir, split, common) for split in SPLITS}
     quarantined = plan.quarantined + [entry for record in ordered for entry in record.quarantined]
     if quarantined:
         with atomic_write(output_dir / QUARANTINE_NAME) as file:
@@ -254,12 +260,35 @@ def publish(plan: Plan, records: dict[int, Any], output_dir: Path) -> dict[str, 
     return manifest
 
 
-def _content(records: list[Any], split: str, dtype: str) -> dict[str, Any]:
+def _publish_split(
+    plan: Plan, records: list[UnitRecord], output_dir: Path, split: str, common: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the content of the whole split."""
+    per_folder: dict[str, list[UnitRecord]] = collections.defaultdict(list)
+    for record in records:
+        if getattr(record, split).chunks:
+            per_folder[record.folder].append(record)
+    for folder, folder_records in per_folder.items():
+        path = output_dir / split / folder
+        chunks = [chunk for record in folder_records for chunk in getattr(record, split).chunks]
+        fingerprint = hashlib.sha256("".join(chunk.xxh3_128 for chunk in chunks).encode()).hexdigest()
+        write_json(path / INDEX_NAME, make_index(chunks, plan.job.dtype, plan.job.chunk_tokens, fingerprint))
+        content = _content(folder_records, split, plan.job.dtype)
+        files = [dataclasses.asdict(chunk) for chunk in chunks]
+        write_manifest(path, {**common, "split": split, "content": content, "files": files, "inputs": []})
+    for folder in _sub_folders(output_dir / split):
+        if folder.name not in per_folder:  # an interrupted run used it, and its units were then done elsewhere
+            for name in (INDEX_NAME, MANIFEST_NAME):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    content = _content(records, split, plan.job.dtype)
+    whole = {"content": content, "files": [], "inputs": plan.inputs, "folders": sorted(per_folder)}
+    write_manifest(output_dir / split, {**common, "split": split, **whole})
+    return content
+
+
+def _content(records: list[UnitRecord], split: str, dtype: str) -> dict[str, Any]:
     parts = [getattr(record, split) for record in records]
-    return {
-        "documents": sum(part.documents for part in parts),
-        "tokens": sum(part.tokens for part in parts),
-        "text_bytes": sum(part.text_bytes for part in parts),
-        "chunks": sum(len(part.chunks) for part in parts),
-        "dtype": dtype,
-    }
+    sums = {key: sum(getattr(part, key) for part in parts) for key in ("documents", "tokens", "text_bytes")}
+    return {**sums, "chunks": sum(len(part.chunks) for part in parts), "dtype": dtype}

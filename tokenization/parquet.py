@@ -1,30 +1,33 @@
-"""The parquet files of a dataset: finding them, reading their footers, streaming their text.
+"""The parquet files of a dataset: finds them, reads their footers, streams their text.
 
-A local path, or a URL that pyarrow (`s3://`, `gs://`, `abfs://`, `hdfs://`) or fsspec (`hf://datasets/..`, ..) reads.
+They are at a local path, or at a URL that pyarrow (`s3://`, `gs://`, `abfs://`, `hdfs://`, `hf://datasets/...`) or
+fsspec reads.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import xxhash
+
+from tokenization.threads import submit_ahead
 from utils.errors import UserError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 FOOTER_THREADS = 32
-# Text that is decoded at a time. Large enough that the per-batch cost vanishes, small enough for the caches.
+# Text per batch. Large enough that the cost per batch vanishes, small enough for the processor's caches.
 BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 1 << 16
 READ_BUFFER_BYTES = 4 << 20
 
 
 class CorruptRowGroup(Exception):
-    """A row group whose footer was fine and whose pages are not."""
+    """A row group whose pages cannot be read, though the file's footer could."""
 
     def __init__(self, file_index: int, row_group: int, rows: int, reason: str):
         self.file_index, self.row_group, self.rows, self.reason = file_index, row_group, rows, reason
@@ -32,8 +35,8 @@ class CorruptRowGroup(Exception):
 
 
 def is_input_failure(error: Exception) -> bool:
-    """Whether reading failed, rather than what was read being wrong: another try may succeed, and nothing may be
-    quarantined for it. pyarrow sets errno for the operating system's errors, and words object stores' own."""
+    """Whether reading failed, and not whether what was read is wrong: another try may succeed, so nothing may be
+    quarantined. pyarrow sets errno for errors of the operating system, and only describes those of object stores."""
     remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
     return isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
 
@@ -49,7 +52,7 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Footer:
-    """What planning needs of a parquet file's footer."""
+    """What planning needs from a parquet file's footer."""
 
     rows: tuple[int, ...]
     """Of each row group."""
@@ -66,18 +69,13 @@ def open_input(url: str) -> tuple[Any, str]:
     Raises:
         UserError: no file system for such a URL, or it does not answer.
     """
-    import pyarrow.fs as pafs
-
     if "://" not in url:
         return pafs.LocalFileSystem(), url
     try:
         return pafs.FileSystem.from_uri(url)
     except Exception as pyarrow_error:
         try:
-            import fsspec
-
-            filesystem, path = fsspec.core.url_to_fs(url)
-            return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+            return pafs.FileSystem.from_uri(f"fsspec+{url}")
         except Exception as error:
             raise UserError(
                 f"--input_dir={url}: neither pyarrow ({pyarrow_error}) nor fsspec ({error}) opens this URL. "
@@ -91,8 +89,6 @@ def list_parquet_files(url: str) -> list[FileEntry]:
     Raises:
         UserError: nothing there, or no parquet file in it.
     """
-    import pyarrow.fs as pafs
-
     filesystem, base = open_input(url)
     base = base.rstrip("/")
     try:
@@ -127,10 +123,6 @@ def _member(url: str, path: str) -> tuple[Any, str]:
 
 def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
     """Raises ValueError saying what is wrong with the file, UserError when it could not be read at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import xxhash
-
     filesystem, path = _member(url, entry.path)
     try:
         with filesystem.open_input_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
@@ -157,45 +149,35 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
 
 
 def leaf_index(metadata: Any, column: str) -> int:
-    """Position of a top-level column among the leaves, which is what row groups count: a struct before it has several."""
+    """Position of a top-level column among the leaves, which row groups count: a struct before it has several."""
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:
-    import pyarrow as pa
-
     if pa.types.is_dictionary(arrow_type):
         arrow_type = arrow_type.value_type
     return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type)
 
 
 def read_footers(
-    url: str, entries: Iterable[FileEntry], text_column: str
+    url: str, entries: Sequence[FileEntry], text_column: str
 ) -> Iterator[tuple[FileEntry, Footer | None, str | None]]:
     """Footers in the order of `entries`, read in parallel, a bounded number ahead.
 
     Yields:
         (entry, footer, None), or (entry, None, reason) for a file that cannot be used.
     """
-    import collections
-
-    def read(entry: FileEntry) -> tuple[FileEntry, Footer | None, str | None]:
+    read = functools.partial(read_footer, url, text_column=text_column)
+    for entry, future in zip(entries, submit_ahead(read, entries, num_threads=FOOTER_THREADS)):
         try:
-            return entry, read_footer(url, entry, text_column), None
+            yield entry, future.result(), None
         except ValueError as error:
-            return entry, None, str(error)
-
-    with concurrent.futures.ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        ahead: collections.deque = collections.deque()
-        for entry in entries:
-            ahead.append(pool.submit(read, entry))
-            if len(ahead) > 4 * FOOTER_THREADS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            yield entry, None, str(error)
 
 
-def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_column: str) -> Iterator[pa.Array]:
+def stream_texts(
+    url: str, path: str, file_index: int, row_groups: Sequence[int], text_column: str
+) -> Iterator[pa.Array]:
     """The text column of some row groups, a few MB at a time, in bounded memory.
 
     Args:
@@ -208,11 +190,8 @@ def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_c
         CorruptRowGroup: a page cannot be decoded.
         OSError: the file could not be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     filesystem, full_path = _member(url, path)
-    group, rows = row_groups.start, 0
+    group, rows = row_groups[0], 0
     try:
         # A read buffer instead of pre_buffer: a row group of a million rows must not be held as a whole.
         with (
@@ -231,7 +210,7 @@ def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_c
                 batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes))
                 for batch in parquet.iter_batches(batch_rows, [group], [text_column], use_threads=False):
                     texts = _as_plain_text(batch.column(0))
-                    texts.validate(full=True)  # parquet readers do not look whether text is UTF-8
+                    texts.validate(full=True)  # parquet readers do not check whether text is UTF-8
                     yield texts
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         if is_input_failure(error):
@@ -240,8 +219,6 @@ def stream_texts(url: str, path: str, file_index: int, row_groups: range, text_c
 
 
 def _as_plain_text(column: pa.Array) -> pa.Array:
-    import pyarrow as pa
-
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column
     return column.cast(pa.large_string())

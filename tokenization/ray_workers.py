@@ -1,27 +1,27 @@
-"""Tokenization on a Ray cluster: units as tasks on every node, tried again by Ray when a process or a node dies."""
+"""Tokenization on a Ray cluster: units are tasks on all nodes, which Ray tries again when a process or node dies."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import dataclasses
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import ray
+
+from tokenization.job import Job, Unit, UnitRecord
+from tokenization.tokenize_unit import process_encoder, tokenize_unit
+from tokenization.workers import MAX_RETRIES, Workers
 from utils.errors import WorkerDied
 from utils.node_check import check_nodes, probe_in
-
-if TYPE_CHECKING:
-    from tokenization.job import Job, Unit
 
 CHECKED_PACKAGES = ("ray", "pyarrow", "gigatoken", "tokenizers", "awkward", "numpy", "xxhash")
 
 
-class RayWorkers:
-    """Tasks on the cluster that this process is connected to; tokenization/local_workers.py has the same methods.
+class RayWorkers(Workers):
+    """Tasks on the cluster that this process is connected to.
 
     Args:
-        num_workers: tasks at a time; None: all CPUs, with the next task ready on each.
+        num_workers: tasks at a time; None: two per CPU, so that the next task is ready when one ends.
         job: its directories must be seen by every node.
         load_tokenizer: gives tokenizer.json and `fast_tokenizer_json` of it.
         max_retries: how often a unit is tried again when its process died.
@@ -31,11 +31,13 @@ class RayWorkers:
     """
 
     def __init__(
-        self, num_workers: int | None, job: Job, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int
+        self,
+        num_workers: int | None,
+        job: Job,
+        load_tokenizer: Callable[[], tuple[bytes, bytes]],
+        max_retries: int = MAX_RETRIES,
     ):
-        import ray
-
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread:
             tokenizer = thread.submit(load_tokenizer)
             self.nodes = _check_nodes(job)
             self._tokenizer = ray.put(tokenizer.result())
@@ -46,54 +48,40 @@ class RayWorkers:
         self._jobs: dict[int, tuple[Job, Any]] = {}
 
     def num_cpus(self) -> int:
-        import ray
-
         return int(ray.cluster_resources().get("CPU", 1)) or 1
 
     def num_free(self) -> int:
-        """Units that can be submitted now."""
-        # Twice the CPUs: the next unit lies ready on the node when one ends.
         return (self._num_workers or 2 * self.num_cpus()) - len(self._running)
 
     def submit(self, job: Job, unit: Unit) -> None:
-        import ray
-
         if id(job) not in self._jobs:
             self._jobs[id(job)] = (job, ray.put(job))
         reference = self._task.remote(self._jobs[id(job)][1], unit, self._folders, [self._tokenizer])
         self._running[reference] = unit
 
-    def finished(self) -> list[tuple[Unit, dict[str, Any] | BaseException]]:
-        """Wait until at least one unit is done, or nodes may have come: each with its record, or what went wrong."""
-        import ray
-
-        done: list[tuple[Unit, dict[str, Any] | BaseException]] = []
+    def finished(self) -> list[tuple[Unit, UnitRecord | Exception]]:
+        done: list[tuple[Unit, UnitRecord | Exception]] = []
+        # Not for ever: nodes that have joined meanwhile should get units.
         for reference in ray.wait(list(self._running), num_returns=1, timeout=10)[0]:
             unit = self._running.pop(reference)
             try:
                 done.append((unit, ray.get(reference)))
             except ray.exceptions.RayTaskError as error:
                 done.append((unit, error.cause if isinstance(error.cause, Exception) else error))
-            except (
-                ray.exceptions.RayError
-            ) as error:  # a process or a node died too often, for want of memory or taken away
+            except ray.exceptions.RayError as error:  # a process or node died too often: out of memory, or taken away
                 done.append((unit, WorkerDied(f"{type(error).__name__}: {str(error).splitlines()[0]}")))
         return done
 
 
 def _check_nodes(job: Job) -> list[dict[str, str]]:
-    seen_by_all = {} if "://" in job.input_dir else {"--input_dir": [os.path.abspath(job.input_dir)]}
+    seen_by_all = {} if "://" in job.input_dir else {"--input_dir": [job.input_dir]}
     with probe_in(job.output_dir) as probe:
         return check_nodes({"--output_dir": [probe], **seen_by_all}, CHECKED_PACKAGES)
 
 
-def tokenize_on_node(job: Job, unit: Unit, folders: dict[str, str], tokenizer: list) -> dict[str, Any]:
+def tokenize_on_node(job: Job, unit: Unit, folders: dict[str, str], tokenizer: list) -> UnitRecord:
     """The Ray task. `tokenizer` holds a reference, so that only a process that needs the files' content fetches it."""
-    import ray
-
-    from tokenization.tokenize_unit import process_encoder, tokenize_unit
-
     node_id = ray.get_runtime_context().get_node_id()
     folder = folders.get(node_id, f"node-{node_id[:12]}")  # a node that joined after the start
     encoder = process_encoder(job, lambda: ray.get(tokenizer[0]))
-    return dataclasses.asdict(tokenize_unit(job, unit, folder, encoder))
+    return tokenize_unit(job, unit, folder, encoder)

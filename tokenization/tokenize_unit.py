@@ -1,35 +1,33 @@
-"""One unit of parquet text to finished chunk files: what a Ray task does.
+"""One unit of parquet text to finished chunk files: what a worker process does.
 
 Per batch of a few MB, and never per document or token in Python where numpy can do it:
 
     read (Arrow) -> drop null and empty -> hash, which decides train or val -> encode (gigatoken)
                  -> put BOS and EOS between the documents -> cut into chunks -> write, fsync, rename
 
-The text hash is the one thing that costs a call a document; xxhash takes 0.3 us for it.
+The text hash is the one thing that costs a call per document; xxhash takes 0.3 us for it.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import xxhash
 
 from tokenization.chunk_writer import ChunkWriter
 from tokenization.encoder import Encoder, arrow_text_buffers
 from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
 from tokenization.parquet import CorruptRowGroup, stream_texts
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
-# Documents of a unit that are encoded by the reference too. It is a hundred times slower: so little text of each unit
-# costs a few percent of the time. A document above the last limit is never among them.
+# Documents of a unit that the reference encodes too. It is a hundred times slower: with so little text of each unit
+# it takes a few percent of the time. A document above the last limit is never among them.
 CHECKED_DOCUMENTS = 8
 MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 16 << 10
 CHECKED_SHARE = 1 / 2048
@@ -38,8 +36,6 @@ LONGEST_CHECKED_BYTES = 1 << 20
 
 def text_hashes(texts: pa.Array) -> np.ndarray:
     """XXH3-64 of each text's UTF-8 bytes, shape (n,), uint64."""
-    import xxhash
-
     offsets, data = arrow_text_buffers(texts)
     view, bounds = memoryview(data), offsets.tolist()
     digest = xxhash.xxh3_64_intdigest
@@ -49,7 +45,7 @@ def text_hashes(texts: pa.Array) -> np.ndarray:
 def assemble(
     ids: np.ndarray, ends: np.ndarray, bos_id: int | None, eos_id: int | None, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put BOS before and EOS after every document.
+    """Put BOS before and EOS after every document; one of them at least.
 
     Args:
         ids: token ids of n documents, back to back, shape (tokens,).
@@ -58,23 +54,15 @@ def assemble(
     Returns:
         tokens, shape (tokens + n * specials,), and the length of each document in them, shape (n,).
     """
-    specials = (bos_id is not None) + (eos_id is not None)
-    lengths = np.diff(ends) + specials
-    out = np.empty(len(ids) + specials * len(lengths), dtype)
-    stops = np.cumsum(lengths)
-    is_text = np.ones(len(out), bool)
-    if bos_id is not None:
-        out[stops - lengths] = bos_id
-        is_text[stops - lengths] = False
-    if eos_id is not None:
-        out[stops - 1] = eos_id
-        is_text[stops - 1] = False
-    out[is_text] = ids
-    return out, lengths
+    around = [(token, at) for token, at in ((bos_id, ends[:-1]), (eos_id, ends[1:])) if token is not None]
+    # Document by document, so that EOS stands before the next document's BOS: both have the same place.
+    places = np.stack([at for _, at in around], axis=1).ravel()
+    values = np.tile([token for token, _ in around], len(ends) - 1)
+    return np.insert(ids.astype(dtype), places, values), np.diff(ends) + len(around)
 
 
 def sample_rows(document_bytes: np.ndarray, unit_bytes: int) -> list[int]:
-    """Which documents of a batch to check: some that lie apart, and no more text than the unit's size allows.
+    """Which documents of a batch to check: a few from all over it, and no more text than the unit's size allows.
 
     Args:
         document_bytes: UTF-8 bytes of each document, shape (n,).
@@ -90,8 +78,8 @@ def sample_rows(document_bytes: np.ndarray, unit_bytes: int) -> list[int]:
     return rows or ([shortest] if document_bytes[shortest] <= LONGEST_CHECKED_BYTES else [])
 
 
-def runs(is_val: np.ndarray) -> Iterator[tuple[str, int, int]]:
-    """Stretches of consecutive documents of one split: (split, first, last + 1)."""
+def consecutive_splits(is_val: np.ndarray) -> Iterator[tuple[str, int, int]]:
+    """Stretches of consecutive documents that go to the same split: (split, first, last + 1)."""
     bounds = [0, *(np.flatnonzero(np.diff(is_val)) + 1).tolist(), len(is_val)]
     for first, last in itertools.pairwise(bounds):
         if first < last:
@@ -115,7 +103,7 @@ def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRe
         except CorruptRowGroup as error:
             if not job.quarantine:
                 raise
-            # From the start without it: what a row group gave before its bad page must not depend on batch sizes.
+            # Start over without it: what a row group gave before its bad page must not depend on batch sizes.
             excluded[error.file_index, error.row_group] = error
         else:
             record.quarantined = [
@@ -168,7 +156,7 @@ def _tokenize_once(
         stops = np.concatenate(([0], np.cumsum(lengths)))
         text_offsets = arrow_text_buffers(texts)[0]
         watch.lap("assemble")
-        for split, first, last in runs(is_val):
+        for split, first, last in consecutive_splits(is_val):
             counts: SplitRecord = getattr(record, split)
             counts.documents += last - first
             counts.tokens += int(stops[last] - stops[first])
@@ -197,79 +185,55 @@ def _texts_of(
     job: Job, unit: Unit, excluded: dict[tuple[int, int], CorruptRowGroup], record: UnitRecord
 ) -> Iterator[pa.Array]:
     """The unit's non-empty texts, batch by batch; counts what is skipped."""
-    import pyarrow.compute as pc
-
     rows_left = unit.rows if unit.max_rows is None else unit.max_rows
     for piece in unit.ranges:
-        groups = []
-        for group in range(piece.first, piece.last):
-            corrupt = excluded.get((piece.file_index, group))
-            if corrupt is None:
-                groups.append(group)
-            else:
-                rows_left -= corrupt.rows
-        for begin, end in _consecutive(groups):
-            path = job.paths[piece.file_index]
-            for texts in stream_texts(job.input_dir, path, piece.file_index, range(begin, end), job.text_column):
-                texts = texts[: max(rows_left, 0)]
-                if not len(texts):
-                    return
-                rows_left -= len(texts)
-                record.skipped_null += texts.null_count
-                if texts.null_count:
-                    texts = texts.drop_null()
-                is_text = pc.greater(pc.binary_length(texts), 0)
-                empty = len(texts) - (pc.sum(is_text).as_py() or 0)
-                record.skipped_empty += empty
-                if empty:
-                    texts = texts.filter(is_text)
-                if len(texts):
-                    yield texts
+        i, groups = piece.file_index, range(piece.first, piece.last)
+        rows_left -= sum(excluded[i, group].rows for group in groups if (i, group) in excluded)
+        readable = [group for group in groups if (i, group) not in excluded]
+        if not readable:
+            continue
+        for texts in stream_texts(job.input_dir, job.paths[i], i, readable, job.text_column):
+            texts = texts[: max(rows_left, 0)]
+            if not len(texts):
+                return
+            rows_left -= len(texts)
+            record.skipped_null += texts.null_count
+            if texts.null_count:
+                texts = texts.drop_null()
+            is_text = np.diff(arrow_text_buffers(texts)[0]) > 0
+            record.skipped_empty += len(texts) - int(is_text.sum())
+            if not is_text.all():
+                texts = texts.filter(pa.array(is_text))
+            if len(texts):
+                yield texts
 
 
-def _consecutive(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    first = None
-    for i, number in enumerate(numbers):
-        if first is None:
-            first = number
-        if i + 1 == len(numbers) or numbers[i + 1] != number + 1:
-            yield first, number + 1
-            first = None
-
-
-# One encoder a worker process: its cache of pretokens is what makes the next unit fast.
+# One encoder per worker process: its cache of pretokens is what makes the next unit fast.
 _encoders: dict[tuple[str, bool], Encoder] = {}
 
 
-def process_encoder(job: Job, load: Callable[[], tuple[bytes, bytes]]) -> Encoder:
-    """This process's encoder for `job`, loaded when it is needed first.
+def process_encoder(job: Job, load_tokenizer: Callable[[], tuple[bytes, bytes]]) -> Encoder:
+    """This process's encoder for `job`, loaded when it is first needed.
 
     Args:
-        load: gives tokenizer.json, and `fast_tokenizer_json` of it.
+        load_tokenizer: gives tokenizer.json, and `fast_tokenizer_json` of it.
     """
     key = (job.tokenizer_sha256, job.parse_special_tokens)
     if key not in _encoders:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _encoders.clear()
-        tokenizer_json, fast_json = load()
+        tokenizer_json, fast_json = load_tokenizer()
         _encoders[key] = Encoder(tokenizer_json, job.parse_special_tokens, fast_json)
         _warm_up(_encoders[key])
     return _encoders[key]
 
 
 def _warm_up(encoder: Encoder) -> None:
-    """Imports and first calls take half a second, which belongs to a process's start and not to its first unit."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet
-
+    """First calls take half a second, which belongs to a process's start and not to its first unit."""
     texts = pa.array(["warm", "up"])
-    pc.sum(pc.greater(pc.binary_length(texts), 0))
     text_hashes(texts)
     encoder.encode(texts)
 
 
 def peak_resident_bytes() -> int:
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from utils import cli, console
-from utils.chunks import Index, read_document_offsets, read_documents, read_index
+from utils.chunks import Index, read_document_offsets, read_documents, read_index, verify
 from utils.errors import Problems, UserError
 from utils.files import atomic_write
 from utils.manifest import damaged_files, read_manifest
@@ -51,18 +51,12 @@ def document_lengths(index: Index) -> np.ndarray:
     problems = Problems()
     lengths = []
     for chunk in index.chunks:
+        path = index.directory / chunk.name
         try:
-            offsets = read_document_offsets(index.directory / chunk.name)
+            verify(path, chunk, index.dtype)
+            lengths.append(np.diff(read_document_offsets(path)) // np.dtype(index.dtype).itemsize)
         except (OSError, ValueError) as error:
             problems.add(f"{error}. Make the dataset again, or bring the file back.")
-            continue
-        found = np.diff(offsets) // np.dtype(index.dtype).itemsize
-        lengths.append(found)
-        if (len(found), int(found.sum()), int(offsets[-1])) != (chunk.documents, chunk.tokens, chunk.bytes):
-            problems.add(
-                f"{index.directory / chunk.name}: {len(found):,} documents, {int(found.sum()):,} tokens, "
-                f"{int(offsets[-1]):,} bytes; the index says {chunk.documents:,}, {chunk.tokens:,}, {chunk.bytes:,}."
-            )
     problems.raise_if_any()
     return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
 

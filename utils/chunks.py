@@ -9,7 +9,7 @@ A chunk of three documents, little-endian (litdata/streaming/writer.py and item_
           |        '-------------------------------------^
           '-------- absolute byte positions; the last one is the file's size, so it is below 4 GiB
 
-litdata's reader ignores the offsets: it cuts the tokens into blocks and drops the chunk's last, incomplete one.
+litdata's reader ignores the offsets: it cuts the tokens into blocks, and drops the last block if it is incomplete.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import checksum
 from utils.manifest import safe_member
 
 INDEX_NAME = "index.json"
@@ -33,9 +35,9 @@ CODE_OF_DTYPE = {"int32": 16, "int64": 18, "uint16": 20}
 DTYPE_OF_CODE = {15: "int32", **{code: dtype for dtype, code in CODE_OF_DTYPE.items()}, 17: "int64"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk file as the index names it."""
+    """One chunk file: what index.json says about it, and its checksum, which manifests and progress.jsonl have too."""
 
     name: str
     """Path relative to the directory of the index, with '/'."""
@@ -43,6 +45,8 @@ class Chunk:
     tokens: int
     bytes: int
     """Of the whole file, header included."""
+    xxh3_128: str | None = None
+    """Of the whole file; None while nobody has read it."""
 
 
 def header_bytes(num_documents: int) -> int:
@@ -79,6 +83,42 @@ def read_documents(path: str | os.PathLike, dtype: str) -> list[np.ndarray]:
     return [raw[start:end].view(np.dtype(dtype).newbyteorder("<")) for start, end in itertools.pairwise(offsets)]
 
 
+def verify(
+    path: str | os.PathLike, chunk: Chunk, dtype: str, depth: Literal["size", "offsets", "checksum"] = "offsets"
+) -> Chunk:
+    """Compare a chunk file with its entry.
+
+    Args:
+        dtype: of the tokens.
+        depth: compare the size alone; also the counts of documents and tokens, from the header; or also every byte.
+
+    Returns:
+        The entry, with the file's checksum if that was computed.
+
+    Raises:
+        ValueError: the file is not what the entry says.
+        OSError: the file cannot be read.
+    """
+    size = os.path.getsize(path)
+    if size != chunk.bytes:
+        raise ValueError(f"{path}: {size:,} bytes, the index says {chunk.bytes:,}")
+    if depth == "size":
+        return chunk
+    offsets = read_document_offsets(path)
+    documents, tokens = len(offsets) - 1, int(offsets[-1] - offsets[0]) // np.dtype(dtype).itemsize
+    if (documents, tokens) != (chunk.documents, chunk.tokens):
+        raise ValueError(
+            f"{path}: holds {documents:,} documents and {tokens:,} tokens, the index says {chunk.documents:,} and "
+            f"{chunk.tokens:,}"
+        )
+    if depth == "offsets":
+        return chunk
+    found = checksum(path)
+    if chunk.xxh3_128 not in (None, found):
+        raise ValueError(f"{path}: its content differs from its checksum")
+    return dataclasses.replace(chunk, xxh3_128=found)
+
+
 @dataclasses.dataclass(frozen=True)
 class Index:
     """index.json, checked."""
@@ -111,12 +151,12 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
         folders = sorted(index.parent.name for index in directory.glob(f"*/{INDEX_NAME}"))
         if folders:
             raise UserError(
-                f"{flag}={directory}: not merged yet: its chunks are in folders of their own ({', '.join(folders[:5])}). Merge them: "
-                f"python merge_files.py --source_dir={directory} --target_dir=DATA/{directory.name}"
+                f"{flag}={directory}: not merged yet: its chunks are in separate folders ({', '.join(folders[:5])}). "
+                f"Merge them: python merge_files.py --source_dir={directory} --target_dir=DATA/{directory.name}"
             )
         raise UserError(
-            f"{flag}={directory}: no {INDEX_NAME} in it. Give a directory of token chunks, made by optimize_dataset.py, "
-            "merge_files.py or litdata.optimize with TokensLoader."
+            f"{flag}={directory}: no {INDEX_NAME} in it. Give a directory of token chunks made by optimize_dataset.py, "
+            "merge_files.py, or litdata.optimize with TokensLoader."
         )
     try:
         raw = json.loads(path.read_bytes())
@@ -124,10 +164,11 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
         data_format = config["data_format"]
         listed = raw["chunks"]
         if not isinstance(listed, list) or not isinstance(config, dict):
-            raise TypeError("chunks is no list or config no object")
+            raise TypeError("chunks is not a list or config is not an object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({type(error).__name__}: {error}). Make the directory again."
+            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({type(error).__name__}: {error}). Make the directory "
+            "again."
         ) from error
 
     kind, _, code = str(data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else "").partition(
@@ -136,8 +177,8 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
     dtype = DTYPE_OF_CODE.get(int(code)) if code.isdecimal() else None
     if config.get("item_loader") != "TokensLoader" or kind != "no_header_tensor" or dtype is None:
         raise UserError(
-            f"{flag}={directory}: item_loader {config.get('item_loader')!r} with data_format {data_format!r} is no "
-            "dataset of tokens. Make it with optimize_dataset.py, or litdata.optimize(.., item_loader=TokensLoader())."
+            f"{flag}={directory}: item_loader {config.get('item_loader')!r} with data_format {data_format!r} is not a "
+            "dataset of tokens. Make it with optimize_dataset.py, or litdata.optimize(..., item_loader=TokensLoader())."
         )
     if config.get("compression") or config.get("encryption"):
         raise UserError(f"{flag}={directory}: compressed or encrypted chunks cannot be read in place. Make it without.")

@@ -1,7 +1,8 @@
-"""What a local worker process says when something goes wrong in it; its deaths are in test_optimize_dataset_crashes.py."""
+"""What a local worker process says when its work fails; its deaths are in test_optimize_dataset_crashes.py."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import resource
 
@@ -63,15 +64,14 @@ def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-        with LocalWorkers(1, load, max_retries=0) as workers:
+        with contextlib.closing(LocalWorkers(1, load, max_retries=0)) as workers:
             workers.submit(job, bad)
             ((unit, outcome),) = workers.finished()
             assert unit is bad and isinstance(outcome, FileNotFoundError), outcome
             workers.submit(job, good)
             ((unit, outcome),) = workers.finished()
             assert (
-                unit is good
-                and outcome["train"]["documents"] == pq.read_metadata(parquet_dir / name).row_group(0).num_rows
+                unit is good and outcome.train.documents == pq.read_metadata(parquet_dir / name).row_group(0).num_rows
             )
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64
     finally:

@@ -208,7 +208,7 @@ def test_missing_source_and_source_without_index(run_script, tmp_path):
         ("[1, 2", "is not litdata's"),
         (
             '{"chunks": [], "config": {"data_format": ["jpeg"], "item_loader": "PyTreeLoader"}}',
-            "is no dataset of tokens",
+            "is not a dataset of tokens",
         ),
     ],
 )

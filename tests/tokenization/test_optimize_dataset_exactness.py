@@ -13,8 +13,9 @@ import pytest
 from conftest import write_parquet
 
 from tokenization.encoder import Encoder
+from tokenization.job import Unit
 from tokenization.parquet import FileEntry, Footer, read_footer
-from tokenization.units import default_chunk_tokens, default_unit_bytes, plan_units
+from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
 from utils.chunks import read_documents, read_index
 from utils.manifest import read_manifest
 
@@ -269,13 +270,20 @@ def test_limit_documents_and_other_text_column(documents, tokenizer_dir, tmp_pat
     assert content["train"]["documents"] + content["val"]["documents"] == 23
 
 
+def packed(footers: list[tuple[int, Footer]], unit_bytes: int, limit_rows: int | None = None) -> list[Unit]:
+    packer = UnitPacker(unit_bytes, limit_rows)
+    for file_index, footer in footers:
+        packer.add(file_index, footer)
+    return packer.finish()
+
+
 def test_units_cover_every_row_group_once():
     rng = random.Random(1)
     footers = []
     for i in range(300):
         rows = tuple(rng.randrange(0, 50) for _ in range(rng.randrange(0, 9)))
         footers.append((i, Footer(rows, tuple(r * 100 for r in rows), "")))
-    units = plan_units(footers, unit_bytes=10_000)
+    units = packed(footers, 10_000)
     covered = [
         (piece.file_index, group) for unit in units for piece in unit.ranges for group in range(piece.first, piece.last)
     ]
@@ -284,7 +292,7 @@ def test_units_cover_every_row_group_once():
     assert all(unit.text_bytes >= 10_000 for unit in units[:-1])
     assert [unit.index for unit in units] == list(range(len(units)))
 
-    limited = plan_units(footers, 10_000, limit_rows=777)
+    limited = packed(footers, 10_000, limit_rows=777)
     assert sum(unit.rows if unit.max_rows is None else unit.max_rows for unit in limited) == 777
 
 

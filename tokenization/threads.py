@@ -1,0 +1,23 @@
+"""Many small reads at once, in order, without reading everything ahead."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+def submit_ahead(work: Callable[..., Any], *arguments: Iterable, num_threads: int) -> Iterator[Future]:
+    """Like `map(work, *arguments)`, but on threads, and a few calls ahead of the consumer.
+
+    Yields:
+        Finished futures in the order of the arguments: `result()` returns or raises what the call did.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead: collections.deque[Future] = collections.deque()
+        for each in zip(*arguments):
+            ahead.append(pool.submit(work, *each))
+            if len(ahead) > 4 * num_threads:
+                yield ahead.popleft()
+        yield from ahead
