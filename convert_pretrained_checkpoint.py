@@ -174,16 +174,16 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
 
 def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
     """One pass over the checkpoint's weights; each block of rows goes to its places in both formats."""
-    from export.weight_files import TensorSpec, lay_out_safetensors, lay_out_torch_file
+    from export.weight_files import TensorSpec, preallocate_safetensors, preallocate_torch_file
 
     lit = hf = None
     if settings.formats != "hf":
         specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in plan.weights.items()]
-        lit = lay_out_torch_file(directory / "lit_model.pth", specs)
+        lit = preallocate_torch_file(directory / "lit_model.pth", specs)
     if plan.layout:
         dtypes = {r.target: plan.weights[name].dtype for name, found in plan.layout.ranges.items() for r in found}
         specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in plan.layout.shapes.items()]
-        hf = lay_out_safetensors(directory, specs, settings.max_shard_bytes())
+        hf = preallocate_safetensors(directory, specs, settings.max_shard_bytes())
 
     for name, tensor in plan.weights.items():
         for start, block in tensor.blocks():
@@ -206,9 +206,8 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
     if settings.verify == "off":
         console.warn("--verify=off: the export has not been checked.")
         return {"mode": "off"}
-    from export.checkpoint_reader import find_in_torch_file
+    from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
     from export.proof import KL_TOLERANCE, compare_logits, compare_weights
-    from export.weight_files import find_in_safetensors
 
     lit = find_in_torch_file(directory / "lit_model.pth") if settings.formats != "hf" else None
     hf = find_in_safetensors(directory) if plan.layout else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from litgpt import Config
 
-    from export.checkpoint_reader import StoredTensor
+    from export.stored_tensor import StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)

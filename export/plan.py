@@ -15,8 +15,8 @@ from utils.tokenizer import TokenizerInfo, read_tokenizer_info
 if TYPE_CHECKING:
     from litgpt import Config
 
-    from export.checkpoint_reader import StoredTensor
     from export.hf_layout import HfLayout
+    from export.stored_tensor import StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
 
     import torch
 
-    from export.checkpoint_reader import find_weights
+    from export.checkpoint_weights import find_weights
 
     config = problems.collect(read_model_config, checkpoint_dir, for_hf)
     found = problems.collect(find_weights, checkpoint_dir)
@@ -97,7 +97,7 @@ def make_plan(checkpoint_dir: Path, for_hf: bool, dtype: str) -> ExportPlan:
 
 def check_is_checkpoint(directory: Path) -> None:
     """Raises UserError for a directory above or below a checkpoint, whose every other fault would only follow from that."""
-    from export.checkpoint_reader import LIT_MODEL, nothing_there
+    from export.checkpoint_weights import LIT_MODEL, nothing_there
 
     nearby = (directory / ".metadata").is_file() or any(directory.glob(f"*/{LIT_MODEL}"))
     if nearby and not (directory / LIT_MODEL).exists():

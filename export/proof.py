@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.checkpoint_reader import BLOCK_BYTES, StoredTensor
+from export.stored_tensor import StoredTensor
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class _StreamedLinear:
 
         bias = self.bias.rows(0, self.bias.num_rows).float() if self.bias else None
         out = x.new_empty((*x.shape[:-1], self.weight.num_rows))
-        for start, block in self.weight.blocks(BLOCK_BYTES):
+        for start, block in self.weight.blocks():
             stop = start + len(block)
             out[..., start:stop] = torch.nn.functional.linear(
                 x, block.float(), bias[start:stop] if bias is not None else None

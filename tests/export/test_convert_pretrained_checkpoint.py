@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 
-from export.checkpoint_reader import find_in_torch_file, find_weights
+from export.checkpoint_weights import find_in_safetensors, find_in_torch_file, find_weights
 
 SCRIPT = "convert_pretrained_checkpoint.py"
 
@@ -316,12 +316,30 @@ def test_damaged_and_truncated_shards(checkpoint, tmp_path):
     assert "the manifest says" in in_process_refusal(copy, tmp_path)
 
 
+def test_shards_split_by_columns_are_refused_with_the_reason(checkpoint, tmp_path):
+    """As tensor parallelism splits them: what it would say of its chunks is put into the metadata."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    copy = copy_checkpoint(checkpoint, tmp_path)
+    path = copy / "lit_model.pth" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    stored = metadata.state_dict_metadata["model.transformer.h.0.mlp.proj.weight"]
+    rows, columns = stored.size
+    halves = (ChunkStorageMetadata(torch.Size((0, c)), torch.Size((rows, columns // 2))) for c in (0, columns // 2))
+    stored.chunks = list(halves)
+    path.write_bytes(pickle.dumps(metadata))
+    message = in_process_refusal(copy, tmp_path)
+    assert "'transformer.h.0.mlp.proj.weight' is split by columns, as tensor parallelism splits it" in message
+
+
 def test_truncated_and_foreign_files(checkpoint, tmp_path):
     copy = tmp_path / "file"
     shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("lit_model.pth", "manifest.json"))
     torch.save(full_state(checkpoint), copy / "lit_model.pth")
     os.truncate(copy / "lit_model.pth", 100_000)
     assert "truncated or damaged" in in_process_refusal(copy, tmp_path)
+    torch.save(full_state(checkpoint), copy / "lit_model.pth", _use_new_zipfile_serialization=False)
+    assert "the format of torch before 1.6" in in_process_refusal(copy, tmp_path)
     torch.save({"model": {"layers.0.weight": torch.zeros(2)}}, copy / "lit_model.pth")
     assert "no weights of a litgpt model" in in_process_refusal(copy, tmp_path)
     torch.save({"lora_A.weight": torch.zeros(2)}, copy / "lit_model.pth")
@@ -376,7 +394,6 @@ def test_weights_proof_notices_one_changed_bit(checkpoint, exported, tmp_path):
 
     from export.hf_layout import hf_layout
     from export.proof import compare_weights
-    from export.weight_files import find_in_safetensors
     from utils.errors import UserError
 
     copy = tmp_path / "model"
