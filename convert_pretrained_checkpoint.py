@@ -238,28 +238,23 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
 
 def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
     from export.hf_config import FAMILIES, family_of
-    from export.model_card import read_run_metrics, write_model_card
+    from export.model_card import write_model_card
 
     model_type = family_of(plan.config) if plan.layout else None
-    step = plan.checkpoint["content"].get("step") if plan.checkpoint else None
-    write_model_card(
-        directory,
-        {
-            "name": Path(settings.export_dir).absolute().name,
-            "config": plan.config,
-            "model_type": model_type,
-            "architecture": FAMILIES[model_type].architecture if model_type else None,
-            "litgpt": settings.formats != "hf",
-            "parameters": plan.num_parameters,
-            "tied": plan.tied,
-            "dtype": plan.dtype_name,
-            "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
-            "verification": proof,
-            "made_by": made_by(SCRIPT, *PACKAGES),
-        },
-        plan.checkpoint,
-        read_run_metrics(plan.checkpoint_dir, step),
-    )
+    exported = {
+        "name": Path(settings.export_dir).absolute().name,
+        "config": plan.config,
+        "model_type": model_type,
+        "architecture": FAMILIES[model_type].architecture if model_type else None,
+        "for_litgpt": settings.formats != "hf",
+        "parameters": plan.num_parameters,
+        "tied": plan.tied,
+        "dtype": plan.dtype_name,
+        "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
+        "proof": proof,
+        "made_by": made_by(SCRIPT, *PACKAGES),
+    }
+    write_model_card(directory, exported, plan.checkpoint_dir, plan.checkpoint)
 
 
 def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:

@@ -124,6 +124,41 @@ def test_model_card_says_what_the_manifests_say(exported):
     assert (exported / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_model_card_lists_some_of_many_files_and_leaves_out_what_is_unknown(checkpoint, tmp_path):
+    from litgpt import Config
+
+    from export.model_card import write_model_card
+
+    files = [{"path": f"web|text/{i:03}.parquet", "rows": 10, "bytes": 1000} for i in range(1100)]
+    dataset = {"split": "train|1", "content": {"tokens": 5}, "inputs": files}
+    manifest = {
+        "settings": {"optimizer": {"name": "adamw", "lr": 3e-05}, "seed": None},
+        "content": {"step": 2, "val_loss": None},
+        "inputs": [{"path": "data", "manifest": None}, {"path": "data", "manifest": dataset}],
+    }
+    exported = {
+        "name": "model",
+        "config": Config.from_file(checkpoint / "model_config.yaml"),
+        "model_type": None,
+        "architecture": None,
+        "for_litgpt": True,
+        "parameters": 7,
+        "tied": True,
+        "dtype": "float32",
+        "tokenizer": None,
+        "proof": {"mode": "off"},
+        "made_by": {"script": "x.py", "versions": {}},
+    }
+    write_model_card(tmp_path, exported, tmp_path / "run" / "final", manifest)
+    card = (tmp_path / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]  # no picture of a run that logged nothing
+    assert "Made from 1,100 parquet files (11,000 rows, 1.1 MB): `000.parquet`, `001.parquet`," in card
+    assert "`019.parquet` and 1,080 more. manifest.json names all.\n" in card and "020.parquet" not in card
+    assert "| train\\|1 | 5 tokens |" in card
+    assert "| Optimizer | adamw |\n| Optimizer: lr | 3e-05 |\n\n## Verification\n" in card
+    assert not any(word in card for word in ("Seed", "Validation", "from_pretrained", "lm_eval", "Tokenizer", "None"))
+
+
 def test_same_command_again_does_nothing_and_is_quick(checkpoint, exported):
     before = {path.name: path.stat().st_mtime_ns for path in exported.iterdir()}
     process = run_export(checkpoint, exported, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
