@@ -4,10 +4,10 @@
     python convert_pretrained_checkpoint.py RUN/step-00010000 EXPORT --dtype bfloat16 --formats hf
 
 It reads the sharded checkpoint itself: weights only, a few rows at a time, on a machine of any size. A file that was
-consolidated first, and a checkpoint of litgpt's own, work too. EXPORT then holds
+consolidated first, and litgpt's own checkpoints, work too. EXPORT then holds
 
-    lit_model.pth, model_config.yaml                            for `litgpt chat EXPORT`, `litgpt evaluate EXPORT` ..
-    model*.safetensors, config.json, generation_config.json     for AutoModelForCausalLM.from_pretrained("EXPORT") ..
+    lit_model.pth, model_config.yaml                            for `litgpt chat EXPORT`, `litgpt evaluate EXPORT`, ...
+    model*.safetensors, config.json, generation_config.json     for AutoModelForCausalLM.from_pretrained("EXPORT"), ...
     tokenizer files, README.md (the model card), manifest.json  for both
 
 It appears when it is complete and proven: every weight is read again and compared, and both models give the same logits
@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from export.plan import ExportPlan, make_plan
-from export.tokenizer_files import write_tokenizer
+from export.checkpoint_files import read_checkpoint_manifest
+from export.plan import ExportPlan
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, held_lock, publish_directory, temporary_sibling, write_json
@@ -38,7 +38,7 @@ _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB
 
 @dataclasses.dataclass
 class Settings:
-    """Export a checkpoint."""
+    """What to export, where to, and in which formats."""
 
     checkpoint_dir: str
     """Checkpoint to export: a run's `final` or `step-..` directory, or any directory with litgpt's lit_model.pth."""
@@ -53,7 +53,7 @@ class Settings:
     """Number type of the stored weights; same: as in the checkpoint."""
 
     max_shard_size: str = "5GB"
-    """Largest safetensors file, as 5GB or 500MB (GiB and MiB too). A larger tensor gets a file of its own."""
+    """Largest safetensors file, as 5GB or 500MB (GiB and MiB too). A larger tensor gets its own file."""
 
     verify: Literal["logits", "weights", "off"] = "logits"
     """What must hold before anything is published. weights: every stored value equals the checkpoint's; logits: that,
@@ -79,6 +79,32 @@ class Settings:
         }
 
 
+def main(settings: Settings) -> None:
+    if is_finished(settings):
+        console.result(f"nothing to do: {settings.export_dir} is a finished export of {settings.checkpoint_dir}")
+        return
+    start = time.perf_counter()
+    plan = check(settings)
+    console.say(
+        f"{plan.checkpoint_dir}: {plan.config.name}, {console.human_count(plan.num_parameters)} parameters, "
+        f"{plan.dtype_name}{', tied embeddings' if plan.tied else ''}"
+    )
+    if settings.dry_run:
+        check_space(plan, settings)
+        print_dry_run(plan, settings)
+        return
+    remove_interrupted(Path(settings.export_dir).absolute())  # first: it may fill the disk that is measured next
+    check_space(plan, settings)
+    export(plan, settings)
+    console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
+    if settings.formats != "hf":
+        console.next_command(f"litgpt chat {settings.export_dir}", "talk to it")
+    if plan.layout:
+        console.next_command(
+            f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
+        )
+
+
 # Before the work ------------------------------------------------------------------------------------------------------
 
 
@@ -90,9 +116,10 @@ def is_finished(settings: Settings) -> bool:
     """
     export_dir = Path(settings.export_dir)
     if export_dir.is_mount() or export_dir.is_symlink():
+        kind = "mount point" if export_dir.is_mount() else "symbolic link"
         raise UserError(
-            f"export_dir={export_dir}: a {'mount point' if export_dir.is_mount() else 'symbolic link'}, which cannot appear all at "
-            f"once. Give a directory inside it, as {export_dir / 'model'}."
+            f"export_dir={export_dir}: a {kind}, which cannot appear all at once. Give a directory inside it, as "
+            f"{export_dir / 'model'}."
         )
     if not export_dir.exists() or (export_dir.is_dir() and not any(export_dir.iterdir())):
         return False
@@ -128,11 +155,21 @@ def _identity(record: dict[str, Any]) -> Any:
     return record.get("sha256") or record.get("files")
 
 
+def check(settings: Settings) -> ExportPlan:
+    """Find what is wrong before the weights are read; a wrong path before the imports that take seconds."""
+    settings.max_shard_bytes()
+    checkpoint_dir = Path(settings.checkpoint_dir)
+    checkpoint = read_checkpoint_manifest(checkpoint_dir)
+
+    from export.checks import make_plan
+
+    return make_plan(checkpoint_dir, checkpoint, for_hf=settings.formats != "litgpt", dtype=settings.dtype)
+
+
 def needed_bytes(plan: ExportPlan, settings: Settings) -> dict[str, int]:
-    """Bytes of weights in each format that is made; safetensors holds tied embeddings once, as litgpt's file does."""
-    weights = plan.num_parameters * plan.weights["transformer.wte.weight"].dtype.itemsize
+    """Bytes of weights in each format that is made."""
     names = {"litgpt": "lit_model.pth", "hf": "model.safetensors"}
-    return {name: weights for kind, name in names.items() if settings.formats in ("all", kind)}
+    return {name: plan.num_bytes for kind, name in names.items() if settings.formats in ("all", kind)}
 
 
 def check_space(plan: ExportPlan, settings: Settings) -> None:
@@ -141,8 +178,8 @@ def check_space(plan: ExportPlan, settings: Settings) -> None:
     needed, free = sum(needed_bytes(plan, settings).values()), shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are free. Make "
-            "room, give another disk, or leave a format out with --formats."
+            f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are free. "
+            "Make room, give another disk, or leave a format out with --formats."
         )
 
 
@@ -156,12 +193,46 @@ def print_dry_run(plan: ExportPlan, settings: Settings) -> None:
     console.result(f"proof before anything is published: {settings.verify}")
 
 
+def remove_interrupted(export_dir: Path) -> None:
+    """Delete what an earlier, killed run of this command left beside `export_dir`."""
+    # Exactly its own: that of EXPORT must not match EXPORT-bf16's.
+    pattern = f"{TEMPORARY_PREFIX}{glob.escape(export_dir.name)}-{'[0-9a-f]' * 12}"
+    for left in export_dir.parent.glob(pattern):
+        with held_lock(left) as is_free:
+            if not is_free:
+                raise UserError(f"export_dir={export_dir}: another process is making it in {left}. Wait for it.")
+            console.detail(f"removing {left}, left by an interrupted run")
+            shutil.rmtree(left, ignore_errors=True)
+
+
 # The work -------------------------------------------------------------------------------------------------------------
+
+
+def export(plan: ExportPlan, settings: Settings) -> None:
+    """Write, prove and publish."""
+    export_dir = Path(settings.export_dir).absolute()
+    export_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(export_dir)
+    temporary.mkdir()
+    try:
+        with held_lock(temporary):
+            write_small_files(plan, temporary)
+            write_weights(plan, settings, temporary)
+            proof = prove(plan, settings, temporary)
+            write_card(plan, settings, temporary, proof)
+            write_export_manifest(plan, settings, temporary, proof)
+            if export_dir.is_dir():
+                export_dir.rmdir()  # an empty one; any other was refused
+            publish_directory(temporary, export_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_small_files(plan: ExportPlan, directory: Path) -> None:
     """Configurations and tokenizer; litgpt's evaluation and tokenizer read generation_config.json too."""
     from export.hf_config import generation_config, hf_config
+    from export.tokenizer_files import write_tokenizer
 
     shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
@@ -181,20 +252,16 @@ def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None
         specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in plan.weights.items()]
         lit = preallocate_torch_file(directory / "lit_model.pth", specs)
     if plan.layout:
-        dtypes = {r.target: plan.weights[name].dtype for name, found in plan.layout.ranges.items() for r in found}
-        specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in plan.layout.shapes.items()]
-        hf = preallocate_safetensors(directory, specs, settings.max_shard_bytes())
-
+        hf = preallocate_safetensors(directory, plan.layout.specs, settings.max_shard_bytes())
     for name, tensor in plan.weights.items():
         for start, block in tensor.blocks():
             if lit:
                 lit.write_rows(name, start, block)
-            for part in plan.layout.ranges.get(name, ()) if hf else ():
-                for source_row, target_row, num_rows in part.overlap(start, len(block)):
-                    hf.write_rows(part.target, target_row, block[source_row - start : source_row - start + num_rows])
-    for writer in (lit, hf):
-        if writer:
-            writer.finish()
+            if hf:
+                for target, target_row, rows in plan.layout.distribute(name, start, block):
+                    hf.write_rows(target, target_row, rows)
+    for writer in filter(None, (lit, hf)):
+        writer.finish()
 
 
 def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, Any]:
@@ -225,9 +292,9 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
     )
     if not comparison.passed:
         raise UserError(
-            f"{plan.checkpoint_dir}: litgpt and transformers do not agree on the exported model: logits differ by up to "
-            f"{comparison.max_abs_difference:.3g}, allowed are {comparison.tolerance:.3g}. Nothing was published. If the "
-            "weights hold NaN or infinity, take an earlier checkpoint; else please report this model_config.yaml."
+            f"{plan.checkpoint_dir}: litgpt and transformers do not agree on the exported model: logits differ by up "
+            f"to {comparison.max_abs_difference:.3g}, allowed are {comparison.tolerance:.3g}. Nothing was published. If "
+            "the weights hold NaN or infinity, take an earlier checkpoint; else please report this model_config.yaml."
         )
     return record | {
         "tokens": comparison.num_tokens,
@@ -277,66 +344,6 @@ def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path,
             "inputs": [input_record(plan.checkpoint_dir)],
         },
     )
-
-
-def remove_interrupted(export_dir: Path) -> None:
-    """Delete what an earlier, killed run of this command left beside `export_dir`."""
-    # Exactly its own: that of EXPORT must not match EXPORT-bf16's.
-    pattern = f"{TEMPORARY_PREFIX}{glob.escape(export_dir.name)}-{'[0-9a-f]' * 12}"
-    for left in export_dir.parent.glob(pattern):
-        with held_lock(left) as is_free:
-            if not is_free:
-                raise UserError(f"export_dir={export_dir}: another process is making it in {left}. Wait for it.")
-            console.detail(f"removing {left}, left by an interrupted run")
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def export(plan: ExportPlan, settings: Settings) -> None:
-    """Write, prove and publish."""
-    export_dir = Path(settings.export_dir).absolute()
-    export_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(export_dir)
-    temporary.mkdir()
-    try:
-        with held_lock(temporary):
-            write_small_files(plan, temporary)
-            write_weights(plan, settings, temporary)
-            proof = prove(plan, settings, temporary)
-            write_card(plan, settings, temporary, proof)
-            write_export_manifest(plan, settings, temporary, proof)
-            if export_dir.is_dir():
-                export_dir.rmdir()  # an empty one; any other was refused
-            publish_directory(temporary, export_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def main(settings: Settings) -> None:
-    if is_finished(settings):
-        console.result(f"nothing to do: {settings.export_dir} is a finished export of {settings.checkpoint_dir}")
-        return
-    settings.max_shard_bytes()
-    start = time.perf_counter()
-    plan = make_plan(Path(settings.checkpoint_dir), for_hf=settings.formats != "litgpt", dtype=settings.dtype)
-    console.say(
-        f"{plan.checkpoint_dir}: {plan.config.name}, {console.human_count(plan.num_parameters)} parameters, "
-        f"{plan.dtype_name}{', tied embeddings' if plan.tied else ''}"
-    )
-    if settings.dry_run:
-        check_space(plan, settings)
-        print_dry_run(plan, settings)
-        return
-    remove_interrupted(Path(settings.export_dir).absolute())  # first: it may fill the disk that is measured next
-    check_space(plan, settings)
-    export(plan, settings)
-    console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
-    if settings.formats != "hf":
-        console.next_command(f"litgpt chat {settings.export_dir}", "talk to it")
-    if plan.layout:
-        console.next_command(
-            f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
-        )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@
 
 Each weight comes out as a `StoredTensor`; optimizer state is never read.
 
-What is trusted: nothing is unpickled except by torch.load(weights_only=True) and, for DCP's `.metadata`, by an unpickler
-that knows DCP's own record types and no others.
+What is trusted: nothing is unpickled except by torch.load(weights_only=True) and, for DCP's `.metadata`, by an
+unpickler that knows DCP's own record types and no others.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from export.checkpoint_files import DCP_METADATA, EMBEDDING, LIT_MODEL, nothing_there
 from export.stored_tensor import Piece, StoredTensor
 from utils.errors import UserError
 from utils.manifest import safe_member
 
-LIT_MODEL = "lit_model.pth"
-DCP_METADATA = ".metadata"
 _LIGHTNING_MARKER = "meta.pt"
-EMBEDDING = "transformer.wte.weight"
 # Wrappers of a module (torch.compile, activation checkpointing, Fabric, DDP) put these into parameter names.
 _WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_forward_module.")
 
@@ -64,20 +62,6 @@ def find_weights(checkpoint_dir: str | os.PathLike) -> dict[str, StoredTensor]:
             "Only models of litgpt's GPT class can be exported."
         )
     return weights
-
-
-def nothing_there(directory: Path) -> str:
-    message = f"checkpoint_dir={directory}: no {LIT_MODEL} in it"
-    if not directory.is_dir():
-        return f"checkpoint_dir={directory}: no such directory."
-    if (directory / f"{LIT_MODEL}.consolidated").is_file():
-        return f"{message}, but {LIT_MODEL}.consolidated. Rename it: mv {directory}/{LIT_MODEL}.consolidated {directory}/{LIT_MODEL}"
-    if (directory / DCP_METADATA).is_file():
-        return f"{message}: these are the shards themselves. Give the directory above: {directory.resolve().parent}"
-    checkpoints = sorted(entry.parent for entry in directory.glob(f"*/{LIT_MODEL}"))
-    if checkpoints:
-        return f"{message}. Give one of the checkpoints below it: {', '.join(map(str, checkpoints[-5:]))}"
-    return f"{message}. Give a checkpoint directory that distributed_pretrain.py, `litgpt pretrain` or `litgpt download` made."
 
 
 # One file of torch.save -----------------------------------------------------------------------------------------------
@@ -111,7 +95,7 @@ def find_in_torch_file(path: str | os.PathLike) -> dict[str, StoredTensor]:
 
 
 def _load_without_data(file: BinaryIO) -> Any:
-    """Unpickle an archive of torch.save with tensors on the meta device: they know shape, dtype and place in the file."""
+    """Unpickle an archive of torch.save with tensors on the meta device: they know shape, dtype and place."""
     return torch.load(file, map_location="meta", weights_only=True)
 
 
@@ -142,7 +126,8 @@ def _piece_in_archive(
 # Shards of torch.distributed.checkpoint -------------------------------------------------------------------------------
 
 _METADATA_TYPES = {
-    "torch": "Size device float32 float64 bfloat16 float16 int64 int32 uint8 bool strided contiguous_format preserve_format",
+    "torch": "Size device float32 float64 bfloat16 float16 int64 int32 uint8 bool strided "
+    "contiguous_format preserve_format",
     "torch.serialization": "_get_layout",
     "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
     "ChunkStorageMetadata TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
@@ -201,8 +186,8 @@ def _check_shards_are_there(directory: Path, names: set[str]) -> None:
     missing = sorted(name for name in names if not safe_member(directory, name).is_file())
     if missing:
         raise UserError(
-            f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:5])}. Copy the checkpoint "
-            "again, from a file system that every rank wrote to."
+            f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:5])}. Copy the "
+            "checkpoint again, from a file system that every rank wrote to."
         )
 
 
@@ -212,8 +197,8 @@ def _join_chunks(directory: Path, name: str, stored: TensorStorageMetadata, chun
     sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in stored.chunks}
     if any(size[1:] != shape[1:] for size in sizes.values()):
         raise UserError(
-            f"{directory}: '{name}' is split by columns, as tensor parallelism splits it; only weights that are split by "
-            "rows can be exported. Consolidate the checkpoint into one file first, with Lightning's consolidate_checkpoint."
+            f"{directory}: '{name}' is split by columns, as tensor parallelism splits it; only weights that are split "
+            "by rows can be exported. Make it one file first, with Lightning's consolidate_checkpoint."
         )
     pieces: list[Piece] = []
     num_rows = 0

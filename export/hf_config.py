@@ -1,6 +1,6 @@
 """config.json and generation_config.json of Hugging Face transformers, made from a litgpt model configuration.
 
-One entry of `FAMILIES` a model type of transformers: which litgpt fields it needs to have which values, and how the rest
+`FAMILIES` has one entry per model type of transformers: which litgpt fields need to have which values, and how the rest
 becomes config.json. What a family cannot express is refused, field by field, never dropped. Nothing heavy is imported,
 so that a training run can ask `export_problems` before it starts.
 """

@@ -133,7 +133,7 @@ def preallocate_torch_file(path: Path, specs: list[TensorSpec]) -> RowWriter:
 
 
 class _TorchFileWriter(RowWriter):
-    """Rows of a tensor come in order, for the checksums: torch reads a file without them, but others call it damaged."""
+    """Wants the rows in order, for the checksums: torch reads a file without them, but others call it damaged."""
 
     def __init__(self, places: dict[str, tuple[Path, int, TensorSpec]]):
         super().__init__(places)
@@ -146,7 +146,7 @@ class _TorchFileWriter(RowWriter):
     def finish(self) -> None:
         """Write the CRC-32 of each tensor to the two places where a zip archive keeps it.
 
-        ... | bytes of a tensor | "PK\\x07\\x08" CRC-32 sizes | ... | directory: "PK\\x01\\x02" 12 bytes CRC-32 ... | ...
+        ... | bytes of a tensor | "PK\\x07\\x08" CRC-32 sizes | ... | "PK\\x01\\x02" 12 bytes CRC-32 ... | ...
         """
         ((path, file),) = self._files.items()
         with zipfile.ZipFile(file) as archive:

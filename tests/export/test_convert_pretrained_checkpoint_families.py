@@ -1,7 +1,7 @@
-"""Every family: trained a few steps by our trainer on two processes, exported, equal logits and equal generation in both libraries.
+"""Every family: trained a few steps on two processes, exported; equal logits and equal generation in both libraries.
 
-The models are small, and odd where a mistake would hide: grouped queries, a head size that is not width / heads, sliding
-windows shorter than the tokens, RoPE scaling over thousands of positions, exact and padded vocabularies.
+The models are small, and odd where a mistake would hide: grouped queries, a head size that is not width / heads,
+sliding windows shorter than the tokens, RoPE scaling over thousands of positions, exact and padded vocabularies.
 """
 
 from __future__ import annotations
