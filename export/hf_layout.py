@@ -4,7 +4,7 @@ litgpt's `copy_weights_*` functions rename, split, join and reorder weights, alw
 on a model whose "weights" are the numbers of their rows; what comes out says, for every row of every Hugging Face
 tensor, from which row of which litgpt tensor it is taken:
 
-    transformer.h.0.attn.qkv.weight, 96 rows: 0 ... 95  -->  model.layers.0.self_attn.k_proj.weight = rows 64 ... 79
+    transformer.h.0.attn.qkv.weight, 96 rows: 0 to 95  -->  model.layers.0.self_attn.k_proj.weight = rows 64 to 79
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from export.weight_files import TensorSpec
 
 @dataclasses.dataclass(frozen=True)
 class RowRange:
-    """Rows source_row ... source_row + num_rows - 1 of a litgpt tensor, at target_row of a Hugging Face tensor."""
+    """Rows source_row to source_row + num_rows - 1 of a litgpt tensor, at target_row of a Hugging Face tensor."""
 
     source_row: int
     target: str

@@ -2,7 +2,7 @@
 
 A row is one slice along a tensor's first dimension:
 
-    transformer.wte.weight, 1088 rows  =  rows 0 .. 543 at byte 704 of __0_0.distcp, rows 544 .. 1087 in __1_0.distcp
+    transformer.wte.weight, 1088 rows  =  rows 0 to 543 at byte 704 of __0_0.distcp, rows 544 to 1087 in __1_0.distcp
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class StoredTensor:
                 )
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start .. stop - 1, without checking a checksum."""
+        """Rows start to stop - 1, without checking a checksum."""
         parts = []
         for piece in self.pieces:
             first, last = max(start, piece.start_row), min(stop, piece.start_row + piece.num_rows)

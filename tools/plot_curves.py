@@ -43,11 +43,13 @@ def read_run(run_dir: str) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no metrics.jsonl, or no step in it.
     """
-    if not (Path(run_dir).is_file() or (Path(run_dir) / METRICS_NAME).is_file()):
+    path = Path(run_dir)
+    path = path / METRICS_NAME if path.is_dir() else path
+    if not path.is_file():
         raise UserError(f"{run_dir}: no {METRICS_NAME} there. Give the --out_dir of a run that has logged a step.")
-    steps = read_steps(run_dir)
+    steps = read_steps(path)
     if not steps:
-        raise UserError(f"{run_dir}: no step was logged yet. Draw it later.")
+        raise UserError(f"{path}: no step was logged yet. Draw it later.")
     return steps
 
 
