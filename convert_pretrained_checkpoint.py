@@ -4,10 +4,10 @@
     python convert_pretrained_checkpoint.py RUN/step-00010000 EXPORT --dtype bfloat16 --formats hf
 
 It reads the sharded checkpoint itself: weights only, a few rows at a time, on a machine of any size. A file that was
-consolidated first, and a checkpoint of litgpt's own, work too. EXPORT then holds
+consolidated first, and litgpt's own checkpoints, work too. EXPORT then holds
 
-    lit_model.pth, model_config.yaml                            for `litgpt chat EXPORT`, `litgpt evaluate EXPORT` ..
-    model*.safetensors, config.json, generation_config.json     for AutoModelForCausalLM.from_pretrained("EXPORT") ..
+    lit_model.pth, model_config.yaml                            for `litgpt chat EXPORT`, `litgpt evaluate EXPORT`, ...
+    model*.safetensors, config.json, generation_config.json     for AutoModelForCausalLM.from_pretrained("EXPORT"), ...
     tokenizer files, README.md (the model card), manifest.json  for both
 
 It appears when it is complete and proven: every weight is read again and compared, and both models give the same logits
@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from export.plan import ExportPlan, make_plan
-from export.tokenizer_files import write_tokenizer
+from export.checkpoint_files import read_checkpoint_manifest
+from export.plan import ExportPlan
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, held_lock, publish_directory, temporary_sibling, write_json
@@ -38,7 +38,7 @@ _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB
 
 @dataclasses.dataclass
 class Settings:
-    """Export a checkpoint."""
+    """What to export, where to, and in which formats."""
 
     checkpoint_dir: str
     """Checkpoint to export: a run's `final` or `step-..` directory, or any directory with litgpt's lit_model.pth."""
@@ -53,7 +53,7 @@ class Settings:
     """Number type of the stored weights; same: as in the checkpoint."""
 
     max_shard_size: str = "5GB"
-    """Largest safetensors file, as 5GB or 500MB (GiB and MiB too). A larger tensor gets a file of its own."""
+    """Largest safetensors file, as 5GB or 500MB (GiB and MiB too). A larger tensor gets its own file."""
 
     verify: Literal["logits", "weights", "off"] = "logits"
     """What must hold before anything is published. weights: every stored value equals the checkpoint's; logits: that,
@@ -79,6 +79,32 @@ class Settings:
         }
 
 
+def main(settings: Settings) -> None:
+    if is_finished(settings):
+        console.result(f"nothing to do: {settings.export_dir} is a finished export of {settings.checkpoint_dir}")
+        return
+    start = time.perf_counter()
+    plan = check(settings)
+    console.say(
+        f"{plan.checkpoint_dir}: {plan.config.name}, {console.human_count(plan.num_parameters)} parameters, "
+        f"{plan.dtype_name}{', tied embeddings' if plan.tied else ''}"
+    )
+    if settings.dry_run:
+        check_space(plan, settings)
+        print_dry_run(plan, settings)
+        return
+    remove_interrupted(Path(settings.export_dir).absolute())  # first: it may fill the disk that is measured next
+    check_space(plan, settings)
+    export(plan, settings)
+    console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
+    if settings.formats != "hf":
+        console.next_command(f"litgpt chat {settings.export_dir}", "talk to it")
+    if plan.layout:
+        console.next_command(
+            f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
+        )
+
+
 # Before the work ------------------------------------------------------------------------------------------------------
 
 
@@ -90,9 +116,10 @@ def is_finished(settings: Settings) -> bool:
     """
     export_dir = Path(settings.export_dir)
     if export_dir.is_mount() or export_dir.is_symlink():
+        kind = "mount point" if export_dir.is_mount() else "symbolic link"
         raise UserError(
-            f"export_dir={export_dir}: a {'mount point' if export_dir.is_mount() else 'symbolic link'}, which cannot appear all at "
-            f"once. Give a directory inside it, as {export_dir / 'model'}."
+            f"export_dir={export_dir}: a {kind}, which cannot appear all at once. Give a directory inside it, as "
+            f"{export_dir / 'model'}."
         )
     if not export_dir.exists() or (export_dir.is_dir() and not any(export_dir.iterdir())):
         return False
@@ -128,11 +155,21 @@ def _identity(record: dict[str, Any]) -> Any:
     return record.get("sha256") or record.get("files")
 
 
+def check(settings: Settings) -> ExportPlan:
+    """Find what is wrong before the weights are read; a wrong path before the imports that take seconds."""
+    settings.max_shard_bytes()
+    checkpoint_dir = Path(settings.checkpoint_dir)
+    checkpoint = read_checkpoint_manifest(checkpoint_dir)
+
+    from export.checks import make_plan
+
+    return make_plan(checkpoint_dir, checkpoint, for_hf=settings.formats != "litgpt", dtype=settings.dtype)
+
+
 def needed_bytes(plan: ExportPlan, settings: Settings) -> dict[str, int]:
-    """Bytes of weights in each format that is made; safetensors holds tied embeddings once, as litgpt's file does."""
-    weights = plan.num_parameters * plan.weights["transformer.wte.weight"].dtype.itemsize
+    """Bytes of weights in each format that is made."""
     names = {"litgpt": "lit_model.pth", "hf": "model.safetensors"}
-    return {name: weights for kind, name in names.items() if settings.formats in ("all", kind)}
+    return {name: plan.num_bytes for kind, name in names.items() if settings.formats in ("all", kind)}
 
 
 def check_space(plan: ExportPlan, settings: Settings) -> None:
@@ -141,8 +178,8 @@ def check_space(plan: ExportPlan, settings: Settings) -> None:
     needed, free = sum(needed_bytes(plan, settings).values()), shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are free. Make "
-            "room, give another disk, or leave a format out with --formats."
+            f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are free. "
+            "Make room, give another disk, or leave a format out with --formats."
         )
 
 
@@ -156,135 +193,6 @@ def print_dry_run(plan: ExportPlan, settings: Settings) -> None:
     console.result(f"proof before anything is published: {settings.verify}")
 
 
-# The work -------------------------------------------------------------------------------------------------------------
-
-
-def write_small_files(plan: ExportPlan, directory: Path) -> None:
-    """Configurations and tokenizer; litgpt's evaluation and tokenizer read generation_config.json too."""
-    from export.hf_config import generation_config, hf_config
-
-    shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
-    bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
-    write_json(directory / "generation_config.json", generation_config(bos_id, eos_id))
-    if plan.layout:
-        write_json(directory / "config.json", hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id))
-    if plan.tokenizer:
-        write_tokenizer(plan.tokenizer, directory, check=plan.layout is not None)
-
-
-def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
-    """One pass over the checkpoint's weights; each block of rows goes to its places in both formats."""
-    from export.weight_files import TensorSpec, lay_out_safetensors, lay_out_torch_file
-
-    lit = hf = None
-    if settings.formats != "hf":
-        specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in plan.weights.items()]
-        lit = lay_out_torch_file(directory / "lit_model.pth", specs)
-    if plan.layout:
-        dtypes = {r.target: plan.weights[name].dtype for name, found in plan.layout.ranges.items() for r in found}
-        specs = [TensorSpec(name, shape, dtypes[name]) for name, shape in plan.layout.shapes.items()]
-        hf = lay_out_safetensors(directory, specs, settings.max_shard_bytes())
-
-    for name, tensor in plan.weights.items():
-        for start, block in tensor.blocks():
-            if lit:
-                lit.write_rows(name, start, block)
-            for part in plan.layout.ranges.get(name, ()) if hf else ():
-                for source_row, target_row, num_rows in part.overlap(start, len(block)):
-                    hf.write_rows(part.target, target_row, block[source_row - start : source_row - start + num_rows])
-    for writer in (lit, hf):
-        if writer:
-            writer.finish()
-
-
-def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, Any]:
-    """Check the written files as `--verify` asks; returns what the manifest keeps of it.
-
-    Raises:
-        UserError: the export is not right; it will not be published.
-    """
-    if settings.verify == "off":
-        console.warn("--verify=off: the export has not been checked.")
-        return {"mode": "off"}
-    from export.checkpoint_reader import find_in_torch_file
-    from export.proof import KL_TOLERANCE, compare_logits, compare_weights
-    from export.weight_files import find_in_safetensors
-
-    lit = find_in_torch_file(directory / "lit_model.pth") if settings.formats != "hf" else None
-    hf = find_in_safetensors(directory) if plan.layout else None
-    num_values = compare_weights(plan.weights, lit, hf, plan.layout)
-    console.say(f"verified: {console.human_count(num_values)} stored values equal the checkpoint's")
-    record = {"mode": settings.verify, "compared_values": num_values}
-    if settings.verify == "weights" or not hf:
-        return record
-
-    comparison = compare_logits(plan.config, lit or plan.weights, directory, hf)
-    console.result(
-        f"verified: litgpt and transformers on {comparison.num_tokens} random tokens: logits differ by at most "
-        f"{comparison.max_abs_difference:.2g} (allowed: {comparison.tolerance:.2g}), KL divergence "
-        f"{comparison.kl_divergence_nats:.2g} nats (allowed: {KL_TOLERANCE:.2g})"
-    )
-    if not comparison.passed:
-        raise UserError(
-            f"{plan.checkpoint_dir}: litgpt and transformers do not agree on the exported model: logits differ by up to "
-            f"{comparison.max_abs_difference:.3g}, allowed are {comparison.tolerance:.3g}. Nothing was published. If the "
-            "weights hold NaN or infinity, take an earlier checkpoint; else please report this model_config.yaml."
-        )
-    return record | {
-        "tokens": comparison.num_tokens,
-        "max_abs_logit_difference": comparison.max_abs_difference,
-        "kl_divergence_nats": comparison.kl_divergence_nats,
-    }
-
-
-def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
-    from export.hf_config import FAMILIES, family_of
-    from export.model_card import read_run_metrics, write_model_card
-
-    model_type = family_of(plan.config) if plan.layout else None
-    step = plan.checkpoint["content"].get("step") if plan.checkpoint else None
-    write_model_card(
-        directory,
-        {
-            "name": Path(settings.export_dir).absolute().name,
-            "config": plan.config,
-            "model_type": model_type,
-            "architecture": FAMILIES[model_type].architecture if model_type else None,
-            "litgpt": settings.formats != "hf",
-            "parameters": plan.num_parameters,
-            "tied": plan.tied,
-            "dtype": plan.dtype_name,
-            "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
-            "verification": proof,
-            "made_by": made_by(SCRIPT, *PACKAGES),
-        },
-        plan.checkpoint,
-        read_run_metrics(plan.checkpoint_dir, step),
-    )
-
-
-def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
-    write_manifest(
-        directory,
-        {
-            "kind": "export",
-            "made_by": made_by(SCRIPT, *PACKAGES),
-            "settings": settings.record(),
-            "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
-            "content": {
-                "model": plan.config.name,
-                "parameters": plan.num_parameters,
-                "dtype": plan.dtype_name,
-                "tied_embeddings": plan.tied,
-                "training": plan.checkpoint["content"] if plan.checkpoint else {},
-                "verification": proof,
-            },
-            "files": [file_entry(directory, path.name) for path in sorted(directory.iterdir())],
-            "inputs": [input_record(plan.checkpoint_dir)],
-        },
-    )
-
-
 def remove_interrupted(export_dir: Path) -> None:
     """Delete what an earlier, killed run of this command left beside `export_dir`."""
     # Exactly its own: that of EXPORT must not match EXPORT-bf16's.
@@ -295,6 +203,9 @@ def remove_interrupted(export_dir: Path) -> None:
                 raise UserError(f"export_dir={export_dir}: another process is making it in {left}. Wait for it.")
             console.detail(f"removing {left}, left by an interrupted run")
             shutil.rmtree(left, ignore_errors=True)
+
+
+# The work -------------------------------------------------------------------------------------------------------------
 
 
 def export(plan: ExportPlan, settings: Settings) -> None:
@@ -318,31 +229,121 @@ def export(plan: ExportPlan, settings: Settings) -> None:
         raise
 
 
-def main(settings: Settings) -> None:
-    if is_finished(settings):
-        console.result(f"nothing to do: {settings.export_dir} is a finished export of {settings.checkpoint_dir}")
-        return
-    settings.max_shard_bytes()
-    start = time.perf_counter()
-    plan = make_plan(Path(settings.checkpoint_dir), for_hf=settings.formats != "litgpt", dtype=settings.dtype)
-    console.say(
-        f"{plan.checkpoint_dir}: {plan.config.name}, {console.human_count(plan.num_parameters)} parameters, "
-        f"{plan.dtype_name}{', tied embeddings' if plan.tied else ''}"
-    )
-    if settings.dry_run:
-        check_space(plan, settings)
-        print_dry_run(plan, settings)
-        return
-    remove_interrupted(Path(settings.export_dir).absolute())  # first: it may fill the disk that is measured next
-    check_space(plan, settings)
-    export(plan, settings)
-    console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
-    if settings.formats != "hf":
-        console.next_command(f"litgpt chat {settings.export_dir}", "talk to it")
+def write_small_files(plan: ExportPlan, directory: Path) -> None:
+    """Configurations and tokenizer; litgpt's evaluation and tokenizer read generation_config.json too."""
+    from export.hf_config import generation_config, hf_config
+    from export.tokenizer_files import write_tokenizer
+
+    shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
+    bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
+    write_json(directory / "generation_config.json", generation_config(bos_id, eos_id))
     if plan.layout:
-        console.next_command(
-            f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
+        write_json(directory / "config.json", hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id))
+    if plan.tokenizer:
+        write_tokenizer(plan.tokenizer, directory, check=plan.layout is not None)
+
+
+def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
+    """One pass over the checkpoint's weights; each block of rows goes to its places in both formats."""
+    from export.weight_files import TensorSpec, preallocate_safetensors, preallocate_torch_file
+
+    lit = hf = None
+    if settings.formats != "hf":
+        specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in plan.weights.items()]
+        lit = preallocate_torch_file(directory / "lit_model.pth", specs)
+    if plan.layout:
+        hf = preallocate_safetensors(directory, plan.layout.specs, settings.max_shard_bytes())
+    for name, tensor in plan.weights.items():
+        for start, block in tensor.blocks():
+            if lit:
+                lit.write_rows(name, start, block)
+            if hf:
+                for target, target_row, rows in plan.layout.distribute(name, start, block):
+                    hf.write_rows(target, target_row, rows)
+    for writer in filter(None, (lit, hf)):
+        writer.finish()
+
+
+def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, Any]:
+    """Check the written files as `--verify` asks; returns what the manifest keeps of it.
+
+    Raises:
+        UserError: the export is not right; it will not be published.
+    """
+    if settings.verify == "off":
+        console.warn("--verify=off: the export has not been checked.")
+        return {"mode": "off"}
+    from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
+    from export.proof import KL_TOLERANCE, compare_logits, compare_weights
+
+    lit = find_in_torch_file(directory / "lit_model.pth") if settings.formats != "hf" else None
+    hf = find_in_safetensors(directory) if plan.layout else None
+    num_values = compare_weights(plan.weights, lit, hf, plan.layout)
+    console.say(f"verified: {console.human_count(num_values)} stored values equal the checkpoint's")
+    record = {"mode": settings.verify, "compared_values": num_values}
+    if settings.verify == "weights" or not hf:
+        return record
+
+    comparison = compare_logits(plan.config, lit or plan.weights, directory, hf)
+    console.result(
+        f"verified: litgpt and transformers on {comparison.num_tokens} random tokens: logits differ by at most "
+        f"{comparison.max_abs_difference:.2g} (allowed: {comparison.tolerance:.2g}), KL divergence "
+        f"{comparison.kl_divergence_nats:.2g} nats (allowed: {KL_TOLERANCE:.2g})"
+    )
+    if not comparison.passed:
+        raise UserError(
+            f"{plan.checkpoint_dir}: litgpt and transformers do not agree on the exported model: logits differ by up "
+            f"to {comparison.max_abs_difference:.3g}, allowed are {comparison.tolerance:.3g}. Nothing was published. If "
+            "the weights hold NaN or infinity, take an earlier checkpoint; else please report this model_config.yaml."
         )
+    return record | {
+        "tokens": comparison.num_tokens,
+        "max_abs_logit_difference": comparison.max_abs_difference,
+        "kl_divergence_nats": comparison.kl_divergence_nats,
+    }
+
+
+def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
+    from export.hf_config import FAMILIES, family_of
+    from export.model_card import write_model_card
+
+    model_type = family_of(plan.config) if plan.layout else None
+    exported = {
+        "name": Path(settings.export_dir).absolute().name,
+        "config": plan.config,
+        "model_type": model_type,
+        "architecture": FAMILIES[model_type].architecture if model_type else None,
+        "for_litgpt": settings.formats != "hf",
+        "parameters": plan.num_parameters,
+        "tied": plan.tied,
+        "dtype": plan.dtype_name,
+        "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
+        "proof": proof,
+        "made_by": made_by(SCRIPT, *PACKAGES),
+    }
+    write_model_card(directory, exported, plan.checkpoint_dir, plan.checkpoint)
+
+
+def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
+    write_manifest(
+        directory,
+        {
+            "kind": "export",
+            "made_by": made_by(SCRIPT, *PACKAGES),
+            "settings": settings.record(),
+            "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
+            "content": {
+                "model": plan.config.name,
+                "parameters": plan.num_parameters,
+                "dtype": plan.dtype_name,
+                "tied_embeddings": plan.tied,
+                "training": plan.checkpoint["content"] if plan.checkpoint else {},
+                "verification": proof,
+            },
+            "files": [file_entry(directory, path.name) for path in sorted(directory.iterdir())],
+            "inputs": [input_record(plan.checkpoint_dir)],
+        },
+    )
 
 
 if __name__ == "__main__":

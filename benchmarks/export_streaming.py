@@ -182,8 +182,7 @@ def check_equal(their_work: Path, our_export: Path) -> None:
     """Both sides must have made the same tensors, or the comparison is void."""
     import torch
 
-    from export.checkpoint_reader import find_in_torch_file
-    from export.weight_files import find_in_safetensors
+    from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
 
     pairs = [
         (find_in_torch_file(their_work / "lit" / "lit_model.pth"), find_in_torch_file(our_export / "lit_model.pth")),

@@ -29,10 +29,10 @@ class Settings:
 
 
 def show_training(run_dir: Path) -> None:
-    from export.curves import draw_curves, read_records
-    from utils.metrics_file import read_metrics
+    from export.curves import draw_curves
+    from utils.metrics_file import read_steps
 
-    records = read_metrics(run_dir)
+    records = read_steps(run_dir)
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
     validations = [(record["step"], record["val_loss"]) for record in records if record.get("val_loss") is not None]
     if not losses or not validations:
@@ -46,7 +46,7 @@ def show_training(run_dir: Path) -> None:
     if speeds:
         console.result(f"speed: {statistics.median(speeds):,.0f} tokens/s (median over the steps)")
     picture = run_dir / "curves.png"
-    draw_curves({"demo": read_records(run_dir)}, picture)
+    draw_curves({"demo": records}, picture)
     console.result(f"picture: {picture}")
 
 

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.errors import UserError
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
 from utils.files import atomic_write
-from utils.metrics_file import METRICS_NAME
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-# Okabe and Ito's colours, told apart by everybody.
+# Okabe and Ito's colours, which everybody can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
 PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
 
-
 Records = list[dict[str, Any]]
-
-
-def read_records(run_dir: str | os.PathLike) -> Records:
-    """The logged steps of a run, in order of their number, each once.
-
-    Lines that are no whole JSON object, as a crash leaves them, are skipped.
-
-    Raises:
-        UserError: there is no metrics.jsonl, or no step in it.
-    """
-    path = Path(run_dir)
-    path = path / METRICS_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{run_dir}: no {METRICS_NAME} there. Give the --out_dir of a run that has logged a step.")
-    of_step: dict[int, dict[str, Any]] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            step = record.get("step") if isinstance(record, dict) else None
-            if isinstance(step, int):
-                # The last one wins, but a validation may have a line of its own beside the step's.
-                of_step[step] = {**of_step.get(step, {}), **record}
-    if not of_step:
-        raise UserError(f"{path}: no step was logged yet. Draw it later.")
-    return [of_step[step] for step in sorted(of_step)]
 
 
 def series(records: Records, x: str, y: str) -> tuple[list[float], list[float]]:
@@ -84,16 +51,11 @@ def draw_curves(
     """Draw loss, validation loss, learning rate, gradient norm and throughput.
 
     Args:
-        runs: name to what `read_records` gives.
+        runs: by name, what `utils.metrics_file.read_steps` gives.
         output: picture; its suffix tells the format.
         x: "step", "tokens", or "auto" for tokens if every run logged them.
         title: above the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     if x == "auto":
         x = "tokens" if all(len(series(records, "tokens", "step")[0]) for records in runs.values()) else "step"
     style = {
@@ -109,8 +71,8 @@ def draw_curves(
         "savefig.dpi": 150,
         "svg.hashsalt": "curves",
     }
-    with plt.rc_context(style):
-        figure = plt.figure(figsize=(11, 5.6), layout="constrained")
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
         grid = figure.add_gridspec(len(PANELS), 2, width_ratios=(1.9, 1))
         draw_loss(figure.add_subplot(grid[:, 0]), runs, x)
         for row, (key, name) in enumerate(PANELS.items()):
@@ -120,7 +82,6 @@ def draw_curves(
         with atomic_write(output) as file:
             # No date inside: equal curves give equal files.
             figure.savefig(file, format=Path(output).suffix[1:], metadata=_without_date(Path(output).suffix))
-        plt.close(figure)
 
 
 def _without_date(suffix: str) -> dict[str, None]:
@@ -167,8 +128,6 @@ def end_level(values: Sequence[float]) -> float:
 
 
 def draw_panel(axes: Axes, runs: Mapping[str, Records], x: str, key: str, name: str, is_last: bool) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     shown: list[float] = []
     for run, records in runs.items():
         at, values = series(records, x, key)
@@ -192,8 +151,6 @@ def draw_panel(axes: Axes, runs: Mapping[str, Records], x: str, key: str, name: 
 
 
 def format_x(axes: Axes, x: str, with_label: bool = True) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     if with_label:

@@ -1,6 +1,6 @@
 """config.json and generation_config.json of Hugging Face transformers, made from a litgpt model configuration.
 
-One entry of `FAMILIES` a model type of transformers: which litgpt fields it needs to have which values, and how the rest
+`FAMILIES` has one entry per model type of transformers: which litgpt fields need to have which values, and how the rest
 becomes config.json. What a family cannot express is refused, field by field, never dropped. Nothing heavy is imported,
 so that a training run can ask `export_problems` before it starts.
 """
@@ -42,6 +42,7 @@ _PLAIN = {
     "latent_attention": None,
 }
 _ANY = object()
+_GELU = "gelu_pytorch_tanh"
 _GEMMA = {"mlp_class_name": "GemmaMLP", "scale_embeddings": True, "gelu_approximate": "tanh"}
 _POST_NORMS = {"post_attention_norm": True, "post_mlp_norm": True}
 
@@ -54,7 +55,7 @@ class Family:
     needs: dict[str, Any]
     """Fields whose value is not that of `_PLAIN`; `_ANY` where every value can be expressed."""
     fields: Callable[[Config], dict[str, Any]]
-    """What config.json holds besides `_common`."""
+    """What config.json holds besides what `hf_config` gives every family."""
 
 
 def _rope(config: Config) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _gemma_2_and_3(config: Config) -> dict[str, Any]:
     capped = {"_attn_implementation": "eager"} if config.attention_logit_softcapping is not None else {}
     return {
         **capped,
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_activation": _GELU,
         "query_pre_attn_scalar": config.attention_scores_scalar or config.head_size,
         "attn_logit_softcapping": config.attention_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
@@ -90,6 +91,10 @@ def _gemma_2_and_3(config: Config) -> dict[str, Any]:
         "attention_bias": False,
         **_rope(config),
     }
+
+
+def _silu_and_rope(config: Config) -> dict[str, Any]:
+    return {"hidden_act": "silu", **_rope(config)}
 
 
 _ROPE_ANY = {"rope_adjustments": _ANY, "rope_condense_ratio": _ANY}
@@ -102,77 +107,56 @@ _SOFTCAPS_AND_WINDOW = {
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        "LlamaForCausalLM",
-        _ROPE_ANY,
-        lambda c: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **_rope(c)},
+        "LlamaForCausalLM", _ROPE_ANY, lambda c: {**_silu_and_rope(c), "attention_bias": False, "mlp_bias": False}
     ),
     "mistral": Family(
         "MistralForCausalLM",
         {**_ROPE_ANY, "sliding_window_size": _ANY},
-        lambda c: {"hidden_act": "silu", "sliding_window": c.sliding_window_size, **_rope(c)},
+        lambda c: {**_silu_and_rope(c), "sliding_window": c.sliding_window_size},
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
         {"sliding_window_size": _ANY, "rotary_percentage": _ANY},
         lambda c: {
-            "hidden_act": "silu",
+            **_silu_and_rope(c),
             "sliding_window": c.sliding_window_size,
             "original_max_position_embeddings": c.block_size,
             "partial_rotary_factor": c.rotary_percentage,
-            **_rope(c),
         },
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         {**_ROPE_ANY, "attn_bias": True},
-        lambda c: {"hidden_act": "silu", "use_sliding_window": False, **_rope(c)},
+        lambda c: {**_silu_and_rope(c), "use_sliding_window": False},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**_ROPE_ANY, "norm_qk": True, "norm_qk_type": "default"},
-        lambda c: {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False, **_rope(c)},
+        lambda c: {**_silu_and_rope(c), "use_sliding_window": False, "attention_bias": False},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
         {**_ROPE_ANY, **_POST_NORMS, "norm_qk": True, "norm_qk_type": "olmo2", "norm_1": False, "norm_2": False},
-        lambda c: {"hidden_act": "silu", "attention_bias": False, **_rope(c)},
+        lambda c: {**_silu_and_rope(c), "attention_bias": False},
     ),
     "gemma": Family(
         "GemmaForCausalLM",
         {**_ROPE_ANY, **_GEMMA},
-        lambda c: {
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_activation": "gelu_pytorch_tanh",
-            "attention_bias": False,
-            **_rope(c),
-        },
+        lambda c: {**_rope(c), "hidden_act": _GELU, "hidden_activation": _GELU, "attention_bias": False},
     ),
     "gemma2": Family("Gemma2ForCausalLM", {**_GEMMA, **_POST_NORMS, **_SOFTCAPS_AND_WINDOW}, _gemma_2_and_3),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        {
-            **_GEMMA,
-            **_POST_NORMS,
-            **_SOFTCAPS_AND_WINDOW,
-            "norm_qk": True,
-            "norm_qk_type": "default",
-            "rope_adjustments": _ANY,
-            "rope_local_base_freq": _ANY,
-        },
+        {**_GEMMA, **_POST_NORMS, **_SOFTCAPS_AND_WINDOW, "norm_qk": True, "norm_qk_type": "default"}
+        | {"rope_adjustments": _ANY, "rope_local_base_freq": _ANY},
         lambda c: {**_gemma_2_and_3(c), "rope_local_base_freq": float(c.rope_local_base_freq)},
     ),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",
-        {
-            "norm_class_name": "LayerNorm",
-            "bias": True,
-            "attn_bias": _ANY,
-            "mlp_class_name": "GptNeoxMLP",
-            "parallel_residual": _ANY,
-            "rotary_percentage": _ANY,
-        },
+        {"norm_class_name": "LayerNorm", "bias": True, "attn_bias": _ANY, "mlp_class_name": "GptNeoxMLP"}
+        | {"parallel_residual": _ANY, "rotary_percentage": _ANY},
         lambda c: {
-            "hidden_act": "gelu" if c.gelu_approximate == "none" else "gelu_pytorch_tanh",
+            "hidden_act": "gelu" if c.gelu_approximate == "none" else _GELU,
             "use_parallel_residual": c.parallel_residual,
             "attention_bias": True,
             "layer_norm_eps": c.norm_eps,

@@ -4,70 +4,71 @@ litgpt's `copy_weights_*` functions rename, split, join and reorder weights, alw
 on a model whose "weights" are the numbers of their rows; what comes out says, for every row of every Hugging Face
 tensor, from which row of which litgpt tensor it is taken:
 
-    transformer.h.0.attn.qkv.weight, 96 rows: 0 .. 95  -->  model.layers.0.self_attn.k_proj.weight = rows 64 .. 79
+    transformer.h.0.attn.qkv.weight, 96 rows: 0 to 95  -->  model.layers.0.self_attn.k_proj.weight = rows 64 to 79
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from functools import partial
 
-if TYPE_CHECKING:
-    from litgpt import Config
+import torch
+from litgpt import Config
+from litgpt.scripts import convert_lit_checkpoint as litgpt
 
-    from export.checkpoint_reader import StoredTensor
+from export.stored_tensor import StoredTensor
+from export.weight_files import TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class RowRange:
-    """Rows source_row .. source_row + num_rows - 1 of a litgpt tensor, at target_row of a Hugging Face tensor."""
+    """Rows source_row to source_row + num_rows - 1 of a litgpt tensor, at target_row of a Hugging Face tensor."""
 
-    source: str
     source_row: int
     target: str
     target_row: int
     num_rows: int
 
-    def overlap(self, start: int, num_rows: int) -> list[tuple[int, int, int]]:
-        """What of the source's rows start .. start + num_rows - 1 belongs here: [(source_row, target_row, num_rows)]."""
-        first = max(start, self.source_row)
-        last = min(start + num_rows, self.source_row + self.num_rows)
-        return [(first, self.target_row + first - self.source_row, last - first)] if first < last else []
-
 
 @dataclasses.dataclass(frozen=True)
 class HfLayout:
-    shapes: dict[str, tuple[int, ...]]
-    """Of the Hugging Face tensors, in the order in which they are written."""
+    """The Hugging Face tensors of a model, and which rows of which litgpt tensor they are made of."""
+
+    specs: list[TensorSpec]
+    """In the order in which they are written."""
     ranges: dict[str, list[RowRange]]
-    """By litgpt name."""
+    """By litgpt name; a tied lm_head has none."""
+
+    def distribute(self, name: str, start: int, block: torch.Tensor) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """Rows start, start + 1, ... of a litgpt tensor, as (Hugging Face tensor, row in it, rows)."""
+        for part in self.ranges.get(name, ()):
+            first = max(start, part.source_row)
+            stop = min(start + len(block), part.source_row + part.num_rows)
+            if first < stop:
+                yield part.target, part.target_row + first - part.source_row, block[first - start : stop - start]
 
 
-def _converter(family: str, config: Config):
-    from litgpt.scripts import convert_lit_checkpoint as litgpt
+def _copy_weights_olmo2(config: Config, into: dict, weights: dict) -> None:
+    # litgpt 0.5.13 gives Hugging Face's post_attention_layernorm the name norm_2 on the way out, which its own model
+    # does not have, and post_attention_norm on the way in, which it does.
+    weights = {name.replace(".post_attention_norm.", ".norm_2."): weight for name, weight in weights.items()}
+    litgpt.copy_weights_olmo2(config, into, weights)
 
-    def copy(function, **kwargs):
-        return lambda into, weights: function(config, into, weights, **kwargs)
 
-    # `untie_weights` drops lm_head; whether it is dropped is decided here from the weights, not from the family.
-    def copy_olmo2(into, weights):
-        # litgpt 0.5.13 gives Hugging Face's post_attention_layernorm the name norm_2 on the way out, which its own
-        # model does not have, and post_attention_norm on the way in, which it does.
-        weights = {name.replace(".post_attention_norm.", ".norm_2."): weight for name, weight in weights.items()}
-        litgpt.copy_weights_olmo2(config, into, weights)
-
-    return {
-        "llama": lambda: copy(litgpt.copy_weights_llama, untie_weights=False),
-        "mistral": lambda: copy(litgpt.copy_weights_llama, untie_weights=False),
-        "gemma": lambda: copy(litgpt.copy_weights_llama, untie_weights=False),
-        "gemma2": lambda: copy(litgpt.copy_weights_gemma_2, untie_weights=False),
-        "gemma3_text": lambda: copy(litgpt.copy_weights_gemma_3, untie_weights=False),
-        "qwen2": lambda: copy(litgpt.copy_weights_qwen_2_5),
-        "qwen3": lambda: copy(litgpt.copy_weights_qwen_3),
-        "olmo2": lambda: copy_olmo2,
-        "phi3": lambda: copy(litgpt.copy_weights_phi),
-        "gpt_neox": lambda: copy(litgpt.copy_weights_gpt_neox),
-    }[family]()
+# `untie_weights` drops lm_head; whether it is dropped is decided here from the weights, not from the family.
+_CONVERTERS = {
+    "llama": partial(litgpt.copy_weights_llama, untie_weights=False),
+    "mistral": partial(litgpt.copy_weights_llama, untie_weights=False),
+    "gemma": partial(litgpt.copy_weights_llama, untie_weights=False),
+    "gemma2": partial(litgpt.copy_weights_gemma_2, untie_weights=False),
+    "gemma3_text": partial(litgpt.copy_weights_gemma_3, untie_weights=False),
+    "qwen2": litgpt.copy_weights_qwen_2_5,
+    "qwen3": litgpt.copy_weights_qwen_3,
+    "olmo2": _copy_weights_olmo2,
+    "phi3": litgpt.copy_weights_phi,
+    "gpt_neox": litgpt.copy_weights_gpt_neox,
+}
 
 
 def hf_layout(family: str, config: Config, tensors: dict[str, StoredTensor], tied: bool) -> HfLayout:
@@ -78,33 +79,31 @@ def hf_layout(family: str, config: Config, tensors: dict[str, StoredTensor], tie
         tensors: the litgpt weights.
         tied: leave out lm_head, because it equals the embedding.
     """
-    import torch
-
     # Row i of the tensor that starts at `first` is the number first + i. A number is left out between two tensors, so
-    # that a run of numbers never leads from one into the next.
-    starts, row_numbers, first = [], {}, 0
+    # that consecutive numbers never lead from one into the next.
+    names, starts, row_numbers, first = [], [], {}, 0
     for name, tensor in tensors.items():
-        if tied and name == "lm_head.weight":
-            continue
-        starts.append((first, name))
-        row_numbers[name] = torch.arange(first, first + tensor.num_rows)
-        first += tensor.num_rows + 1
+        if not (tied and name == "lm_head.weight"):
+            names.append(name)
+            starts.append(first)
+            row_numbers[name] = torch.arange(first, first + tensor.num_rows)
+            first += tensor.num_rows + 1
     converted: dict[str, torch.Tensor] = {}
-    _converter(family, config)(converted, row_numbers)
+    _CONVERTERS[family](config, converted, row_numbers)
     if family != "gpt_neox" and "lm_head.weight" in row_numbers:  # dropped for "Phi-4-mini", whose original is tied
         converted["lm_head.weight"] = row_numbers["lm_head.weight"]
 
-    first_rows = torch.tensor([start for start, _ in starts])
-    shapes: dict[str, tuple[int, ...]] = {}
-    ranges: dict[str, list[RowRange]] = {name: [] for name in row_numbers}
+    specs = []
+    ranges: dict[str, list[RowRange]] = {name: [] for name in names}
     for target, numbers in converted.items():
         target_row = 0
         for run in torch.tensor_split(numbers, (numbers.diff() != 1).nonzero().flatten() + 1):
-            start, source = starts[int(torch.searchsorted(first_rows, run[0], right=True)) - 1]
-            ranges[source].append(RowRange(source, int(run[0]) - start, target, target_row, len(run)))
+            index = int(torch.searchsorted(torch.tensor(starts), run[0], right=True)) - 1
+            ranges[names[index]].append(RowRange(int(run[0]) - starts[index], target, target_row, len(run)))
             target_row += len(run)
-        shapes[target] = (target_row, *tensors[source].shape[1:])
-    lost = [n for n, found in ranges.items() if sum(r.num_rows for r in found) != tensors[n].num_rows]
+        source = tensors[names[index]]
+        specs.append(TensorSpec(target, (target_row, *source.shape[1:]), source.dtype))
+    lost = [name for name, parts in ranges.items() if sum(p.num_rows for p in parts) != tensors[name].num_rows]
     if lost:
         raise ValueError(f"litgpt's converter for {family} loses rows of {lost}")
-    return HfLayout(shapes, ranges)
+    return HfLayout(specs, ranges)

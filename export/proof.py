@@ -8,43 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from export.checkpoint_reader import BLOCK_BYTES, StoredTensor
+import torch
+import transformers
+from litgpt import GPT, Config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from export.hf_layout import HfLayout
+from export.stored_tensor import StoredTensor
 from utils.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from litgpt import Config
-
-    from export.hf_layout import HfLayout
 
 NUM_TOKENS = 64
 """Length of the random sequence that both models read."""
 LOGITS_TOLERANCE = 1e-4
 """Largest allowed difference of logits, as a part of the largest logit (or absolute, where that is below 1)."""
 KL_TOLERANCE = 1e-6
-"""Largest allowed mean KL divergence of the predicted distributions, in nats a token."""
+"""Largest allowed mean KL divergence of the predicted distributions, in nats per token."""
 _ROPE_TOLERANCE = 1e-2  # position * frequency has few digits left at position 30,000 in float32
 _MAX_ROPE_POSITION = 32_768
-
-
-@dataclasses.dataclass(frozen=True)
-class LogitsComparison:
-    num_tokens: int
-    max_abs_difference: float
-    max_abs_logit: float
-    kl_divergence_nats: float
-    """Mean over positions of KL(litgpt || transformers)."""
-
-    @property
-    def tolerance(self) -> float:
-        return LOGITS_TOLERANCE * max(1.0, self.max_abs_logit)
-
-    @property
-    def passed(self) -> bool:  # false for NaN too
-        return self.max_abs_difference <= self.tolerance and abs(self.kl_divergence_nats) <= KL_TOLERANCE
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
@@ -64,37 +47,29 @@ def compare_weights(
     Raises:
         UserError: a value differs, or names or shapes do.
     """
-    import torch
+    lit_shapes = {name: tensor.shape for name, tensor in source.items()}
+    hf_shapes = {spec.name: spec.shape for spec in layout.specs} if layout else {}
+    for files, shapes in ((lit, lit_shapes), (hf, hf_shapes)):
+        if files is not None and {name: tensor.shape for name, tensor in files.items()} != shapes:
+            raise UserError(f"exported files hold other tensors than planned: {sorted(set(files) ^ set(shapes))[:5]}")
 
     num_values = 0
-
-    def compare(name: str, start: int, expected: torch.Tensor, found: StoredTensor) -> None:
-        nonlocal num_values
-        rows = found.rows(start, start + len(expected))
-        if rows.dtype != expected.dtype or not torch.equal(_bits(rows), _bits(expected)):
-            raise UserError(
-                f"{found.pieces[0].path}: '{name}' differs from the checkpoint. Is the disk damaged or full?"
-            )
-        num_values += expected.numel()
-
-    for files, shapes in ((lit, {n: t.shape for n, t in source.items()}), (hf, layout.shapes if layout else {})):
-        if files is not None and {n: t.shape for n, t in files.items()} != shapes:
-            raise UserError(f"exported files hold other tensors than planned: {sorted(set(files) ^ set(shapes))[:5]}")
     for name, tensor in source.items():
         for start, block in tensor.blocks():
-            if lit is not None:
-                compare(name, start, block, lit[name])
-            for part in layout.ranges.get(name, ()) if hf is not None else ():
-                for source_row, target_row, num_rows in part.overlap(start, len(block)):
-                    rows = block[source_row - start : source_row - start + num_rows]
-                    compare(part.target, target_row, rows, hf[part.target])
+            copies = [(lit[name], start, block)] if lit is not None else []
+            if hf is not None:
+                copies += [(hf[target], row, rows) for target, row, rows in layout.distribute(name, start, block)]
+            for found, row, expected in copies:
+                rows = found.rows(row, row + len(expected))
+                if rows.dtype != expected.dtype or not torch.equal(_bits(rows), _bits(expected)):
+                    file = found.pieces[0].path
+                    raise UserError(f"{file}: '{found.name}' differs from the checkpoint. Is the disk damaged or full?")
+                num_values += expected.numel()
     return num_values
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same bytes as integers: NaN equals NaN then, and 0 differs from -0."""
-    import torch
-
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(integers[tensor.dtype.itemsize])
 
@@ -102,110 +77,23 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 # Logits ---------------------------------------------------------------------------------------------------------------
 
 
-def stream_weights(model: torch.nn.Module, tensors: dict[str, StoredTensor]) -> None:
-    """Let every layer of a model on the meta device read its weights from files while it is called.
+@dataclasses.dataclass(frozen=True)
+class LogitsComparison:
+    """How far litgpt and transformers are apart on the same tokens."""
 
-    Linear layers and embeddings read blocks of rows; other layers (norms) read their few weights whole.
-    """
-    import torch
+    num_tokens: int
+    max_abs_difference: float
+    max_abs_logit: float
+    kl_divergence_nats: float
+    """Mean over positions of KL(litgpt || transformers)."""
 
-    for prefix, module in model.named_modules():
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        if not names:
-            continue
-        stored = {name: tensors[f"{prefix}.{name}"] for name in names}
-        for name, parameter in module.named_parameters(recurse=False):
-            if tuple(parameter.shape) != stored[name].shape:
-                raise UserError(
-                    f"'{prefix}.{name}' is stored with shape {stored[name].shape}, {type(model).__name__} made from "
-                    f"the exported configuration has {tuple(parameter.shape)}. Please report this model_config.yaml."
-                )
-        if isinstance(module, torch.nn.Linear):
-            module.forward = _StreamedLinear(stored["weight"], stored.get("bias"))
-        elif isinstance(module, torch.nn.Embedding):
-            module.padding_idx = None
-            module.register_forward_pre_hook(_embedding_hook(stored["weight"]))
-        else:
-            module.register_forward_pre_hook(_whole_hook(stored))
+    @property
+    def tolerance(self) -> float:
+        return LOGITS_TOLERANCE * max(1.0, self.max_abs_logit)
 
-
-class _StreamedLinear:
-    def __init__(self, weight: StoredTensor, bias: StoredTensor | None):
-        self.weight, self.bias = weight, bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        bias = self.bias.rows(0, self.bias.num_rows).float() if self.bias else None
-        out = x.new_empty((*x.shape[:-1], self.weight.num_rows))
-        for start, block in self.weight.blocks(BLOCK_BYTES):
-            stop = start + len(block)
-            out[..., start:stop] = torch.nn.functional.linear(
-                x, block.float(), bias[start:stop] if bias is not None else None
-            )
-        return out
-
-
-def _embedding_hook(weight: StoredTensor):
-    import torch
-
-    def read_used_rows(module, args):
-        ids, places = args[0].unique(return_inverse=True)
-        rows = torch.cat([weight.rows(i, i + 1) for i in ids.tolist()]).float()
-        module.weight = torch.nn.Parameter(rows, requires_grad=False)
-        return (places,)
-
-    return read_used_rows
-
-
-def _whole_hook(stored: dict[str, StoredTensor]):
-    import torch
-
-    def read(module, _):
-        for name, tensor in stored.items():
-            setattr(module, name, torch.nn.Parameter(tensor.rows(0, tensor.num_rows).float(), requires_grad=False))
-
-    return read
-
-
-def _litgpt_model(config: Config, tensors: dict[str, StoredTensor]):
-    import torch
-    from litgpt import GPT
-
-    with torch.device("meta"):
-        model = GPT(config)
-        model.max_seq_length = min(config.block_size, _MAX_ROPE_POSITION)
-    model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    stream_weights(model, tensors)
-    return model.eval()
-
-
-def _transformers_model(directory: Path, tensors: dict[str, StoredTensor]):
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    transformers.logging.set_verbosity_error()  # it warns of sizes that are unusual, and right in small models
-    config = AutoConfig.from_pretrained(directory)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for module in model.modules():
-        if any(True for _ in module.buffers(recurse=False)):
-            module.to_empty(device="cpu", recurse=False)
-            model._init_weights(module)  # transformers' own way to fill in RoPE frequencies that are not stored
-    tensors = dict(tensors)
-    expected = dict(model.named_parameters(remove_duplicate=False))
-    if config.tie_word_embeddings:
-        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-        embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-        tensors[f"{head}.weight"] = tensors[f"{embedding}.weight"]
-    if set(expected) != set(tensors):
-        raise UserError(
-            f"{type(model).__name__} expects other weights than were exported: {sorted(set(expected) ^ set(tensors))[:5]}"
-            ". Please report this model_config.yaml."
-        )
-    stream_weights(model, tensors)
-    return model.eval()
+    @property
+    def passed(self) -> bool:  # false for NaN too
+        return self.max_abs_difference <= self.tolerance and abs(self.kl_divergence_nats) <= KL_TOLERANCE
 
 
 def compare_logits(
@@ -216,8 +104,6 @@ def compare_logits(
     Raises:
         UserError: a model cannot be made from the export, or the two turn positions into different angles.
     """
-    import torch
-
     length = min(NUM_TOKENS, config.block_size)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.padded_vocab_size, (1, length), generator=generator)
@@ -230,7 +116,7 @@ def compare_logits(
     max_difference = max_logit = kl_sum = 0.0
     for lit_row, hf_row in zip(
         lit_logits, hf_logits
-    ):  # one position at a time: double precision needs twice the memory
+    ):  # one position at a time: double precision takes twice the memory
         lit_row, hf_row = lit_row.double(), hf_row.double()
         difference = float((lit_row - hf_row).abs().max())
         if math.isnan(difference):
@@ -240,25 +126,98 @@ def compare_logits(
         max_logit = max(max_logit, float(lit_row.abs().max()))
         lit_log, hf_log = lit_row.log_softmax(-1), hf_row.log_softmax(-1)
         kl_sum += float((lit_log.exp() * (lit_log - hf_log)).sum())
-    return LogitsComparison(tokens.numel(), max_difference, max_logit, kl_sum / tokens.numel())
+    return LogitsComparison(length, max_difference, max_logit, kl_sum / length)
 
 
-def _compare_rope(lit_model: Any, hf_model: Any) -> None:
+def _litgpt_model(config: Config, tensors: dict[str, StoredTensor]) -> GPT:
+    with torch.device("meta"):
+        model = GPT(config)
+        model.max_seq_length = min(config.block_size, _MAX_ROPE_POSITION)
+    model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
+    stream_weights(model, tensors)
+    return model.eval()
+
+
+def _transformers_model(directory: Path, tensors: dict[str, StoredTensor]) -> transformers.PreTrainedModel:
+    transformers.logging.set_verbosity_error()  # it warns of sizes that are unusual, and right in small models
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for module in model.modules():
+        if any(True for _ in module.buffers(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)  # transformers' own way to fill in RoPE frequencies that are not stored
+    if config.tie_word_embeddings:
+        names = {module: name for name, module in model.named_modules()}
+        head, embedding = names[model.get_output_embeddings()], names[model.get_input_embeddings()]
+        tensors = {**tensors, f"{head}.weight": tensors[f"{embedding}.weight"]}
+    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if expected != set(tensors):
+        raise UserError(
+            f"{type(model).__name__} expects other weights than were exported: {sorted(expected ^ set(tensors))[:5]}. "
+            "Please report this model_config.yaml."
+        )
+    stream_weights(model, tensors)
+    return model.eval()
+
+
+def stream_weights(model: torch.nn.Module, tensors: dict[str, StoredTensor]) -> None:
+    """Let every layer of a model on the meta device read its weights from files while it is called.
+
+    Linear layers read blocks of rows, embeddings the rows that are used, other layers (norms) their few weights whole.
+    """
+    for prefix, module in model.named_modules():
+        stored = {name: tensors[f"{prefix}.{name}"] for name, _ in module.named_parameters(recurse=False)}
+        for name, tensor in stored.items():
+            shape = tuple(getattr(module, name).shape)
+            if shape != tensor.shape:
+                raise UserError(
+                    f"'{prefix}.{name}' is stored with shape {tensor.shape}, {type(model).__name__} made from the "
+                    f"exported configuration has {shape}. Please report this model_config.yaml."
+                )
+        if isinstance(module, torch.nn.Linear):
+            module.forward = partial(_linear, stored["weight"], stored.get("bias"))
+        elif isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+            module.register_forward_pre_hook(partial(_read_used_rows, stored["weight"]))
+        elif stored:
+            module.register_forward_pre_hook(partial(_read_whole, stored))
+
+
+def _linear(weight: StoredTensor, stored_bias: StoredTensor | None, x: torch.Tensor) -> torch.Tensor:
+    bias = stored_bias.rows(0, stored_bias.num_rows).float() if stored_bias else None
+    out = x.new_empty((*x.shape[:-1], weight.num_rows))
+    for start, block in weight.blocks():
+        stop = start + len(block)
+        part = bias[start:stop] if bias is not None else None
+        out[..., start:stop] = torch.nn.functional.linear(x, block.float(), part)
+    return out
+
+
+def _read_used_rows(weight: StoredTensor, embedding: torch.nn.Embedding, args: tuple) -> tuple:
+    ids, places = args[0].unique(return_inverse=True)
+    rows = torch.cat([weight.rows(i, i + 1) for i in ids.tolist()]).float()
+    embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
+    return (places,)
+
+
+def _read_whole(stored: dict[str, StoredTensor], module: torch.nn.Module, _) -> None:
+    for name, tensor in stored.items():
+        setattr(module, name, torch.nn.Parameter(tensor.rows(0, tensor.num_rows).float(), requires_grad=False))
+
+
+def _compare_rope(lit_model: GPT, hf_model: transformers.PreTrainedModel) -> None:
     """Compare the angles of positions far apart, which 64 tokens alone would not tell from wrong ones.
 
     litgpt's cos is (positions, elements), with a last dimension of 2 for global and local layers of Gemma 3.
     """
-    import torch
-
     positions = torch.linspace(0, lit_model.max_seq_length - 1, 64).long()
-    rotary = next(m for _, m in hf_model.named_modules() if "RotaryEmbedding" in type(m).__name__)
-    x = torch.zeros(1, len(positions), 1)
+    rotary = next(module for module in hf_model.modules() if "RotaryEmbedding" in type(module).__name__)
+    kinds, lit_angles = [()], [lit_model.cos]
     if lit_model.cos.dim() == 3:
-        kinds = (("full_attention", lit_model.cos[..., 0]), ("sliding_attention", lit_model.cos[..., 1]))
-        pairs = [(lit, rotary(x, positions[None], kind)[0][0]) for kind, lit in kinds]
-    else:
-        pairs = [(lit_model.cos, rotary(x, positions[None])[0][0])]
-    for lit_cos, hf_cos in pairs:
+        kinds, lit_angles = [("full_attention",), ("sliding_attention",)], lit_model.cos.unbind(-1)
+    for kind, lit_cos in zip(kinds, lit_angles):
+        hf_cos = rotary(torch.zeros(1, len(positions), 1), positions[None], *kind)[0][0]
         difference = float((lit_cos[positions] - hf_cos).abs().max())
         if not difference <= _ROPE_TOLERANCE:
             raise UserError(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
 from utils.errors import UserError
 from utils.files import write_json
 from utils.tokenizer import TokenizerInfo, copy_tokenizer_files
@@ -30,10 +33,10 @@ def write_tokenizer(tokenizer: TokenizerInfo, directory: Path, check: bool) -> N
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_bytes()) if path.is_file() else {}
     completed = dict(settings)
-    names = {token_id: name for name, token_id in _vocabulary(directory).items()}
+    tokens = Tokenizer.from_file(str(directory / "tokenizer.json"))
     for kind, token_id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if token_id is not None:
-            completed[f"{kind}_token"] = completed.get(f"{kind}_token") or names[token_id]
+            completed[f"{kind}_token"] = completed.get(f"{kind}_token") or tokens.id_to_token(token_id)
     completed.setdefault("tokenizer_class", _GENERIC_CLASS)
     if completed != settings:
         write_json(path, completed)
@@ -42,20 +45,11 @@ def write_tokenizer(tokenizer: TokenizerInfo, directory: Path, check: bool) -> N
         if not _same_ids(directory):
             raise UserError(
                 f"{tokenizer.directory}: transformers and tokenizers split the same text into different tokens. "
-                "Make the directory anew with transformers' save_pretrained."
+                "Make the directory again with transformers' save_pretrained."
             )
 
 
-def _vocabulary(directory: Path) -> dict[str, int]:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab(with_added_tokens=True)
-
-
 def _same_ids(directory: Path) -> bool:
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
     expected = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(_SAMPLE, add_special_tokens=False).ids
     try:
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -1,7 +1,7 @@
-"""Files of weights, laid out first and filled a few rows at a time: litgpt's lit_model.pth and Hugging Face's safetensors.
+"""Files of weights, made at full size first and then filled: litgpt's lit_model.pth and Hugging Face's safetensors.
 
-Both formats say up front where each tensor lies, so a file is made at its full size with only its headers, and rows are
-written to their places in any order. Memory does not depend on the size of the model or of a tensor.
+Both formats say up front where each tensor lies, so a file begins as headers only, and a few rows at a time are written
+to their places in any order. Memory does not depend on the size of the model or of a tensor.
 """
 
 from __future__ import annotations
@@ -9,21 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from export.checkpoint_reader import Piece, StoredTensor, first_data_byte
-from utils.errors import UserError
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-if TYPE_CHECKING:
-    import torch
+from export.checkpoint_weights import SAFETENSORS_DTYPES
+from export.stored_tensor import bytes_of
 
-_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _HEADER_ALIGNMENT_BYTES = 8  # so that readers that map the file get aligned numbers
-_HEADER_LIMIT_BYTES = 100_000_000  # the format's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,69 +32,37 @@ class TensorSpec:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def row_bytes(self) -> int:
-        return self.num_bytes // self.shape[0]
-
 
 class RowWriter:
-    """Puts rows into their places in files that were laid out for them."""
+    """Puts rows into their places in files that were preallocated for them."""
 
-    def __init__(self, places: dict[str, tuple[Path, int, TensorSpec]], zip_path: Path | None = None):
+    def __init__(self, places: dict[str, tuple[Path, int, TensorSpec]]):
         """
         Args:
-            places: file, place of the first byte and specification of each tensor.
-            zip_path: the file, where it is a zip archive: its checksums are filled in by `finish`.
+            places: by tensor: its file, the place of its first byte there, and its specification.
         """
         self._places = places
-        self._zip_path = zip_path
-        self._descriptors = {path: os.open(path, os.O_WRONLY) for path in {place[0] for place in places.values()}}
-        self._checksums: dict[int, int] = {}
+        self._files = {path: open(path, "r+b", buffering=0) for path in {path for path, _, _ in places.values()}}
 
     def write_rows(self, name: str, start_row: int, rows: torch.Tensor) -> None:
-        """Write rows start_row .. of the tensor `name`; `rows` must have its dtype. In a zip archive: in order."""
-        import torch
-
+        """Write rows start_row, start_row + 1, ... of the tensor `name`; `rows` must have its dtype."""
         path, first_byte, spec = self._places[name]
         if rows.dtype != spec.dtype or tuple(rows.shape[1:]) != spec.shape[1:]:
-            raise ValueError(f"{name}: rows of {rows.dtype} {tuple(rows.shape)} do not belong into {spec}")
-        raw = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
-        if self._zip_path:
-            self._checksums[first_byte] = zlib.crc32(raw, self._checksums.get(first_byte, 0))
-        position = first_byte + start_row * spec.row_bytes
+            raise ValueError(f"{name}: rows of {rows.dtype} {tuple(rows.shape)} do not belong in {spec}")
+        raw = bytes_of(rows.contiguous())
+        self._files[path].seek(first_byte + start_row * (spec.num_bytes // spec.shape[0]))
         while raw:
-            count = os.pwrite(self._descriptors[path], raw, position)
-            raw = raw[count:]
-            position += count
+            raw = raw[self._files[path].write(raw) :]
 
     def finish(self) -> None:
-        self.close()
-        if self._zip_path:
-            _write_zip_checksums(self._zip_path, self._checksums)
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
+        for file in self._files.values():
+            file.close()
 
 
 # Safetensors ----------------------------------------------------------------------------------------------------------
 
 
-def shard_specs(specs: list[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Split into shards in the given order; a tensor larger than a shard gets one of its own."""
-    shards: list[list[TensorSpec]] = [[]]
-    used_bytes = 0
-    for spec in specs:
-        if shards[-1] and used_bytes + spec.num_bytes > max_shard_bytes:
-            shards.append([])
-            used_bytes = 0
-        shards[-1].append(spec)
-        used_bytes += spec.num_bytes
-    return shards
-
-
-def lay_out_safetensors(directory: Path, specs: list[TensorSpec], max_shard_bytes: int) -> RowWriter:
+def preallocate_safetensors(directory: Path, specs: list[TensorSpec], max_shard_bytes: int) -> RowWriter:
     """Make model*.safetensors, and the index when there are several.
 
     Names, index and metadata are those of `save_pretrained`, so that every reader of Hugging Face models finds them.
@@ -117,21 +81,36 @@ def lay_out_safetensors(directory: Path, specs: list[TensorSpec], max_shard_byte
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     places = {}
     for name, shard in zip(names, shards):
-        places.update(_lay_out_safetensors_file(directory / name, shard))
+        places |= _preallocate_safetensors_file(directory / name, shard)
     return RowWriter(places)
 
 
-def _lay_out_safetensors_file(path: Path, specs: list[TensorSpec]) -> dict[str, tuple[Path, int, TensorSpec]]:
-    # | uint64 n | n bytes of JSON: name -> dtype, shape, [first byte, end] after the header | tensors, back to back |
+def shard_specs(specs: list[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Split into shards in the given order; a tensor larger than a shard gets its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    used_bytes = 0
+    for spec in specs:
+        if shards[-1] and used_bytes + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+            used_bytes = 0
+        shards[-1].append(spec)
+        used_bytes += spec.num_bytes
+    return shards
+
+
+def _preallocate_safetensors_file(path: Path, specs: list[TensorSpec]) -> dict[str, tuple[Path, int, TensorSpec]]:
+    """Write the header, which `checkpoint_weights.find_in_safetensors` draws; returns the places of the tensors."""
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     header: dict = {"__metadata__": {"format": "pt"}}
     offset_bytes = 0
     for spec in specs:
+        end_bytes = offset_bytes + spec.num_bytes
         header[spec.name] = {
-            "dtype": _SAFETENSORS_DTYPES[str(spec.dtype).removeprefix("torch.")],
+            "dtype": codes[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [offset_bytes, offset_bytes + spec.num_bytes],
+            "data_offsets": [offset_bytes, end_bytes],
         }
-        offset_bytes += spec.num_bytes
+        offset_bytes = end_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT_BYTES)
     start_bytes = 8 + len(encoded)
@@ -141,64 +120,49 @@ def _lay_out_safetensors_file(path: Path, specs: list[TensorSpec]) -> dict[str, 
     return {spec.name: (path, start_bytes + header[spec.name]["data_offsets"][0], spec) for spec in specs}
 
 
-def find_in_safetensors(directory: Path) -> dict[str, StoredTensor]:
-    """The weights in all model*.safetensors of `directory`."""
-    import torch
-
-    dtypes = {code: getattr(torch, name) for name, code in _SAFETENSORS_DTYPES.items()}
-    tensors = {}
-    for path in sorted(directory.glob("model*.safetensors")):
-        with open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if header_bytes > _HEADER_LIMIT_BYTES:
-                raise UserError(f"{path}: not a safetensors file.")
-            header = json.loads(file.read(header_bytes))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                shape = tuple(entry["shape"])
-                piece = Piece(path, 8 + header_bytes + entry["data_offsets"][0], start_row=0, num_rows=shape[0])
-                tensors[name] = StoredTensor(name, shape, dtypes[entry["dtype"]], (piece,))
-    return tensors
-
-
 # A file of torch.save -------------------------------------------------------------------------------------------------
 
 
-def lay_out_torch_file(path: Path, specs: list[TensorSpec]) -> RowWriter:
-    """Make a file of `torch.save({name: tensor, ..})` with room for the tensors' bytes."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def preallocate_torch_file(path: Path, specs: list[TensorSpec]) -> RowWriter:
+    """Make a file of `torch.save({name: tensor, ...})` with room for the tensors' bytes."""
     # Both are torch's own way to write headers only and fill in the bytes in a separate pass.
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}, path)
     state = torch.load(path, map_location="meta", weights_only=True)
-    return RowWriter({s.name: (path, state[s.name].untyped_storage()._checkpoint_offset, s) for s in specs}, path)
+    return _TorchFileWriter({s.name: (path, state[s.name].untyped_storage()._checkpoint_offset, s) for s in specs})
 
 
-def _write_zip_checksums(path: Path, checksums: dict[int, int]) -> None:
-    """Write the CRC-32 of each record to the two places where zip keeps it.
+class _TorchFileWriter(RowWriter):
+    """Wants the rows in order, for the checksums: torch reads a file without them, but others call it damaged."""
 
-        .. | bytes of a record | "PK\\x07\\x08" CRC-32 sizes | .. | directory: "PK\\x01\\x02" 12 bytes CRC-32 .. | ..
+    def __init__(self, places: dict[str, tuple[Path, int, TensorSpec]]):
+        super().__init__(places)
+        self._checksums = dict.fromkeys(places, 0)
 
-    torch reads the file without them, other readers of zip archives would call it damaged.
+    def write_rows(self, name: str, start_row: int, rows: torch.Tensor) -> None:
+        super().write_rows(name, start_row, rows)
+        self._checksums[name] = zlib.crc32(bytes_of(rows.contiguous()), self._checksums[name])
 
-    Args:
-        checksums: by the place of the record's first byte.
-    """
-    with open(path, "r+b") as file:
+    def finish(self) -> None:
+        """Write the CRC-32 of each tensor to the two places where a zip archive keeps it.
+
+        ... | bytes of a tensor | "PK\\x07\\x08" CRC-32 sizes | ... | "PK\\x01\\x02" 12 bytes CRC-32 ... | ...
+        """
+        ((path, file),) = self._files.items()
         with zipfile.ZipFile(file) as archive:
-            infos, entry_byte = archive.infolist(), archive.start_dir
-        for info in infos:
-            first_byte = first_data_byte(file, info)
-            if first_byte in checksums:
-                for place, signature, distance in (
-                    (first_byte + info.file_size, b"PK\x07\x08", 4),
+            records, entry_byte = archive.infolist(), archive.start_dir
+        tensor_of_record = {f"{path.stem}/data/{i}": name for i, name in enumerate(self._places)}
+        for record in records:
+            if name := tensor_of_record.get(record.filename):
+                _, first_byte, spec = self._places[name]
+                for start, signature, distance_bytes in (
+                    (first_byte + spec.num_bytes, b"PK\x07\x08", 4),
                     (entry_byte, b"PK\x01\x02", 16),
                 ):
-                    file.seek(place)
+                    file.seek(start)
                     if file.read(4) != signature:
-                        raise ValueError(f"{path}: no zip record at byte {place}")
-                    file.seek(place + distance)
-                    file.write(checksums[first_byte].to_bytes(4, "little"))
-            entry_byte += 46 + len(info.filename.encode()) + len(info.extra) + len(info.comment)
+                        raise ValueError(f"{path}: no zip record at byte {start}")
+                    file.seek(start + distance_bytes)
+                    file.write(self._checksums[name].to_bytes(4, "little"))
+            entry_byte += 46 + len(record.filename.encode()) + len(record.extra) + len(record.comment)
+        super().finish()

@@ -21,30 +21,27 @@ TINY = {
 
 
 def write_sharded_checkpoint(directory: Path, model: str, sizes: dict[str, Any]) -> None:
-    write_sharded_checkpoints({directory: (model, sizes)})
-
-
-def write_sharded_checkpoints(models: dict[Path, tuple[str, dict[str, Any]]], tensor_parallel_size: int = 1) -> None:
-    """Train each model two steps with AdamW on two processes and save it as Lightning Fabric does.
+    """Train a model two steps with AdamW on two processes and save it as Lightning Fabric does.
 
     Args:
-        models: directory to a name that litgpt knows, and changes of its configuration.
-        tensor_parallel_size: 2 splits the MLPs in columns and rows.
+        model: a name that litgpt knows.
+        sizes: changes to its configuration.
     """
     import torch.multiprocessing
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train_all, (port, models, tensor_parallel_size), nprocs=2)
+    torch.multiprocessing.spawn(_train, (port, directory, model, sizes), nprocs=2)
 
 
-def _train_all(rank: int, port: int, models: dict[Path, tuple[str, dict[str, Any]]], tensor_parallel_size: int) -> None:
+def _train(rank: int, port: int, directory: Path, name: str, sizes: dict[str, Any]) -> None:
     import lightning
     import torch
     from lightning.fabric.strategies import ModelParallelStrategy
+    from litgpt import GPT, Config
+    from litgpt.utils import save_config
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
@@ -54,29 +51,12 @@ def _train_all(rank: int, port: int, models: dict[Path, tuple[str, dict[str, Any
 
     def shard(model, mesh):
         for block in model.transformer.h:
-            if tensor_parallel_size > 1:
-                plan = {"fc_1": ColwiseParallel(), "fc_2": ColwiseParallel(), "proj": RowwiseParallel()}
-                parallelize_module(block.mlp, mesh["tensor_parallel"], plan)
             fully_shard(block, mesh=mesh["data_parallel"])
         return fully_shard(model, mesh=mesh["data_parallel"])
 
-    strategy = ModelParallelStrategy(
-        shard,
-        data_parallel_size=2 // tensor_parallel_size,
-        tensor_parallel_size=tensor_parallel_size,
-        process_group_backend="gloo",
-    )
+    strategy = ModelParallelStrategy(shard, data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
-    for directory, (name, sizes) in models.items():
-        _train(fabric, directory, name, sizes)
-
-
-def _train(fabric, directory: Path, name: str, sizes: dict[str, Any]) -> None:
-    import torch
-    from litgpt import GPT, Config
-    from litgpt.utils import save_config
-
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = Config.from_name(name, **sizes)

@@ -333,7 +333,9 @@ def test_image_has_what_the_scripts_need_and_nothing_else():
         name
         for name in tracked
         if re.fullmatch(
-            r"[a-z_]+\.(py|sh)|(utils|tokenization|pretraining|export|tools)/[a-z_]+\.py|config_hub/.*\.yaml", name
+            r"[a-z_]+\.(py|sh)|(utils|tokenization|pretraining|export|tools)/[a-z_]+\.py"
+            r"|export/.*\.jinja|config_hub/.*\.yaml",
+            name,
         )
     }
     assert scripts | {"requirements.txt"} <= kept

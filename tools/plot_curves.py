@@ -1,6 +1,6 @@
 """Draw the curves of one or several training runs into one picture.
 
-    python -m tools.plot_curves RUN [RUN ..] --output=curves.png
+    python -m tools.plot_curves RUN [RUN ...] --output=curves.png
 
 RUN is a directory with the metrics.jsonl that distributed_pretrain.py writes, or that file itself. What a run did
 not log is left out; steps that were logged twice, by a run that was restarted, count as they were logged last.
@@ -13,21 +13,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from export.curves import draw_curves, read_records
 from utils import cli, console
-from utils.errors import Problems
-
-if TYPE_CHECKING:
-    pass
+from utils.errors import Problems, UserError
+from utils.metrics_file import METRICS_NAME, read_steps
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """Which runs to draw, and how."""
 
     run_dirs: list[str] = dataclasses.field(
         metadata={"nargs": "+", "help": "Directories of runs, or their metrics.jsonl files."}
@@ -38,6 +35,22 @@ class Settings:
     """Axis: step, tokens, or auto: tokens if every run logged them."""
     title: str | None = None
     """Above the picture; null: none."""
+
+
+def read_run(run_dir: str) -> list[dict[str, Any]]:
+    """The logged steps of a run.
+
+    Raises:
+        UserError: there is no metrics.jsonl, or no step in it.
+    """
+    path = Path(run_dir)
+    path = path / METRICS_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{run_dir}: no {METRICS_NAME} there. Give the --out_dir of a run that has logged a step.")
+    steps = read_steps(path)
+    if not steps:
+        raise UserError(f"{path}: no step was logged yet. Draw it later.")
+    return steps
 
 
 def names_of(run_dirs: Sequence[str]) -> list[str]:
@@ -52,7 +65,7 @@ def names_of(run_dirs: Sequence[str]) -> list[str]:
 
 def main(settings: Settings) -> None:
     problems = Problems()
-    found = [problems.collect(read_records, run) for run in settings.run_dirs]
+    found = [problems.collect(read_run, run) for run in settings.run_dirs]
     output = Path(settings.output)
     if output.suffix not in SUFFIXES:
         problems.add(f"--output={output}: give a name that ends in {', '.join(SUFFIXES)}.")
@@ -61,6 +74,9 @@ def main(settings: Settings) -> None:
     if settings.x not in ("auto", "step", "tokens"):
         problems.add(f"--x={settings.x}: give step, tokens or auto.")
     problems.raise_if_any()
+
+    from export.curves import draw_curves
+
     draw_curves(dict(zip(names_of(settings.run_dirs), found)), output, settings.x, settings.title)
     console.say(f"{output}: curves of {', '.join(names_of(settings.run_dirs))}")
 

@@ -30,12 +30,33 @@ class MetricsFile:
         os.fsync(self._file.fileno())
 
 
-def read_metrics(out_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """All whole records; a last line that was cut short by a crash is left out."""
-    path = Path(out_dir) / METRICS_NAME
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """All whole records of a run, in the order of the file; none where there is no file.
+
+    Lines that are no whole JSON object, as a crash leaves them, are left out.
+
+    Args:
+        run_dir: the run's directory, or the file itself.
+    """
+    path = Path(run_dir)
+    path = path / METRICS_NAME if path.is_dir() else path
     if not path.is_file():
         return []
-    return list(_whole_records(path.read_text(encoding="utf-8").splitlines(keepends=True)))
+    return list(_whole_records(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)))
+
+
+def read_steps(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """What `read_metrics` gives, merged into one record per step and sorted by step.
+
+    The last record of a step wins, as a restarted run logs steps again. What only an earlier one has stays: a validation
+    may have a line of its own beside the step's.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in read_metrics(run_dir):
+        step = record.get("step")
+        if isinstance(step, int):
+            by_step[step] = {**by_step.get(step, {}), **record}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _whole_records(lines: list[str]) -> Iterator[dict[str, Any]]:

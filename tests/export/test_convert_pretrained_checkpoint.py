@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 
-from export.checkpoint_reader import find_in_torch_file, find_weights
+from export.checkpoint_weights import find_in_safetensors, find_in_torch_file, find_weights
 
 SCRIPT = "convert_pretrained_checkpoint.py"
 
@@ -122,6 +122,41 @@ def test_model_card_says_what_the_manifests_say(exported):
     for fact in ("6,400", "3.2500 nats per token", "1.5000", "000_00000.parquet", "90 documents", "AdamW", "loss.png"):
         assert fact in card, fact
     assert (exported / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_model_card_lists_some_of_many_files_and_leaves_out_what_is_unknown(checkpoint, tmp_path):
+    from litgpt import Config
+
+    from export.model_card import write_model_card
+
+    files = [{"path": f"web|text/{i:03}.parquet", "rows": 10, "bytes": 1000} for i in range(1100)]
+    dataset = {"split": "train|1", "content": {"tokens": 5}, "inputs": files}
+    manifest = {
+        "settings": {"optimizer": {"name": "adamw", "lr": 3e-05}, "seed": None},
+        "content": {"step": 2, "val_loss": None},
+        "inputs": [{"path": "data", "manifest": None}, {"path": "data", "manifest": dataset}],
+    }
+    exported = {
+        "name": "model",
+        "config": Config.from_file(checkpoint / "model_config.yaml"),
+        "model_type": None,
+        "architecture": None,
+        "for_litgpt": True,
+        "parameters": 7,
+        "tied": True,
+        "dtype": "float32",
+        "tokenizer": None,
+        "proof": {"mode": "off"},
+        "made_by": {"script": "x.py", "versions": {}},
+    }
+    write_model_card(tmp_path, exported, tmp_path / "run" / "final", manifest)
+    card = (tmp_path / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]  # no picture of a run that logged nothing
+    assert "Made from 1,100 parquet files (11,000 rows, 1.1 MB): `000.parquet`, `001.parquet`," in card
+    assert "`019.parquet` and 1,080 more. manifest.json names all.\n" in card and "020.parquet" not in card
+    assert "| train\\|1 | 5 tokens |" in card
+    assert "| Optimizer | adamw |\n| Optimizer: lr | 3e-05 |\n\n## Verification\n" in card
+    assert not any(word in card for word in ("Seed", "Validation", "from_pretrained", "lm_eval", "Tokenizer", "None"))
 
 
 def test_same_command_again_does_nothing_and_is_quick(checkpoint, exported):
@@ -316,12 +351,30 @@ def test_damaged_and_truncated_shards(checkpoint, tmp_path):
     assert "the manifest says" in in_process_refusal(copy, tmp_path)
 
 
+def test_shards_split_by_columns_are_refused_with_the_reason(checkpoint, tmp_path):
+    """As tensor parallelism splits them: what it would say of its chunks is put into the metadata."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    copy = copy_checkpoint(checkpoint, tmp_path)
+    path = copy / "lit_model.pth" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    stored = metadata.state_dict_metadata["model.transformer.h.0.mlp.proj.weight"]
+    rows, columns = stored.size
+    halves = (ChunkStorageMetadata(torch.Size((0, c)), torch.Size((rows, columns // 2))) for c in (0, columns // 2))
+    stored.chunks = list(halves)
+    path.write_bytes(pickle.dumps(metadata))
+    message = in_process_refusal(copy, tmp_path)
+    assert "'transformer.h.0.mlp.proj.weight' is split by columns, as tensor parallelism splits it" in message
+
+
 def test_truncated_and_foreign_files(checkpoint, tmp_path):
     copy = tmp_path / "file"
     shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("lit_model.pth", "manifest.json"))
     torch.save(full_state(checkpoint), copy / "lit_model.pth")
     os.truncate(copy / "lit_model.pth", 100_000)
     assert "truncated or damaged" in in_process_refusal(copy, tmp_path)
+    torch.save(full_state(checkpoint), copy / "lit_model.pth", _use_new_zipfile_serialization=False)
+    assert "the format of torch before 1.6" in in_process_refusal(copy, tmp_path)
     torch.save({"model": {"layers.0.weight": torch.zeros(2)}}, copy / "lit_model.pth")
     assert "no weights of a litgpt model" in in_process_refusal(copy, tmp_path)
     torch.save({"lora_A.weight": torch.zeros(2)}, copy / "lit_model.pth")
@@ -376,7 +429,6 @@ def test_weights_proof_notices_one_changed_bit(checkpoint, exported, tmp_path):
 
     from export.hf_layout import hf_layout
     from export.proof import compare_weights
-    from export.weight_files import find_in_safetensors
     from utils.errors import UserError
 
     copy = tmp_path / "model"

@@ -128,7 +128,8 @@ def test_litgpt_evaluate_and_lm_eval(run_dir):
     write_hellaswag(run_dir)
     succeeded(
         run(
-            BIN / "litgpt", "evaluate", "EXPORT", "--batch_size", "4", "--tasks", "hellaswag", "--out_dir", "HF", cwd=run_dir
+            BIN / "litgpt", "evaluate", "EXPORT", "--batch_size", "4", "--tasks", "hellaswag", "--out_dir", "HF",
+            cwd=run_dir,
         )
     )  # fmt: skip
     results = [json.loads((run_dir / "HF" / "results.json").read_text())["results"]["hellaswag"]]

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from export.curves import read_records, series, smoothed
+from export.curves import series, smoothed
+from tools.plot_curves import read_run
 from utils.errors import UserError
+from utils.metrics_file import read_steps
 
 
 def write_run(directory: Path, num_steps: int = 200, **constant) -> Path:
@@ -59,7 +61,7 @@ def test_last_of_repeated_steps_wins_and_a_cut_line_is_skipped(tmp_path):
             file.write(json.dumps({"step": step, "tokens": step * 4096, "loss": -1.0}) + "\n")
         file.write(json.dumps({"step": 95, "val_loss": 7.0}) + "\n")  # a validation, logged by itself
         file.write('{"step": 96, "loss": 3.')
-    records = read_records(run)
+    records = read_steps(run)
     assert [record["step"] for record in records] == list(range(1, 101))
     assert [record["step"] for record in records if record["loss"] == -1.0] == [91, 92, 93, 94, 95]
     assert (records[94]["val_loss"], records[94]["loss"]) == (7.0, -1.0)
@@ -139,4 +141,4 @@ def test_log_of_nan_and_infinity_is_drawn(tmp_path):
 
 def test_directory_without_metrics_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
-        read_records(tmp_path / "nothing")
+        read_run(tmp_path / "nothing")
