@@ -216,6 +216,21 @@ def test_a_config_that_cannot_be_read_is_named_with_the_line(tmp_path, run_scrip
     assert process.returncode == 2 and process.stderr.startswith(f"error: --config={tmp_path}: is a directory")
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--train.max_step=5", "--train.max_steps"),
+        ("--see=1", "--seed"),
+        ("--dry", "--dry_run"),
+        ("--print_conf", "--print_config"),
+    ],
+)
+def test_the_beginning_of_a_flag_is_not_taken_for_the_flag(run_script, flag, meant):
+    name = flag.partition("=")[0]
+    said = said_about(run_script, "distributed_pretrain.py", flag)
+    assert said == [f"{name}: unknown flag. Did you mean {meant}?"]
+
+
 def test_help_lists_settings_not_the_flags_of_sections(run_script):
     lines = run_script("distributed_pretrain.py", "--help").stdout.splitlines()
     flags = [line.split()[0] for line in lines if re.match(r" +--\w", line)]

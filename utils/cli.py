@@ -67,6 +67,7 @@ def make_parser(settings_class: type, description: str, positional: bool = False
         description=description,
         formatter_class=Help,
         print_config="--print_config",
+        allow_abbrev=False,  # --train.max_step=5 is a slip, not --train.max_steps
     )
     parser.add_argument("--config", action=ConfigFile, help="YAML file with settings; flags win over it.")
     parser.add_argument("-q", "--quiet", action="store_true", help="Only results, warnings and errors.")
