@@ -26,12 +26,12 @@ class MetricsFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Bring it to the disk: a checkpoint must not be newer than the records that lead to it."""
+        """Flush to disk: a checkpoint must not be newer than the records that lead to it."""
         os.fsync(self._file.fileno())
 
 
 def read_metrics(out_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """All whole records; a last line that was cut short by a crash is left out."""
+    """All complete records; a last line that a crash cut short is left out."""
     path = Path(out_dir) / METRICS_NAME
     if not path.is_file():
         return []
@@ -48,7 +48,7 @@ def _whole_records(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def rewind_metrics(out_dir: str | os.PathLike, step: int) -> list[dict[str, Any]]:
-    """Drop the records after `step`, which the resumed run will write again; returns those that stay."""
+    """Drop the records after `step`, which the resumed run will write again; returns the others."""
     records = [record for record in read_metrics(out_dir) if record.get("step", 0) <= step]
     with atomic_write(Path(out_dir) / METRICS_NAME) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in records)
