@@ -1,34 +1,30 @@
-"""What planning, scheduling, merging and opening cost when the data is large: all of FineWeb, on this machine.
+"""What planning, scheduling, merging and opening cost where the data is large: all of FineWeb, on this machine.
 
     python benchmarks/data_at_scale.py [--work_dir=DIR]
 
 Real small files and links where they can be made here; made-up footers, records and indexes where they cannot (27,000
-files of 1,000 row groups, 15 trillion tokens). Prints a markdown table. Every measurement is a process of its own, so
-its peak memory is its own too.
+files of 1,000 row groups, 15 trillion tokens). Prints the rows of a Markdown table. Every measurement runs in
+its own process, so that its peak memory is its own too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import harness
 
 from utils import cli, console
+from utils.files import directory_bytes
 
 FINEWEB_FILES = 27_000
 FINEWEB_ROW_GROUPS = 1_000
@@ -36,10 +32,16 @@ FINEWEB_FILE_BYTES = 2_100_000_000
 FINEWEB_TEXT_BYTES_PER_FILE = 2_600_000_000
 FINEWEB_TOKENS = 15_000_000_000_000
 
+# Runs a script and prints its own peak memory at the end; what the parent sees counts the script's workers too.
+WITH_OWN_PEAK = (
+    "import atexit, runpy, sys; sys.argv = sys.argv[1:]; "
+    "atexit.register(lambda: print(open('/proc/self/status').read())); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """How much of what can be made here is made."""
 
     work_dir: str | None = None
     """Directory for the files that are made; null: a temporary one. Removed at the end."""
@@ -110,30 +112,13 @@ def plan_fineweb(files: int) -> str:
     return f"{len(packer.finish()):,} units"
 
 
-def tokenize_files(directory: str, tokenizer: str, out: str) -> tuple[float, int, str]:
+def tokenize_files(directory: Path, tokenizer: Path, out: Path) -> tuple[float, int, str]:
     """The whole command on real files; (seconds, the driver's own peak memory, what it said of its workers)."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "optimize_dataset.py"), f"--input_dir={directory}", f"--tokenizer_dir={tokenizer}",
-         f"--output_dir={out}", "--address=local"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    peak_kib = 0
-    reader = threading.Thread(target=lambda: said.append(process.stdout.read()))
-    said: list[str] = []
-    reader.start()
-    while process.poll() is None:  # the kernel keeps the peak, but only as long as the process lives
-        with contextlib.suppress(OSError):
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            if found := re.search(r"VmHWM:\s+(\d+)", status):  # not of a zombie
-                peak_kib = int(found[1])
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.02)
-    reader.join()
-    if process.returncode:
-        raise RuntimeError(f"optimize_dataset.py left with {process.returncode}: {said[0]}")
-    tokens = re.search(r"train: .*? ([\d,]+) tokens", said[0])[1]
-    return time.perf_counter() - start, peak_kib * 1024, f"{tokens} tokens; the driver alone"
+    flags = (f"--input_dir={directory}", f"--tokenizer_dir={tokenizer}", f"--output_dir={out}", "--address=local")
+    usage = harness.run(sys.executable, "-c", WITH_OWN_PEAK, "optimize_dataset.py", *flags)
+    tokens = re.search(r"train: .*? ([\d,]+) tokens", usage.output)[1]
+    peak_kib = int(re.search(r"VmHWM:\s+(\d+)", usage.output)[1])
+    return usage.seconds, peak_kib * 1024, f"{tokens} tokens; the driver alone"
 
 
 def publish_fineweb(progress: str, files: int) -> str:
@@ -159,10 +144,10 @@ def publish_fineweb(progress: str, files: int) -> str:
     return f"{len(records):,} records, {manifest['content']['train']['chunks']:,} chunks"
 
 
-def read_large_footer(path: str) -> str:
+def read_large_footer(path: Path) -> str:
     from tokenization.parquet import FileEntry, read_footer
 
-    footer = read_footer(os.path.dirname(path), FileEntry(os.path.basename(path), 0), "text")
+    footer = read_footer(str(path.parent), FileEntry(path.name, 0), "text")
     return f"{len(footer.rows):,} row groups"
 
 
@@ -190,30 +175,21 @@ def make_large_footer(path: Path) -> None:
 
 
 def make_progress(path: Path, units: int, chunks_per_unit: int) -> None:
-    chunk = {
-        "name": "chunk-0000000-0.bin",
-        "documents": 30_000,
-        "tokens": 64_000_000,
-        "bytes": 256_000_000,
-        "xxh3_128": "0" * 32,
-    }
+    chunk = {"documents": 30_000, "tokens": 64_000_000, "bytes": 256_000_000}
     split = {"chunks": [], "documents": 1, "tokens": 1, "text_bytes": 1}
     record = {
-        "unit": 0, "folder": "0", "skipped_null": 0, "skipped_empty": 0, "min_hash": 1, "checked_documents": 8,
-        "quarantined": [], "encoder": "gigatoken", "seconds": {"read": 1.0, "encode": 2.0}, "peak_bytes": 1,
-        "val": split,
+        "folder": "0", "skipped_null": 0, "skipped_empty": 0, "min_hash": 1, "checked_documents": 8, "quarantined": [],
+        "encoder": "gigatoken", "seconds": {"read": 1.0, "encode": 2.0}, "peak_bytes": 1, "val": split,
     }  # fmt: skip
     with open(path, "w") as file:
         for unit in range(units):
-            chunks = [
-                {**chunk, "name": f"chunk-{unit:07d}-{i}.bin", "xxh3_128": f"{unit:032x}"}
-                for i in range(chunks_per_unit)
-            ]
+            names = [f"chunk-{unit:07d}-{i}.bin" for i in range(chunks_per_unit)]
+            chunks = [{**chunk, "name": name, "xxh3_128": f"{unit:032x}"} for name in names]
             file.write(json.dumps({**record, "unit": unit, "train": {**split, "chunks": chunks}}) + "\n")
 
 
 def schedule(num_tasks: int) -> str:
-    """Empty Ray tasks through the same loop as the real ones: one wait a result."""
+    """Empty Ray tasks through the same loop as the real ones: one wait per result."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -236,12 +212,9 @@ def make_index_file(directory: Path, num_chunks: int) -> None:
     from utils.chunks import Chunk
 
     directory.mkdir(parents=True)
-    chunks = [
-        Chunk(f"chunk-{i:07d}-0.bin", 60_000, FINEWEB_TOKENS // num_chunks, 260_000_000) for i in range(num_chunks)
-    ]
-    (directory / "index.json").write_text(
-        json.dumps(make_index(chunks, "int32", FINEWEB_TOKENS // num_chunks, "0" * 32))
-    )
+    tokens = FINEWEB_TOKENS // num_chunks
+    chunks = [Chunk(f"chunk-{i:07d}-0.bin", 60_000, tokens, 260_000_000) for i in range(num_chunks)]
+    (directory / "index.json").write_text(json.dumps(make_index(chunks, "int32", tokens, "0" * 32)))
 
 
 def open_with_litdata(directory: str) -> str:
@@ -250,90 +223,91 @@ def open_with_litdata(directory: str) -> str:
     return f"{len(StreamingDataset(directory, item_loader=TokensLoader(block_size=8193))):,} blocks of 8,193"
 
 
-def make_chunks(directory: Path, count: int, tokens: int) -> None:
-    """A finished OUT/train of two nodes, as small chunks."""
-    import numpy as np
+def make_split(directory: Path, num_chunks: int, chunk_tokens: int) -> None:
+    """OUT/train as two nodes leave it, with documents as large as chunks."""
+    from utils.manifest import write_manifest
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from test_merge_files import make_folder, make_split_manifest
-
-    for node in range(2):
-        names = [f"chunk-{i:07d}-0.bin" for i in range(node, count, 2)]
-        make_folder(directory / str(node), {name: [tokens] for name in names}, seed=int(np.uint8(node)))
-    make_split_manifest(directory)
-
-
-def run_command(*command: str) -> float:
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    common = {"kind": "tokens", "split": "train", "fingerprint": "0", "tokenizer": {"sha256": "0"}}
+    folders = [
+        harness.write_token_folder(
+            directory / str(node),
+            {f"chunk-{i:07d}-0.bin": 1 for i in range(node, num_chunks, 2)},
+            document_tokens=chunk_tokens,
+            vocab_size=1000,
+            **common,
+        )
+        for node in range(2)
+    ]
+    keys = ("documents", "tokens", "text_bytes", "chunks")
+    content = {key: sum(folder["content"][key] for folder in folders) for key in keys}
+    write_manifest(directory, {**folders[0], "content": content, "files": [], "folders": ["0", "1"]})
 
 
 def main(settings: Settings) -> None:
+    with tempfile.TemporaryDirectory(dir=settings.work_dir) as work:
+        measure_tokenization(settings, Path(work))
+        measure_merge(settings, Path(work))
+
+
+def report(what: str, result: tuple[float, int, str]) -> None:
+    """Print one line of the table: what, seconds, what was said of it with the peak memory if that is known."""
+    seconds, peak_bytes, said = result
+    peak = f"; peak {console.human_bytes(peak_bytes)}" if peak_bytes else ""
+    print(harness.table_row(what, console.human_seconds(seconds), said + peak), flush=True)
+
+
+def measure_tokenization(settings: Settings, work: Path) -> None:
     from tokenization.units import default_chunk_tokens, default_unit_bytes
 
-    work = Path(tempfile.mkdtemp(dir=settings.work_dir))
-    rows: list[tuple[str, str, str]] = []
+    make_small_files(work / "small", settings.small_files)
+    report(f"plan {settings.small_files:,} small parquet files (real)", measured(plan_files, str(work / "small")))
+    make_small_files(work / "many", settings.many_files, document_bytes=200)
+    make_tokenizer(work / "tokenizer")
+    report(
+        f"tokenize {settings.many_files:,} small parquet files, the whole command (real)",
+        tokenize_files(work / "many", work / "tokenizer", work / "tokens"),
+    )
+    for done in ("small", "many", "tokens"):
+        shutil.rmtree(work / done)
+    make_large_footer(work / "large.parquet")
+    report(
+        "read one footer of 1,000 row groups, 9 columns (real)",
+        measured(read_large_footer, work / "large.parquet"),
+    )
+    report(f"plan FineWeb: {FINEWEB_FILES:,} files (made-up footers)", measured(plan_fineweb, FINEWEB_FILES))
+    report("plan 100,000 files of that kind (made-up footers)", measured(plan_fineweb, 100_000))
+    report("schedule 5,000 empty tasks, two workers (real)", measured(schedule, 5_000))
 
-    def add(what: str, result: tuple[float, int, str]) -> None:
-        seconds, peak_bytes, said = result
-        peak = f"; peak {console.human_bytes(peak_bytes)}" if peak_bytes else ""
-        rows.append((what, console.human_seconds(seconds), said + peak))
-        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    fineweb_bytes = FINEWEB_FILES * FINEWEB_FILE_BYTES
+    units = FINEWEB_FILES * FINEWEB_TEXT_BYTES_PER_FILE // default_unit_bytes(fineweb_bytes)
+    num_chunks = FINEWEB_TOKENS // default_chunk_tokens(fineweb_bytes)
+    progress = work / "progress.jsonl"
+    make_progress(progress, units, -(-num_chunks // units))
+    size = console.human_bytes(progress.stat().st_size)
+    report(
+        f"resume and publish: records of all units ({size}), manifests of all chunks",
+        measured(publish_fineweb, str(progress), FINEWEB_FILES),
+    )
+    make_index_file(work / "index", num_chunks)
+    size = console.human_bytes(directory_bytes(work / "index"))
+    report(f"open FineWeb's index of {num_chunks:,} chunks ({size})", measured(open_with_litdata, str(work / "index")))
 
-    try:
-        make_small_files(work / "small", settings.small_files)
-        add(f"plan {settings.small_files:,} small parquet files (real)", measured(plan_files, str(work / "small")))
-        shutil.rmtree(work / "small")
-        make_small_files(work / "many", settings.many_files, document_bytes=200)
-        make_tokenizer(work / "tokenizer")
-        add(
-            f"tokenize {settings.many_files:,} small parquet files, the whole command (real)",
-            tokenize_files(str(work / "many"), str(work / "tokenizer"), str(work / "tokens")),
-        )
-        shutil.rmtree(work / "many")
-        shutil.rmtree(work / "tokens")
-        make_large_footer(work / "large.parquet")
-        add(
-            "read one footer of 1,000 row groups, 9 columns (real)",
-            measured(read_large_footer, str(work / "large.parquet")),
-        )
-        add(f"plan FineWeb: {FINEWEB_FILES:,} files (made-up footers)", measured(plan_fineweb, FINEWEB_FILES))
-        add("plan 100,000 files of that kind (made-up footers)", measured(plan_fineweb, 100_000))
-        add("schedule 5,000 empty tasks, two workers (real)", measured(schedule, 5_000))
 
-        units = FINEWEB_FILES * FINEWEB_TEXT_BYTES_PER_FILE // default_unit_bytes(FINEWEB_FILES * FINEWEB_FILE_BYTES)
-        num_chunks = FINEWEB_TOKENS // default_chunk_tokens(FINEWEB_FILES * FINEWEB_FILE_BYTES)
-        make_progress(work / "progress.jsonl", units, -(-num_chunks // units))
-        size = console.human_bytes((work / "progress.jsonl").stat().st_size)
-        add(
-            f"resume and publish: records of all units ({size}), manifests of all chunks",
-            measured(publish_fineweb, str(work / "progress.jsonl"), FINEWEB_FILES),
-        )
-        make_index_file(work / "index", num_chunks)
-        size = console.human_bytes((work / "index" / "index.json").stat().st_size)
-        add(f"open FineWeb's index of {num_chunks:,} chunks ({size})", measured(open_with_litdata, str(work / "index")))
-
-        make_chunks(work / "OUT", settings.chunks, 2_000)
-        merge = [sys.executable, str(ROOT / "merge_files.py"), f"--source_dir={work / 'OUT'}"]
-        seconds = run_command(*merge, f"--target_dir={work / 'linked'}")
-        copied_bytes = sum(p.stat().st_size for p in (work / "linked").glob("*.bin") if p.stat().st_nlink == 1)
-        add(
-            f"merge {settings.chunks:,} chunks by hard link, checksums compared",
-            (seconds, 0, f"{copied_bytes} bytes copied"),
-        )
-        shutil.rmtree(work / "OUT")
-        make_chunks(work / "OUT", 16, 32_000_000)
-        size = sum(path.stat().st_size for path in (work / "OUT").rglob("*.bin"))
-        copied = run_command("cp", "-r", str(work / "OUT"), str(work / "cp"))
-        seconds = run_command(*merge, f"--target_dir={work / 'copied'}", "--mode=copy")
-        rate = console.human_bytes(size / seconds)
-        add(
-            f"merge {console.human_bytes(size)} by verified copy",
-            (seconds, 0, f"{rate}/s; `cp -r` took {copied:.1f} s"),
-        )
-    finally:
-        shutil.rmtree(work)
+def measure_merge(settings: Settings, work: Path) -> None:
+    out, linked, copied = work / "OUT", work / "linked", work / "copied"
+    make_split(out, settings.chunks, 2_000)
+    seconds = harness.run_script("merge_files.py", f"--source_dir={out}", f"--target_dir={linked}").seconds
+    copied_bytes = sum(path.stat().st_size for path in linked.glob("*.bin") if path.stat().st_nlink == 1)
+    what = f"merge {settings.chunks:,} chunks by hard link, checksums compared"
+    report(what, (seconds, 0, f"{copied_bytes} bytes copied"))
+    shutil.rmtree(out)
+    make_split(out, 16, 32_000_000)
+    size = directory_bytes(out)
+    cp = harness.run("cp", "-r", out, work / "cp")
+    merge = harness.run_script("merge_files.py", f"--source_dir={out}", f"--target_dir={copied}", "--mode=copy")
+    rate = console.human_bytes(size / merge.seconds)
+    what = f"merge {console.human_bytes(size)} by verified copy"
+    report(what, (merge.seconds, 0, f"{rate}/s; `cp -r` took {cp.seconds:.1f} s"))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Measure the export beside Lightning's consolidation and litgpt's conversions, on the same checkpoint, in one run.
 
     python benchmarks/export_streaming.py --work_dir /scratch/export
-    python benchmarks/export_streaming.py --work_dir /scratch/export --compare 100M --sizes '[100M]'      # a few minutes
+    python benchmarks/export_streaming.py --work_dir /scratch/export --compare 100M --sizes '[100M]'   # a few minutes
 
 1. `compare`: a model with AdamW state, sharded over two processes. Theirs, to the same outputs as ours:
-       python -m lightning.fabric.utilities.consolidate_checkpoint  (keeps the key `model` that litgpt's next command wants)
-       litgpt convert_pretrained_checkpoint                         -> lit_model.pth
-       litgpt convert_from_litgpt, then safetensors' save_file      -> model.safetensors
+       python -m lightning.fabric.utilities.consolidate_checkpoint   (keeps the key `model`, as litgpt wants it)
+       litgpt convert_pretrained_checkpoint                          -> lit_model.pth
+       litgpt convert_from_litgpt, then safetensors' save_file       -> model.safetensors
    Ours: python convert_pretrained_checkpoint.py, proof included.
 2. `sizes`: ours alone on models of several sizes (weights only), at the same --max_shard_size.
 
-Time is wall clock of the commands. Memory is the peak resident set of the largest process, as the kernel counts it
-(ru_maxrss: mapped files count too). Each command is a process of its own; inputs are in the page cache for both sides. Before
-each side, what the other has left to be written to the disk is written (sync), untimed: ours waits for the disk (fsync), theirs does
-not.
+Time is the wall clock of the commands. Memory is the peak resident set of the largest process. Each command is its own
+process; inputs are in the page cache for both sides. Before each side, what the other has left to be written to the
+disk is written (sync), untimed: ours waits for the disk (fsync), theirs does not.
 Prints Markdown. Run it on a machine that does nothing else, with 30 GB of disk and 12 GB of memory.
 """
 
@@ -21,25 +20,20 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import harness
+from harness import Usage
 
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import directory_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # Llamas with an untied head; changes of litgpt's tiny-llama-1.1b
     "100M": {"n_layer": 10, "n_embd": 768, "n_head": 12, "n_query_groups": 12, "intermediate_size": 2048},
     "400M": {"n_layer": 27, "n_embd": 1024, "n_head": 16, "n_query_groups": 16, "intermediate_size": 2816},
@@ -54,41 +48,20 @@ SAVE_SAFETENSORS = (
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """Which models are exported, where, and how often."""
 
     work_dir: str
     """Directory for checkpoints and exports; checkpoints are kept for the next run."""
     compare: str = "400M"
-    """Model for the comparison: 100M, 400M or 1.4B; none: leave it out."""
+    """Model for the comparison: 100M, 400M or 1.4B; none: no comparison."""
     sizes: list[str] = dataclasses.field(default_factory=lambda: ["100M", "400M", "1.4B"])
     """Models on which ours runs alone."""
     max_shard_size: str = "500MB"
-    """For ours."""
+    """Passed to convert_pretrained_checkpoint.py."""
     num_repeats: int = 2
     """Runs of everything; the best time and the smallest memory count, for both sides alike."""
     output: str | None = None
-    """File to write the tables to, too; null: none."""
-
-
-@dataclasses.dataclass
-class Measured:
-    seconds: float
-    processor_s: float
-    """Of all threads, user and system: what other programs on the machine hardly disturb."""
-    peak_bytes: int
-
-
-def measure(*command: str | Path) -> Measured:
-    """Run a command to its end; raises when it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise UserError(f"{' '.join(map(str, command))} left with {process.returncode}:\n{output.decode()[-3000:]}")
-    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    """File that the tables are written to as well; null: none."""
 
 
 def make_checkpoint(directory: Path, size: str, with_optimizer: bool) -> None:
@@ -99,10 +72,7 @@ def make_checkpoint(directory: Path, size: str, with_optimizer: bool) -> None:
         return
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train, (port, directory, MODELS[size], with_optimizer), nprocs=2)
+    torch.multiprocessing.spawn(_train, (harness.free_port(), directory, MODELS[size], with_optimizer), nprocs=2)
 
 
 def _train(rank: int, port: int, directory: Path, sizes: dict[str, int], with_optimizer: bool) -> None:
@@ -113,10 +83,7 @@ def _train(rank: int, port: int, directory: Path, sizes: dict[str, int], with_op
     from litgpt.utils import save_config
     from torch.distributed.fsdp import fully_shard
 
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE="2", GROUP_RANK="0", TORCHELASTIC_RUN_ID="export",
-    )  # fmt: skip
+    os.environ.update(harness.rank_environment(rank, 2, port), GROUP_RANK="0", TORCHELASTIC_RUN_ID="export")
     torch.set_num_threads(1)
 
     def shard(model, mesh):
@@ -155,7 +122,7 @@ def _train(rank: int, port: int, directory: Path, sizes: dict[str, int], with_op
         save_config(config, directory)
 
 
-def theirs(checkpoint: Path, work: Path) -> list[tuple[str, Measured]]:
+def theirs(checkpoint: Path, work: Path) -> list[tuple[str, Usage]]:
     litgpt = Path(sys.executable).parent / "litgpt"
     shutil.rmtree(work, ignore_errors=True)
     (consolidated := work / "consolidated").mkdir(parents=True)
@@ -169,40 +136,49 @@ def theirs(checkpoint: Path, work: Path) -> list[tuple[str, Measured]]:
         ("litgpt convert_from_litgpt", (litgpt, "convert_from_litgpt", work / "lit", work / "hf")),
         ("save_file", (python, "-c", SAVE_SAFETENSORS, work / "hf" / "model.pth", work / "hf" / "model.safetensors")),
     ]
-    return [(name, measure(*command)) for name, command in steps]
+    return [(name, harness.run(*command)) for name, command in steps]
 
 
-def ours(checkpoint: Path, work: Path, settings: Settings, *flags: str) -> Measured:
+def ours(checkpoint: Path, work: Path, settings: Settings, *flags: str) -> Usage:
     shutil.rmtree(work, ignore_errors=True)
-    script = ROOT / "convert_pretrained_checkpoint.py"
-    return measure(sys.executable, script, checkpoint, work, f"--max_shard_size={settings.max_shard_size}", *flags)
+    shard_size = f"--max_shard_size={settings.max_shard_size}"
+    return harness.run_script("convert_pretrained_checkpoint.py", checkpoint, work, shard_size, *flags)
 
 
 def check_equal(their_work: Path, our_export: Path) -> None:
     """Both sides must have made the same tensors, or the comparison is void."""
     import torch
+    from safetensors.torch import load_file
 
-    from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
+    def of_litgpt(directory: Path) -> dict[str, torch.Tensor]:
+        return torch.load(directory / "lit_model.pth", mmap=True, weights_only=True)
 
-    pairs = [
-        (find_in_torch_file(their_work / "lit" / "lit_model.pth"), find_in_torch_file(our_export / "lit_model.pth")),
-        (find_in_safetensors(their_work / "hf"), find_in_safetensors(our_export)),
-    ]
-    for their_tensors, our_tensors in pairs:
+    def of_hugging_face(directory: Path) -> dict[str, torch.Tensor]:
+        return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+    for their_tensors, our_tensors in (
+        (of_litgpt(their_work / "lit"), of_litgpt(our_export)),
+        (of_hugging_face(their_work / "hf"), of_hugging_face(our_export)),
+    ):
         if set(their_tensors) != set(our_tensors):
             raise UserError("the two sides made different tensors")
         for name, tensor in their_tensors.items():
-            for start, block in tensor.blocks():
-                if not torch.equal(block, our_tensors[name].rows(start, start + len(block))):
-                    raise UserError(f"the two sides made different values of {name}")
+            if not torch.equal(tensor, our_tensors[name]):
+                raise UserError(f"the two sides made different values of {name}")
 
 
-def best(runs: list[Measured]) -> Measured:
-    return Measured(*(min(getattr(run, field.name) for run in runs) for field in dataclasses.fields(Measured)))
+def best(runs: list[Usage]) -> Usage:
+    fields = ("seconds", "processor_s", "peak_bytes")
+    return Usage(*(min(getattr(run, field) for run in runs) for field in fields))
 
 
-def row(name: str, measured: Measured) -> str:
-    return f"| {name} | {measured.seconds:.1f} s | {measured.processor_s:.1f} s | {console.human_bytes(measured.peak_bytes)} |"
+def row(name: str, usage: Usage) -> list[str]:
+    return [
+        name,
+        f"{usage.seconds:.1f} s",
+        f"{usage.processor_s:.1f} s",
+        console.human_bytes(usage.peak_bytes),
+    ]
 
 
 def compare(settings: Settings, work: Path) -> list[str]:
@@ -217,65 +193,39 @@ def compare(settings: Settings, work: Path) -> list[str]:
         our_runs.append(ours(checkpoint, work / "ours", settings))
     check_equal(work / "theirs", work / "ours")
     shutil.rmtree(work / "theirs")
-    steps = [(runs[0][0], best([measured for _, measured in runs])) for runs in zip(*their_runs)]
-    their_sum = Measured(
-        min(sum(m.seconds for _, m in run) for run in their_runs),
-        min(sum(m.processor_s for _, m in run) for run in their_runs),
-        max(measured.peak_bytes for _, measured in steps),
+    steps = [(runs[0][0], best([usage for _, usage in runs])) for runs in zip(*their_runs)]
+    their_sum = Usage(
+        min(sum(usage.seconds for _, usage in run) for run in their_runs),
+        min(sum(usage.processor_s for _, usage in run) for run in their_runs),
+        max(usage.peak_bytes for _, usage in steps),
     )
     our_best = best(our_runs)
+    rows = [*steps, ("**theirs in all**", their_sum), ("**ours**, proof included", our_best)]
     return [
         f"{settings.compare} with AdamW state, two shards, {console.human_bytes(size)}; both sides made equal tensors.",
         "",
-        "| | time | processor time | peak memory |",
-        "|---|---|---|---|",
-        *[row(name, measured) for name, measured in steps],
-        row("**theirs in all**", their_sum),
-        row("**ours**, proof included", our_best),
+        harness.table(["", "time", "processor time", "peak memory"], [row(*measured) for measured in rows]),
         "",
-        f"Ours takes {our_best.seconds / their_sum.seconds:.0%} of the time, {our_best.processor_s / their_sum.processor_s:.0%} "
-        f"of the processor time and {our_best.peak_bytes / their_sum.peak_bytes:.0%} "
-        "of the memory.",
+        f"Ours takes {our_best.seconds / their_sum.seconds:.0%} of the time, "
+        f"{our_best.processor_s / their_sum.processor_s:.0%} of the processor time and "
+        f"{our_best.peak_bytes / their_sum.peak_bytes:.0%} of the memory.",
         "",
     ]
 
 
 def by_size(settings: Settings, work: Path) -> list[str]:
-    lines = ["Ours by size of the model, weights only, float32:", ""]
-    lines += [
-        "| model | checkpoint | time, proof included | peak memory | --verify=off | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for size in settings.sizes:
         checkpoint = work / f"checkpoint-{size}"
         make_checkpoint(checkpoint, size, with_optimizer=False)
-        runs = {
-            verify: best(
-                [ours(checkpoint, work / "ours", settings, f"--verify={verify}") for _ in range(settings.num_repeats)]
-            )
-            for verify in ("logits", "off")
-        }
+        cells = []
+        for verify in ("--verify=logits", "--verify=off"):
+            usage = best([ours(checkpoint, work / "ours", settings, verify) for _ in range(settings.num_repeats)])
+            cells += [f"{usage.seconds:.1f} s", console.human_bytes(usage.peak_bytes)]
         parameters = json.loads((work / "ours" / "manifest.json").read_text())["content"]["parameters"]
-        cells = [f"{m.seconds:.1f} s | {console.human_bytes(m.peak_bytes)}" for m in runs.values()]
-        size_bytes = console.human_bytes(directory_bytes(checkpoint))
-        lines.append(f"| {size} ({parameters:,}) | {size_bytes} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def environment() -> list[str]:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "litgpt", "transformers")}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = [
-            line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0].strip() if names else cpu
-    return [
-        f"{datetime.date.today()}, {os.cpu_count()} x {cpu}, {console.human_bytes(memory)} of memory, Python "
-        f"{platform.python_version()}, {', '.join(f'{name} {version}' for name, version in versions.items())}",
-        "",
-    ]
+        rows.append([f"{size} ({parameters:,})", console.human_bytes(directory_bytes(checkpoint)), *cells])
+    header = ["model", "checkpoint", "time, proof included", "peak memory", "--verify=off", "peak memory"]
+    return ["Ours by size of the model, weights only, float32:", "", harness.table(header, rows), ""]
 
 
 def main(settings: Settings) -> None:
@@ -284,7 +234,7 @@ def main(settings: Settings) -> None:
         raise UserError(f"{', '.join(unknown)}: no such model. Give {', '.join(MODELS)}.")
     work = Path(settings.work_dir)
     work.mkdir(parents=True, exist_ok=True)
-    lines = environment()
+    lines = [harness.environment_line("torch", "lightning", "litgpt", "transformers"), ""]
     if settings.compare != "none":
         lines += compare(settings, work)
     if settings.sizes:

@@ -8,42 +8,36 @@ b) tokenizers.encode_batch_fast alone, text in memory
 c) gigatoken alone, text in memory: the limit of d
 d) python optimize_dataset.py
 
-Prints a table in Markdown. Sustained is tokens a second and core, without start-up: by the clock, and by processor time,
-which other programs on the machine disturb less. Each figure is the best of the repeats, for all sides alike.
+Prints a table in Markdown. Sustained rates are tokens per second and core, without start-up: by the clock, and by
+processor time, which other programs on the machine disturb less. Each figure is the best of the repeats, for all sides
+alike.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import harness
 
 from utils import cli, console
 from utils.errors import UserError
 from utils.manifest import read_manifest
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_FILES = 8  # of equal size, so that the baseline, which gives a worker whole files, is as well balanced as we are
-BATCH_BYTES = 4 << 20
 
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """What is tokenized, and by how many processes."""
 
     size: str = "450MB"
     """Text to tokenize, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
@@ -52,18 +46,18 @@ class Settings:
     vocab_size: int = 128000
     """Tokens in the tokenizer's vocabulary; Llama 3 has 128,000."""
     baseline_share: float = 0.25
-    """Share of the files that the baseline gets, being slow: 1/8 to 1. With less than 1, ours is run on the same files,
-    too, and the baseline's whole command on all files is worked out from its start-up and its rate."""
+    """Share of the files that the baseline gets, being slow: 1/8 to 1. Below 1, ours is run on the same files as well,
+    and what the baseline's whole command would take on all files is worked out from its start-up and its rate."""
     num_workers: int = 2
     """Processes that tokenize, for all sides."""
     num_repeats: int = 2
     """Runs of everything; the best counts."""
     random_words_size: str = "200MB"
-    """Text of random words, on which a worker's memory is measured; 0MB: do not."""
+    """Text of random words, on which a worker's memory is measured; 0MB: no such measurement."""
     work_dir: str | None = None
     """Directory for corpus, tokenizer and results, kept for the next run; null: a temporary one."""
     output: str | None = None
-    """File to write the table to, too; null: none."""
+    """File that the table is written to as well; null: none."""
 
 
 @dataclasses.dataclass
@@ -72,12 +66,14 @@ class Measured:
 
     tokens: int
     sustained: float
-    """Tokens a second and process, by the clock, start-up apart."""
+    """Tokens per second and process, by the clock, without start-up."""
     cpu_sustained: float
-    """Tokens a second of processor time, start-up apart."""
+    """Tokens per second of processor time, without start-up."""
     whole_s: float | None = None
     """Seconds of the whole command, from the shell's view."""
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Share of a core's time that each phase takes."""
+    worker_peak_bytes: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,14 +84,10 @@ def prepare_corpus(settings: Settings, work: Path) -> tuple[Path, Path, int]:
     """(directory of NUM_FILES equal parquet files, tokenizer directory, bytes of text)"""
     name = f"{settings.source}-{settings.size}"
     made, tokenizer = work / f"made-{name}", work / f"tokenizer-{name}-{settings.vocab_size}"
-    run(
-        "examples/make_demo_corpus.py",
-        f"--output_dir={made}",
-        f"--tokenizer_dir={tokenizer}",
-        f"--size={settings.size}",
-        f"--source={settings.source}",
-        f"--vocab_size={settings.vocab_size}",
-    )
+    harness.run_script(
+        "examples/make_demo_corpus.py", f"--output_dir={made}", f"--tokenizer_dir={tokenizer}",
+        f"--size={settings.size}", f"--source={settings.source}", f"--vocab_size={settings.vocab_size}",
+    )  # fmt: skip
     corpus = work / f"corpus-{name}"
     if not corpus.exists():
         write_equal_files(made, corpus)
@@ -147,112 +139,77 @@ def measure_baseline(corpus: Path, tokenizer: Path, num_workers: int, work: Path
     times.unlink(missing_ok=True)
     # litdata keeps temporary chunks in a cache of the machine; one of our own leaves other runs alone.
     env = {"DATA_OPTIMIZER_CACHE_FOLDER": str(work / "litdata-cache"), "TOKENIZERS_PARALLELISM": "false"}
-    whole_s = run("benchmarks/litdata_baseline.py", corpus, tokenizer, out, num_workers, times, env=env)
+    script = "benchmarks/litdata_baseline.py"
+    usage = harness.run_script(script, corpus, tokenizer, out, num_workers, times, env=env)
     lines = [json.loads(line) for line in times.read_text().splitlines()]
     tokens = sum(line["tokens"] for line in lines)
     seconds, cpu_seconds = (sum(line[key] for line in lines) for key in ("seconds", "cpu_seconds"))
-    return Measured(tokens, tokens / seconds, tokens / cpu_seconds, whole_s)
+    return Measured(tokens, tokens / seconds, tokens / cpu_seconds, usage.seconds)
 
 
 def measure_ours(corpus: Path, tokenizer: Path, num_workers: int, work: Path) -> Measured:
     out = work / "ours"
     shutil.rmtree(out, ignore_errors=True)
-    whole_s = run(
-        "optimize_dataset.py",
-        f"--input_dir={corpus}",
-        f"--tokenizer_dir={tokenizer}",
-        f"--output_dir={out}",
-        f"--num_workers={num_workers}",
-        "--address=local",
-        # Ray starts its workers at niceness 15: where other programs run too, they would get what those leave.
-        env={"RAY_worker_niceness": "0"},
-    )
-    records = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
+    usage = harness.run_script(
+        "optimize_dataset.py", f"--input_dir={corpus}", f"--tokenizer_dir={tokenizer}", f"--output_dir={out}",
+        f"--num_workers={num_workers}", "--address=local",
+    )  # fmt: skip
+    lines = map(json.loads, (out / "progress.jsonl").read_text().splitlines())
+    records = {record["unit"]: record for record in lines}.values()  # the last one, of a unit that was done again
     tokens = sum(record[split]["tokens"] for record in records for split in ("train", "val"))
-    phases: dict[str, float] = {}
-    for record in records:
-        for phase, seconds in record["seconds"].items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
     content = read_manifest(out, "tokens")["content"]
     if content["train"]["tokens"] + content["val"]["tokens"] != tokens:
         raise RuntimeError(f"{out}: the manifest and the records disagree on the number of tokens")
-    busy_s = sum(phases.values())
-    details = {
-        "phases": {phase: seconds / busy_s for phase, seconds in phases.items()},
-        "units": len(records),
-        "worker_peak_bytes": max(record["peak_bytes"] for record in records),
-    }
-    cpu_s = sum(record["cpu_seconds"] for record in records)
-    return Measured(tokens, tokens / busy_s, tokens / cpu_s, whole_s, details)
+    seconds = sum((collections.Counter(record["seconds"]) for record in records), collections.Counter())
+    busy_s, cpu_s = seconds.total(), sum(record["cpu_seconds"] for record in records)
+    phases = {phase: phase_s / busy_s for phase, phase_s in seconds.most_common()}
+    peak_bytes = max(record["peak_bytes"] for record in records)
+    return Measured(tokens, tokens / busy_s, tokens / cpu_s, usage.seconds, phases, peak_bytes)
 
 
-def measure_in_memory(function: Callable, corpus: Path, tokenizer: Path, num_workers: int) -> Measured:
-    """Run `function` in `num_workers` processes at a time, each on its share of the files, one core each."""
+def measure_in_memory(library: str, corpus: Path, tokenizer: Path, num_workers: int) -> Measured:
+    """Encode in `num_workers` processes at a time, each on its share of the files, one core each."""
     files = sorted(corpus.glob("*.parquet"))
-    shares = [(files[i::num_workers], tokenizer) for i in range(num_workers)]
+    shares = [(library, files[i::num_workers], tokenizer / "tokenizer.json") for i in range(num_workers)]
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        results = pool.starmap(function, shares, chunksize=1)
+        results = pool.starmap(encode_in_memory, shares, chunksize=1)
     tokens, seconds, cpu_seconds = (sum(column) for column in zip(*results))
     return Measured(tokens, tokens / seconds, tokens / cpu_seconds)
 
 
-def read_batches(files: list[Path]) -> list:
-    """String arrays of about BATCH_BYTES, in memory."""
-    import pyarrow.parquet as pq
-
-    batches = []
-    for path in files:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
-            batches.append(batch.column(0))
-    return batches
-
-
-def encode_with_tokenizers(files: list[Path], tokenizer_dir: Path) -> tuple[int, float, float]:
-    """(tokens, seconds, seconds of processor time)"""
+def encode_in_memory(library: str, files: list[Path], tokenizer_json: Path) -> tuple[int, float, float]:
+    """(tokens, seconds, seconds of processor time) of encoding all texts of the files, which are read before."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    batches = [batch.to_pylist() for batch in read_batches(files)]
-    begin, cpu_begin, tokens = time.perf_counter(), time.process_time(), 0
-    for texts in batches:
-        tokens += sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
-    return tokens, time.perf_counter() - begin, time.process_time() - cpu_begin
-
-
-def encode_with_gigatoken(files: list[Path], tokenizer_dir: Path) -> tuple[int, float, float]:
-    """(tokens, seconds, seconds of processor time)"""
     import awkward as ak
     import gigatoken
+    import pyarrow.parquet as pq
+    import tokenizers
 
-    tokenizer = gigatoken.Tokenizer(str(tokenizer_dir / "tokenizer.json"))
-    batches = [ak.from_arrow(batch.cast("large_string")) for batch in read_batches(files)]
-    batches = [ak.drop_none(batch) for batch in batches]
-    begin, cpu_begin, tokens = time.perf_counter(), time.process_time(), 0
-    for texts in batches:
-        tokens += ak.count(tokenizer.encode_batch(texts, parallel=False), axis=None)
-    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
-    return int(tokens) + sum(map(len, batches)), seconds, cpu_seconds  # one BOS a document, as the other sides count
+    arrays = [
+        batch.column(0)
+        for path in files
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["text"])
+    ]
+    if library == "tokenizers":
+        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+        batches = [array.to_pylist() for array in arrays]
+
+        def num_tokens(texts: list[str]) -> int:
+            return sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
+    else:
+        tokenizer = gigatoken.Tokenizer(str(tokenizer_json))
+        batches = [ak.drop_none(ak.from_arrow(array.cast("large_string"))) for array in arrays]
+
+        def num_tokens(texts: ak.Array) -> int:  # with one BOS per document, as the other sides count
+            return int(ak.count(tokenizer.encode_batch(texts, parallel=False), axis=None)) + len(texts)
+
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    tokens = sum(map(num_tokens, batches))
+    return tokens, time.perf_counter() - begin, time.process_time() - cpu_begin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-def run(script: str, *arguments, env: dict[str, str] | None = None) -> float:
-    """Seconds that `python script arguments` takes; its output is shown only when it fails."""
-    begin = time.perf_counter()
-    process = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if process.returncode != 0:
-        raise UserError(f"{script} left with {process.returncode}:\n{process.stdout[-5000:]}")
-    return time.perf_counter() - begin
 
 
 def best(measured: list[Measured]) -> Measured:
@@ -275,8 +232,6 @@ def share_of(corpus: Path, share: float, work: Path) -> Path:
 
 
 def measure_all(settings: Settings, work: Path) -> str:
-    from examples.make_demo_corpus import parse_size
-
     corpus, tokenizer, text_bytes = prepare_corpus(settings, work)
     small = share_of(corpus, settings.baseline_share, work)
     sides: dict[str, list[Measured]] = {}
@@ -295,8 +250,8 @@ def measure_all(settings: Settings, work: Path) -> str:
         if n > 1:
             note("ours, one worker", measure_ours(corpus, tokenizer, 1, work))
             note("ours, one worker, its share", measure_ours(share_of(corpus, 1 / n, work), tokenizer, 1, work))
-        note("gigatoken", measure_in_memory(encode_with_gigatoken, corpus, tokenizer, n))
-        note("tokenizers", measure_in_memory(encode_with_tokenizers, small, tokenizer, n))
+        note("gigatoken", measure_in_memory("gigatoken", corpus, tokenizer, n))
+        note("tokenizers", measure_in_memory("tokenizers", small, tokenizer, n))
         if small != corpus:
             note("ours, baseline's files", measure_ours(small, tokenizer, n, work))
         note("baseline", measure_baseline(small, tokenizer, n, work))
@@ -308,115 +263,80 @@ def measure_all(settings: Settings, work: Path) -> str:
         raise RuntimeError(f"the sides do not agree on the number of tokens: {result}")
 
     random_peak = None
-    random_bytes = parse_size(settings.random_words_size) if not settings.random_words_size.startswith("0") else 0
-    if random_bytes:
+    if not settings.random_words_size.startswith("0"):
         words = work / f"random-{settings.random_words_size}"
         if not words.exists():
-            write_random_words(words, random_bytes)
-        random_peak = measure_ours(words, tokenizer, n, work).details["worker_peak_bytes"]
+            write_random_words(words, console.parse_bytes(settings.random_words_size, "--random_words_size"))
+        random_peak = measure_ours(words, tokenizer, n, work).worker_peak_bytes
     return table(settings, result, same_files, text_bytes, random_peak)
 
 
 def table(
     settings: Settings, result: dict[str, Measured], same_files: Measured, text_bytes: int, random_peak: int | None
 ) -> str:
-    ours, baseline = result["ours"], result["baseline"]
-    gigatoken, tokenizers = result["gigatoken"], result["tokenizers"]
+    ours, baseline, gigatoken = result["ours"], result["baseline"], result["gigatoken"]
     one = result.get("ours, one worker")
-    part = "" if settings.baseline_share >= 1 else f", on {settings.baseline_share:g} of the text"
-
-    def million(rate: float) -> str:
-        return f"{rate / 1e6:.2f} M"
-
-    def row(name: str, measured: Measured, whole: str = "-", whole_ratio: str = "-") -> str:
-        cpu_ratio, ratio = measured.cpu_sustained / baseline.cpu_sustained, measured.sustained / baseline.sustained
-        return (
-            f"| {name} | {million(measured.cpu_sustained)} | {cpu_ratio:.1f} x "
-            f"| {million(measured.sustained)} | {ratio:.1f} x | {whole} | {whole_ratio} |"
-        )
-
+    n = settings.num_workers
+    is_part = settings.baseline_share < 1
+    part = f", on {settings.baseline_share:g} of the text" if is_part else ""
     # What the baseline would take on all files: its start-up as measured, its rate as measured.
-    rate = baseline.sustained * settings.num_workers
-    baseline_whole_s = baseline.whole_s + (ours.tokens - baseline.tokens) / rate
-    about = "about " if part else ""
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}"
-        for name in ("litdata", "litgpt", "tokenizers", "gigatoken", "ray", "pyarrow")
-    )
-    lines = [
-        f"Text: {console.human_bytes(text_bytes)} of {settings.source} ({ours.tokens:,} tokens), vocabulary of "
-        f"{settings.vocab_size:,}; {settings.num_workers} processes for every side; best of {settings.num_repeats}. "
-        f"Machine: {machine()}. {versions}, Python {platform.python_version()}. "
-        f"{datetime.date.today().isoformat()}.",
-        "",
-        "| | tokens/s per core, processor time | ratio | by the clock | ratio | whole command | ratio |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        row(f"litdata.optimize + litgpt's Tokenizer{part}", baseline, f"{about}{baseline_whole_s:.1f} s", "1.0 x"),
-        row(f"tokenizers.encode_batch_fast alone, text in memory{part}", tokenizers),
+    baseline_whole_s = baseline.whole_s + (ours.tokens - baseline.tokens) / (baseline.sustained * n)
+
+    def row(name: str, measured: Measured, whole_s: float | None = None, about: str = "") -> list[str]:
+        whole = ["-", "-"] if whole_s is None else [f"{about}{whole_s:.1f} s", f"{baseline_whole_s / whole_s:.1f} x"]
+        rates = [(getattr(side, kind) for side in (measured, baseline)) for kind in ("cpu_sustained", "sustained")]
+        return [name, *(cell for a, b in rates for cell in (f"{a / 1e6:.2f} M", f"{a / b:.1f} x")), *whole]
+
+    rows = [
+        row(f"litdata.optimize + litgpt's Tokenizer{part}", baseline, baseline_whole_s, "about " if is_part else ""),
+        row(f"tokenizers.encode_batch_fast alone, text in memory{part}", result["tokenizers"]),
         row("gigatoken alone, text in memory: the limit", gigatoken),
-        row("**optimize_dataset.py**", ours, f"{ours.whole_s:.1f} s", f"{baseline_whole_s / ours.whole_s:.1f} x"),
+        row("**optimize_dataset.py**", ours, ours.whole_s),
     ]
-    if one:
-        lines.append(
-            row(
-                "optimize_dataset.py, one worker",
-                one,
-                f"{one.whole_s:.1f} s",
-                f"{baseline_whole_s / one.whole_s:.1f} x",
-            )
+    phases = ", ".join(f"{phase} {share:.0%}" for phase, share in ours.phases.items())
+    random = ""
+    if random_peak:
+        random = f"; on {settings.random_words_size} of random words {console.human_bytes(random_peak)}"
+    notes = [
+        f"- The whole step reaches {ours.cpu_sustained / gigatoken.cpu_sustained:.0%} of the limit by processor time "
+        f"({ours.sustained / gigatoken.sustained:.0%} by the clock). A core's time: {phases}.",
+        f"- Largest worker: {console.human_bytes(ours.worker_peak_bytes)}{random}.",
+    ]
+    if is_part:
+        notes.insert(
+            0,
+            f"- On the baseline's files alone ({baseline.tokens:,} tokens), both measured: {baseline.whole_s:.1f} s "
+            f"against {same_files.whole_s:.1f} s, start-up included.",
         )
-    if part:
-        lines += [
+    if one:
+        rows.append(row("optimize_dataset.py, one worker", one, one.whole_s))
+        alike = result["ours, one worker, its share"]
+        notes.append(
+            f"- {n} workers give {n * ours.sustained / alike.sustained:.2f} times one that has as much text as each of "
+            f"them, and {n * ours.sustained / one.sustained:.2f} times one that has all of it: every worker learns the "
+            f"text's words for itself (whole command on all: {one.whole_s / ours.whole_s:.2f} times)."
+        )
+    versions = harness.environment_line("litdata", "litgpt", "tokenizers", "gigatoken", "ray", "pyarrow")
+    header = ["", "tokens/s per core, processor time", "ratio", "by the clock", "ratio", "whole command", "ratio"]
+    return "\n".join(
+        [
+            f"Text: {console.human_bytes(text_bytes)} of {settings.source} ({ours.tokens:,} tokens), vocabulary of "
+            f"{settings.vocab_size:,}; {n} processes for every side; best of {settings.num_repeats}. {versions}",
             "",
-            f"- On the baseline's files alone ({baseline.tokens:,} tokens), both measured: {baseline.whole_s:.1f} s against "
-            f"{same_files.whole_s:.1f} s, start-up included.",
+            harness.table(header, rows),
+            "",
+            *notes,
         ]
-    phases = ", ".join(
-        f"{phase} {100 * share:.0f}%" for phase, share in sorted(ours.details["phases"].items(), key=lambda kv: -kv[1])
     )
-    lines += [
-        *([] if part else [""]),
-        f"- The whole step reaches {100 * ours.cpu_sustained / gigatoken.cpu_sustained:.0f}% of the limit by processor time "
-        f"({100 * ours.sustained / gigatoken.sustained:.0f}% by the clock). A core's time: {phases}.",
-        f"- Largest worker: {console.human_bytes(ours.details['worker_peak_bytes'])}"
-        + (
-            f"; on {settings.random_words_size} of random words {console.human_bytes(random_peak)}."
-            if random_peak
-            else "."
-        ),
-    ]
-    if one:
-        n, alike = settings.num_workers, result["ours, one worker, its share"]
-        lines.append(
-            f"- {n} workers give {n * ours.sustained / alike.sustained:.2f} times one that has as much text as each of them, and "
-            f"{n * ours.sustained / one.sustained:.2f} times one that has all of it: every worker learns the text's words for itself "
-            f"(whole command on all: {one.whole_s / ours.whole_s:.2f} times)."
-        )
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{os.cpu_count()} cores of {model}, {memory / 2**30:.0f} GiB, no GPU used"
 
 
 def main(settings: Settings) -> None:
     if not 1 / NUM_FILES <= settings.baseline_share <= 1:
         raise UserError(f"--baseline_share={settings.baseline_share}: give a share from {1 / NUM_FILES} to 1.")
-    if settings.work_dir:
-        Path(settings.work_dir).mkdir(parents=True, exist_ok=True)
-        text = measure_all(settings, Path(settings.work_dir))
-    else:
-        with tempfile.TemporaryDirectory() as work:
-            text = measure_all(settings, Path(work))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(settings.work_dir or temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        text = measure_all(settings, work)
     console.result(text)
     if settings.output:
         Path(settings.output).write_text(text + "\n")

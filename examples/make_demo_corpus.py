@@ -18,7 +18,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -369,16 +368,6 @@ def make_tokenizer(settings: Settings) -> None:
 # ---------------------------------------------------------------------------- the step
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "10MB", "1.5 GB", "2000"."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|B|kB|MB|GB)\s*", text, re.IGNORECASE)
-    unit_bytes = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-    size = int(float(match[1]) * unit_bytes[match[2].lower()]) if match else 0
-    if size <= 0:
-        raise UserError(f"--size={text}: no size. Give bytes with a unit, such as 10MB.")
-    return size
-
-
 def corpus_settings(settings: Settings, size_bytes: int) -> dict[str, Any]:
     return {"size_bytes": size_bytes, "source": settings.source, "num_files": settings.num_files}
 
@@ -449,7 +438,7 @@ def report_tokenizer(directory: Path, seconds: float | None) -> None:
 
 def main(settings: Settings) -> None:
     problems = Problems()
-    size_bytes = problems.collect(parse_size, settings.size)
+    size_bytes = problems.collect(console.parse_bytes, settings.size, "--size")
     if not 1 <= settings.num_files <= 1000:
         problems.add(f"--num_files={settings.num_files}: give 1 to 1000.")
     if not 260 <= settings.vocab_size <= 2**20:

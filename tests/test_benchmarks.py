@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
+from conftest import ROOT
+
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
+def test_a_benchmark_runs_where_the_tests_are_not(path):
+    """As in the image that examples/Dockerfile makes."""
+    tree = ast.parse(path.read_text())
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    of_tests = {test.stem for test in (ROOT / "tests").rglob("*.py")}
+    assert not of_tests & {part for module in imported for part in module.split(".")}
 
 
 @pytest.mark.slow

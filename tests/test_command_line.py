@@ -114,9 +114,9 @@ def said_about(run_script, script: str, *arguments) -> list[str]:
         ("--train.micro_batch_size=null", "a whole number"),
         ("--train.max_tokens=1e-3", "a whole number, or null"),
         ("--optimizer.lr=high", "a number"),
-        ("--optimizer.betas=[0.9]", "a list of 2, each a number: [.., ..]"),
+        ("--optimizer.betas=[0.9]", "a list of 2, each a number: [..., ...]"),
         ("--dry_run=perhaps", "true or false"),
-        ("--data_mixture=3", "a mapping, {KEY: VALUE, ..}, each value a number, or null"),
+        ("--data_mixture=3", "a mapping, {KEY: VALUE, ...}, each value a number, or null"),
     ],
 )
 def test_a_wrong_value_is_told_in_one_line_what_the_setting_takes(run_script, flag, must_be):
@@ -125,10 +125,10 @@ def test_a_wrong_value_is_told_in_one_line_what_the_setting_takes(run_script, fl
 
 def test_a_wrong_entry_of_a_mapping_and_a_section_as_flag(run_script):
     assert said_about(run_script, "distributed_pretrain.py", "--data_mixture.a=x") == [
-        "--data_mixture: must be a mapping, {KEY: VALUE, ..}, each value a number, or null"
+        "--data_mixture: must be a mapping, {KEY: VALUE, ...}, each value a number, or null"
     ]
     assert said_about(run_script, "distributed_pretrain.py", "--train=3") == [
-        "--train: a section. Give its settings one by one, as --train.KEY=VALUE."
+        "--train: is a section. Give its settings one by one, as --train.KEY=VALUE."
     ]
 
 
@@ -157,7 +157,7 @@ def test_all_that_is_wrong_with_a_config_file_and_flags_is_said_at_once(tmp_path
             f"{config}: unknown key train.save_intervall. Did you mean train.save_interval?",
             f"{config}: unknown key max_steps. Did you mean train.max_steps?",
             f"{config}: unknown key nowhere.",
-            f"{config}: eval: 5: must be a section, lines of KEY: VALUE",
+            f"{config}: eval: 5: must be a section of KEY: VALUE lines",
             f"{config}: model_name: 5: must be text (quote it in YAML), or null",
             "--seed=x: must be a whole number",
             "--sede: unknown flag. Did you mean --seed?",
@@ -214,6 +214,21 @@ def test_a_config_that_cannot_be_read_is_named_with_the_line(tmp_path, run_scrip
     assert "Traceback" not in process.stderr and "unicode string" not in process.stderr
     process = run_script("distributed_pretrain.py", "--config", tmp_path, check=False)
     assert process.returncode == 2 and process.stderr.startswith(f"error: --config={tmp_path}: is a directory")
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--train.max_step=5", "--train.max_steps"),
+        ("--see=1", "--seed"),
+        ("--dry", "--dry_run"),
+        ("--print_conf", "--print_config"),
+    ],
+)
+def test_the_beginning_of_a_flag_is_not_taken_for_the_flag(run_script, flag, meant):
+    name = flag.partition("=")[0]
+    said = said_about(run_script, "distributed_pretrain.py", flag)
+    assert said == [f"{name}: unknown flag. Did you mean {meant}?"]
 
 
 def test_help_lists_settings_not_the_flags_of_sections(run_script):

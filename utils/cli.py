@@ -1,7 +1,7 @@
 """One way for every script to become a command line: a dataclass of settings in, an exit code out.
 
-A field of the dataclass is a flag, its docstring the help text. `--config FILE.yaml` sets any of them,
-flags on the command line win over it. Only jsonargparse is imported here, so `--help` is quick.
+A field of the dataclass is a flag, its docstring the help text. `--config FILE.yaml` sets any of them; flags on the
+command line win over it. Nothing heavier than jsonargparse is imported here, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import select
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from utils import console
@@ -26,7 +26,7 @@ EXIT_USER_ERROR = 2
 
 
 def exit_if_not_installed(error: ModuleNotFoundError) -> None:
-    """A package that is missing means another Python, or `make setup` not done; part of one that is there, our error."""
+    """A missing package means another Python, or no `make setup`; a missing part of one that is there is our bug."""
     package = (error.name or "utils").partition(".")[0]
     if importlib.util.find_spec(package) is None:
         console.error(
@@ -37,42 +37,40 @@ def exit_if_not_installed(error: ModuleNotFoundError) -> None:
 
 
 try:
-    import jsonargparse
-
     from utils.cli_parser import ConfigFile, Help, Parser
 except ModuleNotFoundError as error:
     exit_if_not_installed(error)
     raise
 
-EXIT_OK = 0
-EXIT_OUR_ERROR = 1
+EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141  # as a shell reports a process that SIGPIPE ended
 
-# What the owner of a disk can mend.
+# What the owner of the disk can fix.
 USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def make_parser(settings_class: type, description: str, positional: bool = False) -> jsonargparse.ArgumentParser:
+def make_parser(settings_class: type, description: str, positional: bool = False) -> Parser:
     """The parser for a script.
 
     Args:
         settings_class: dataclass; nested dataclasses become dotted flags (`--train.global_batch_size`).
         description: the script's docstring, shown as it is written.
-        positional: whether settings without default are positional arguments. A list of words is a field with
-            metadata {"nargs": "+", "help": ..}.
+        positional: whether settings without a default are positional arguments. A field that takes several words has
+            the metadata {"nargs": "+", "help": "..."}.
     """
     parser = Parser(
         prog=sys.argv[0],
         description=description,
         formatter_class=Help,
         print_config="--print_config",
+        allow_abbrev=False,  # --train.max_step=5 is a slip, not --train.max_steps
     )
     parser.add_argument("--config", action=ConfigFile, help="YAML file with settings; flags win over it.")
     parser.add_argument("-q", "--quiet", action="store_true", help="Only results, warnings and errors.")
-    parser.add_argument("-v", "--verbose", action="store_true", help="Details too, and tracebacks.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="Details as well, and tracebacks.")
     several = [field for field in dataclasses.fields(settings_class) if "nargs" in field.metadata]
-    for field in several:  # jsonargparse wants lists as one word, [A,B]; shells make several of A B
+    for field in several:  # jsonargparse wants a list as one word, [A,B]; a shell makes several words of A B
         parser.add_argument(field.name, nargs=field.metadata["nargs"], help=field.metadata["help"])
     parser.add_class_arguments(settings_class, as_positional=positional, skip={field.name for field in several})
     for action in parser._actions:
@@ -82,10 +80,9 @@ def make_parser(settings_class: type, description: str, positional: bool = False
 
 
 def parse_settings(settings_class: type, description: str, argv: list[str] | None = None, positional: bool = False):
-    """Settings from the command line; raises UserError with all that is wrong with flags and config files."""
+    """Settings from the command line; raises UserError with everything that is wrong with flags and config files."""
     parser = make_parser(settings_class, description, positional)
-    argv = _spell_out_switches(settings_class, sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(_spell_out_switches(parser, sys.argv[1:] if argv is None else argv))
     if arguments.quiet or arguments.verbose:
         console.VERBOSITY = 0 if arguments.quiet else 2
     for name in ("config", "quiet", "verbose"):
@@ -93,36 +90,21 @@ def parse_settings(settings_class: type, description: str, argv: list[str] | Non
     return settings_class(**parser.instantiate_classes(arguments).as_dict())
 
 
-def _switches(settings_class: type, prefix: str = "--") -> Iterator[str]:
-    """The flags of all bool settings, nested ones too."""
-    types = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
-        if types[field.name] is bool:
-            yield prefix + field.name
-        elif dataclasses.is_dataclass(types[field.name]):
-            yield from _switches(types[field.name], f"{prefix}{field.name}.")
-
-
-def _spell_out_switches(settings_class: type, argv: list[str]) -> list[str]:
+def _spell_out_switches(parser: Parser, argv: list[str]) -> list[str]:
     """`--dry_run` alone means `--dry_run=true`; jsonargparse asks for the value."""
-    switches = set(_switches(settings_class))
+    switches = {f"--{action.dest}" for action in parser._actions if getattr(action, "_typehint", None) is bool}
     return [
         f"{flag}=true" if flag in switches and following not in ("true", "false", "True", "False") else flag
         for flag, following in zip(argv, [*argv[1:], None])
     ]
 
 
-def run(
-    main: Callable[[Any], None],
-    settings_class: type,
-    description: str,
-    positional: bool = False,
-) -> None:
+def run(main: Callable[[Any], None], settings_class: type, description: str, positional: bool = False) -> None:
     """Parse, call `main(settings)`, and leave with the exit code that tells who must act.
 
-    0: done. 2: the user's error, every problem in one go, no traceback. 130: Ctrl-C.
-    1: our error, with traceback. After a failure the command that resumes is printed.
-    141: nobody reads what is printed any more (`.. | head`), and nothing is said.
+    0: done. 2: the user's error, every problem at once, no traceback. 130: Ctrl-C.
+    1: a bug of ours, with traceback. After a failure the command that resumes is printed.
+    141: nobody reads what is printed any more (`... | head`), and nothing is said.
     """
     try:
         try:
@@ -135,40 +117,39 @@ def run(
         if console.VERBOSITY >= 2:
             traceback.print_exc()
         sys.exit(EXIT_USER_ERROR)
-    except ModuleNotFoundError as error:
-        exit_if_not_installed(error)
-        raise_ours(error)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and _drop_unread_streams():
-            sys.exit(EXIT_NO_READER)
-        if error.errno not in USERS_ERRNOS:
-            raise_ours(error)
-        console.error(
-            f"{error.filename or 'a file'}: {error.strerror}. Make room, or give a directory that can be written. What is "
-            f"finished is kept; the same command goes on:\n  {console.this_command()}"
-        )
-        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        console.error(f"interrupted; what is finished is kept. The same command goes on:\n  {console.this_command()}")
+        console.error(f"interrupted; what is finished is kept. {_how_to_go_on()}")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        raise_ours(error)
+        if isinstance(error, ModuleNotFoundError):
+            exit_if_not_installed(error)
+        if isinstance(error, BrokenPipeError) and _drop_unread_streams():
+            sys.exit(EXIT_NO_READER)
+        if isinstance(error, OSError) and error.errno in USERS_ERRNOS:
+            console.error(
+                f"{error.filename or 'a file'}: {error.strerror}. Make room, or give a directory that can be written "
+                f"to. What is finished is kept. {_how_to_go_on()}"
+            )
+            sys.exit(EXIT_USER_ERROR)
+        exit_with_bug_report(error)
 
 
-def raise_ours(error: Exception) -> typing.NoReturn:
-    """Leave with a traceback: this is for us to mend."""
+def exit_with_bug_report(error: Exception) -> typing.NoReturn:
+    """Leave with a traceback: this is for us to fix."""
     traceback.print_exc()
-    console.error(
-        f"{type(error).__name__}: {error}\nWhat is finished is kept. The same command goes on:\n  {console.this_command()}"
-    )
-    sys.exit(EXIT_OUR_ERROR)
+    console.error(f"{type(error).__name__}: {error}\nWhat is finished is kept. {_how_to_go_on()}")
+    sys.exit(EXIT_BUG)
+
+
+def _how_to_go_on() -> str:
+    return f"The same command goes on:\n  {console.this_command()}"
 
 
 def _drop_unread_streams() -> bool:
-    """Whether stdout or stderr is a pipe without reader. What is still to be flushed there goes nowhere."""
+    """Whether stdout or stderr is a pipe that nobody reads; what is still to be flushed there is then dropped."""
     unread = False
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or no file of the system's
+        with contextlib.suppress(OSError, ValueError):  # closed, or without a file descriptor
             poll = select.poll()
             poll.register(stream.fileno(), 0)
             if any(event & select.POLLERR for _, event in poll.poll(0)):

@@ -1,8 +1,8 @@
 """The parser behind every command line: jsonargparse's, with messages for the person at the keyboard.
 
-It finds what is wrong with flags and config files, all of it, before it raises one UserError: each problem with flag (or
-file and key), value, and what the setting takes. For that it overrides methods that jsonargparse and argparse keep to
-themselves; poetry.lock pins jsonargparse, and tests/test_command_line.py fails if a version calls them no longer.
+It finds everything that is wrong with flags and config files before it raises one UserError: each problem with the flag
+(or the file and key), the value, and what the setting takes. For that it overrides private methods of jsonargparse and
+argparse; poetry.lock pins jsonargparse, and tests/test_command_line.py fails if a version no longer calls them.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ class ConfigFile(jsonargparse.ActionConfigFile):
         if not os.path.exists(path):
             raise UserError(f"--config={path}: no such file.")
         if os.path.isdir(path) or not os.access(path, os.R_OK):
-            raise UserError(f"--config={path}: is a directory, or may not be read. Give a YAML file.")
+            raise UserError(f"--config={path}: is a directory, or cannot be read. Give a YAML file.")
         super().__call__(parser, namespace, path, option_string)
 
 
 class Parser(jsonargparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         self.problems = Problems()
-        self.file = None  # the --config that is read now
+        self.file = None  # the --config that is being read
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        """What the library itself found; it stops there."""
+        """Called with what the library itself found, where it stops."""
         fault = getattr(ex, "__cause__", None)
         if self.file is not None and message.startswith("Problems parsing config"):
             message = f"--config={self.file}: {_describe_yaml_error(fault)}"
         elif self.file is not None and message.startswith("Unexpected config"):
-            message = f"--config={self.file}: holds no settings. Write them as lines of KEY: VALUE."
+            message = f"--config={self.file}: holds no settings. Write them as KEY: VALUE lines."
         key = re.match(r'Parser key "([^"]+)"', message)
         if key and key[1] in self.groups:
-            message = f"--{key[1]}: a section. Give its settings one by one, as --{key[1]}.KEY=VALUE."
+            message = f"--{key[1]}: is a section. Give its settings one by one, as --{key[1]}.KEY=VALUE."
         elif key:  # an entry of a mapping, --data_mixture.DIRECTORY=WEIGHT
             hints = [
                 action._typehint for action in self._actions if action.dest == key[1] and hasattr(action, "_typehint")
@@ -89,7 +89,7 @@ class Parser(jsonargparse.ArgumentParser):
         return super()._apply_actions(cfg, parent_key, **kwargs)
 
     def _known(self, section: dict, prefix: str = "") -> dict:
-        """Without the keys that are no settings, which become problems, and without sections that hold nothing."""
+        """The section without unknown keys, which become problems, and without empty sections."""
         settings = [action.dest for action in self._actions if action.dest not in self.groups]
         known = {}
         for name, value in section.items():
@@ -102,12 +102,12 @@ class Parser(jsonargparse.ArgumentParser):
                 known[name] = self._known(value, f"{key}.")
             elif value is not None:
                 self.problems.add(
-                    f"--config={self.file}: {key}: {_shown(value)}: must be a section, lines of KEY: VALUE"
+                    f"--config={self.file}: {key}: {_shown(value)}: must be a section of KEY: VALUE lines"
                 )
         return known
 
     def _get_values(self, action, arg_strings):
-        """The words after a flag become its value, still a string; its own action turns it into a setting."""
+        """The words after a flag become its value, still a string; the flag's action turns it into a setting."""
         value = super()._get_values(action, arg_strings)
         hint = getattr(action, "_typehint", None)
         one_entry = any(word.startswith(f"--{action.dest}.") for word in self.args)  # --data_mixture.DIRECTORY=WEIGHT
@@ -122,7 +122,7 @@ class Parser(jsonargparse.ArgumentParser):
         return action.default
 
     def _check_value_key(self, action, value, key, cfg, append=False):
-        """The setting of a value from a flag or a file; a wrong one becomes a problem, and the default goes on."""
+        """The setting from a value of a flag or a file; a wrong one becomes a problem, and the default is used."""
         hint = getattr(action, "_typehint", None)
         if hint is None:
             return super()._check_value_key(action, value, key, cfg, append)
@@ -146,7 +146,7 @@ class Parser(jsonargparse.ArgumentParser):
                 self.problems.add(f"{flag}: unknown flag.{_did_you_mean(flag, self._option_string_actions)}")
             elif not before.startswith("-") or "=" in before:
                 self.problems.add(f"{word}: unexpected argument. Flags start with --.")
-        # A flag that is missing may be the one that was misspelt; settings may be printed without it.
+        # A missing flag may be the one that was misspelt; --print_config does without it.
         if not self.problems.found and not hasattr(self, "print_config"):
             for action in self._actions:
                 if action.dest in self.required_args and namespace.get(action.dest) is None:
@@ -158,7 +158,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The nearest of the names, as a sentence; none where none is near. A key may lack its section."""
+    """A sentence with the nearest of the names; empty if none is near. A key may lack its section."""
     names = list(names)
     same_key = [other for other in names if other.lstrip("-").endswith(f".{name.lstrip('-')}")]
     near = same_key[:1] or difflib.get_close_matches(name, names, n=1)
@@ -167,11 +167,11 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]} .."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _choices(hint: Any) -> list[str]:
-    """The words that a setting takes, if it takes some only."""
+    """The words that a setting takes, if it takes only certain ones."""
     if typing.get_origin(hint) is typing.Literal:
         return list(typing.get_args(hint))
     return [choice for part in typing.get_args(hint) for choice in _choices(part)]
@@ -186,16 +186,16 @@ def _describe(hint: Any) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin is tuple:
-        return f"a list of {len(parts)}, each {_describe(parts[0])}: [.., ..]"
+        return f"a list of {len(parts)}, each {_describe(parts[0])}: [..., ...]"
     if origin is dict:
         value = "" if parts[1] is Any else f", each value {_describe(parts[1])}"
-        return f"a mapping, {{KEY: VALUE, ..}}{value}"
+        return f"a mapping, {{KEY: VALUE, ...}}{value}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text (quote it in YAML)"}
     return names.get(hint, f"of type {hint}")
 
 
 def _whole_number(value: Any, hint: Any) -> Any:
-    """1e6 is a whole number too, where one is wanted; anything else as it is."""
+    """1e6 becomes a whole number where one is wanted; anything else stays as it is."""
     if int not in (hint, *typing.get_args(hint)) or not isinstance(value, str | float):
         return value
     try:
@@ -210,9 +210,9 @@ def _describe_yaml_error(error: Any) -> str:
     if getattr(error, "problem_mark", None) is None:
         return " ".join(str(error).replace(' in "<unicode string>",', "").split()) + ". Give a YAML file."
     context = f" ({error.context} from line {error.context_mark.line + 1} on)" if error.context_mark else ""
-    return f"line {error.problem_mark.line + 1}: {error.problem}{context}. Mend the YAML there."
+    return f"line {error.problem_mark.line + 1}: {error.problem}{context}. Fix the YAML there."
 
 
 class Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def add_usage(self, usage, actions, groups, prefix=None):
-        """The generated usage line of sixty flags tells nobody anything; the docstring has the command lines."""
+        """The generated usage line of sixty flags helps nobody; the docstring has the command lines."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
+
+from utils.errors import UserError
 
 VERBOSITY = 1  # 0: errors, warnings and results only (-q); 1: the story; 2: details too (-v)
 
@@ -57,19 +60,32 @@ def counted(number: int, noun: str) -> str:
 
 
 def human_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    """512 B, 1.5 GB."""
+    return _scaled(count, "B", 1)
 
 
 def human_count(count: float) -> str:
-    for unit in ("", " k", " M", " G"):
-        if abs(count) < 1000:
-            return f"{count:.0f}" if unit == "" else f"{count:.2f}{unit}"
+    """512, 1.50 G."""
+    return _scaled(count, "", 2).rstrip()
+
+
+def _scaled(count: float, unit: str, decimals: int) -> str:
+    prefix = ""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(count) < 1000 or prefix == "T":
+            break
         count /= 1000
-    return f"{count:.2f} T"
+    return f"{count:.{decimals if prefix else 0}f} {prefix}{unit}"
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """The bytes that a person wrote as 10MB, 1.5 GiB or 2000; raises UserError where it is not a size."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)(i?)B?\s*", text, re.IGNORECASE)
+    scale = (1024 if match[3] else 1000) ** " kmg".index(match[2].lower() or " ") if match else 0
+    size = int(float(match[1]) * scale) if match else 0
+    if size <= 0:
+        raise UserError(f"{flag}={text}: not a size. Write it as 500MB or 5GB.")
+    return size
 
 
 def human_seconds(seconds: float) -> str:
@@ -89,7 +105,9 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Counts work by its bytes, since those are known before; shows documents, tokens and rates beside them.
+    """A bar on a terminal, elsewhere a line every ten seconds.
+
+    It counts bytes, whose total is known before the work; the caller's note gives documents, tokens and rates.
 
     Args:
         label: what is being done.
@@ -98,46 +116,34 @@ class Progress:
     """
 
     def __init__(self, label: str, total_bytes: int, done_bytes: int = 0):
-        self._label, self._total, self._done = label, total_bytes, done_bytes
-        self._at_start = done_bytes
-        self._start = self._last_line = time.monotonic()
-        self._note = ""
-        self._bar = None
-        if sys.stderr.isatty() and VERBOSITY >= 1:
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total_bytes, initial=done_bytes, desc=label, unit="B", unit_scale=True, dynamic_ncols=True
-            )
+        self._label, self._total, self._done, self._at_start = label, total_bytes, done_bytes, done_bytes
+        self._start = self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=total_bytes, initial=done_bytes, desc=label, unit="B", unit_scale=True, dynamic_ncols=True,
+            disable=not sys.stderr.isatty() or VERBOSITY < 1,
+        )  # fmt: skip
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self._start
 
     def advance(self, num_bytes: int, note: str = "") -> None:
-        """Count `num_bytes` more as done; `note` stands beside the bar."""
+        """Count `num_bytes` more as done; `note` is shown beside them."""
         self._done += num_bytes
-        self._note = note
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(num_bytes)
-        elif time.monotonic() - self._last_line >= LINE_INTERVAL_S:
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(num_bytes)
+        if self._bar.disable and time.monotonic() - self._last_line >= LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            say(self._line())
-
-    def _line(self) -> str:
-        rate = (self._done - self._at_start) / max(self.elapsed_s, 1e-9)
-        left = (self._total - self._done) / rate if rate else float("inf")
-        eta = human_seconds(left) if left != float("inf") else "?"
-        share = 100 * self._done / self._total if self._total else 100
-        return (
-            f"{self._label}: {share:.1f}% | {human_bytes(self._done)} of {human_bytes(self._total)} | "
-            f"{self._note} | ETA {eta}"
-        )
+            rate = (self._done - self._at_start) / self.elapsed_s
+            eta = human_seconds((self._total - self._done) / rate) if rate else "?"
+            share = self._done / self._total if self._total else 1
+            progress = f"{human_bytes(self._done)} of {human_bytes(self._total)}"
+            say(f"{self._label}: {share:.1%} | {progress} | {note} | ETA {eta}")

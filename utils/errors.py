@@ -1,14 +1,14 @@
-"""The user's errors: said once, all together, each with the flag, the value and the remedy."""
+"""User errors: reported once, all together, each with the flag, the value and the remedy."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend; printed without a traceback, exit code 2.
+    """Something that the person at the keyboard can fix; printed without a traceback, exit code 2.
 
     Args:
-        problems: one message, or several that were found in the same check. Each names the flag
-            and its value, says what is wrong, and what to do.
+        problems: one message, or several that the same check found. Each names the flag and its value, and says
+            what is wrong and what to do about it.
     """
 
     def __init__(self, problems: str | list[str]):
@@ -42,4 +42,4 @@ class Problems:
 
 
 class WorkerDied(Exception):
-    """Processes were killed as often as allowed, each time at work on the same unit."""
+    """A unit was given up: each process that worked on it was killed, as often as is allowed."""

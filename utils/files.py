@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Everything under such a name was left by a process that died; it may be deleted by the same step.
+# What has such a name was left by a process that died; the same step may delete it.
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r".+-[0-9a-f]{12}")
 
@@ -27,7 +27,7 @@ def temporary_sibling(path: str | os.PathLike) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `temporary_sibling` makes such names; others that look alike belong to somebody else."""
+    """Whether `temporary_sibling` makes such names; similar ones belong to somebody else."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
 
 
@@ -78,7 +78,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Atomic; sorted keys, so that equal values give equal bytes. Piece by piece: a manifest can list a million files."""
+    """Write atomically, with sorted keys, so that equal values give equal bytes.
+
+    It is encoded piece by piece, since a manifest can list a million files.
+    """
     with atomic_write(path) as file:
         for piece in json.JSONEncoder(indent=1, sort_keys=True, ensure_ascii=False).iterencode(value):
             file.write(piece.encode())
@@ -100,7 +103,7 @@ def remove_temporaries(directory: str | os.PathLike) -> list[str]:
 
 
 def publish_directory(temporary: str | os.PathLike, final: str | os.PathLike) -> None:
-    """Rename a finished directory to its name. Raises FileExistsError when the name is taken."""
+    """Rename a finished directory to its final name. Raises FileExistsError if that is taken."""
     final = Path(final)
     for root, _, names in os.walk(temporary):
         for name in names:
@@ -126,3 +129,11 @@ def checksum(path: str | os.PathLike) -> str:
 
 def directory_bytes(directory: str | os.PathLike) -> int:
     return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)
+
+
+def free_bytes(path: str | os.PathLike) -> int:
+    """Free space of the file system that `path` lies on, or will lie on once it is made."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -6,17 +6,17 @@ for the next step. Its shape:
     {
       "schema_version": 1,
       "kind": "tokens" | "dataset" | "checkpoint" | "export" | "corpus" | "tokenizer",
-      "made_by": {"script": "merge_files.py", "versions": {"litdata": "0.2.76", ..}},
-      "settings": {..},             what was asked for, as far as it shapes the result
-      "tokenizer": {"sha256": .., "vocab_size": .., "bos_id": .., "eos_id": ..},
-      "content": {..},              counts with units: documents, tokens, text_bytes, ..
-      "files": [{"name": .., "bytes": .., "xxh3_128": ..}, ..],
-      "inputs": [{..}, ..]          what it was made from: parquet files, or manifests of directories
+      "made_by": {"script": "merge_files.py", "versions": {"litdata": "0.2.76", ...}},
+      "settings": {...},            what was asked for, as far as it shapes the result
+      "tokenizer": {"sha256": ..., "vocab_size": ..., "bos_id": ..., "eos_id": ...},
+      "content": {...},             counts with units: documents, tokens, text_bytes and so on
+      "files": [{"name": ..., "bytes": ..., "xxh3_128": ...}, ...],
+      "inputs": [{...}, ...]        what it was made from: parquet files, or manifests of directories
     }
 
-An input that is itself a published directory is embedded with its whole manifest but the list of files
+An input that is itself a published directory is embedded with its whole manifest except the list of files
 (`as_input`). So the manifest of an exported model leads back to the parquet files by itself, wherever
-it was copied to. Nothing that changes from run to run (time, host, number of workers) goes in.
+it has been copied to. Nothing that changes from run to run (time, host, number of workers) goes in.
 """
 
 from __future__ import annotations
@@ -58,21 +58,17 @@ def read_manifest(directory: str | os.PathLike, kind: str | None = None) -> dict
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}). Make the directory again.") from error
-    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema_version is {version!r}, this toolkit reads {SCHEMA_VERSION}. "
-            "Use the toolkit's version that made the directory, or make it again."
+            "Use the version of the toolkit that made the directory, or make it again."
         )
-    wrong = [
-        key
-        for key, expected in (("kind", str), ("settings", dict), ("content", dict), ("files", list), ("inputs", list))
-        if not isinstance(manifest.get(key), expected)
+    types = {"kind": str, "settings": dict, "content": dict, "files": list, "inputs": list}
+    wrong = [key for key, expected in types.items() if not isinstance(manifest.get(key), expected)]
+    wrong = wrong or [
+        f"an entry of {key}" for key in ("files", "inputs") if not all(_is_entry(key, entry) for entry in manifest[key])
     ]
-    if not wrong:
-        wrong = [
-            f"an entry of {key}" for key in ("files", "inputs") if not all(_is_entry(key, e) for e in manifest[key])
-        ]
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)} missing or of the wrong type. Make the directory again.")
     if kind is not None and manifest["kind"] != kind:
@@ -87,7 +83,7 @@ def _is_entry(key: str, entry: Any) -> bool:
 
 
 def as_input(directory: str | os.PathLike) -> dict[str, Any]:
-    """What a child's manifest says of the published directory that it was made from."""
+    """The entry of a published directory among the inputs of what is made from it."""
     path = Path(directory) / MANIFEST_NAME
     manifest = read_manifest(directory)
     if manifest is None:
@@ -108,12 +104,12 @@ def safe_member(directory: str | os.PathLike, name: Any) -> Path:
     """The path of the file `name` of `directory`; raises UserError when the name leads out of it."""
     directory = Path(directory)
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
-        raise UserError(f"{directory}: {name!r} is no file name.")
+        raise UserError(f"{directory}: {name!r} is not a file name.")
     pure = PurePosixPath(name)
     path = directory / pure
     inside = not pure.is_absolute() and ".." not in pure.parts
     if inside and (len(pure.parts) > 1 or path.is_symlink()):
-        # Only a link can lead out now; resolving costs too much to do it for each of 100,000 plain names.
+        # Only a link can lead out now. Plain names are not resolved: there can be 100,000, and each costs a call.
         inside = path.resolve().is_relative_to(directory.resolve())
     if not inside:
         raise UserError(f"{directory}: the name {name!r} leads out of the directory; refused.")
@@ -121,7 +117,7 @@ def safe_member(directory: str | os.PathLike, name: Any) -> Path:
 
 
 def damaged_files(directory: str | os.PathLike, entries: list[dict[str, Any]], checksums: bool = True) -> list[str]:
-    """Compare files with their entries in a manifest; returns one line a difference, naming the file."""
+    """Compare files with their entries in a manifest; returns one line per difference, naming the file."""
     problems = []
     for entry in entries:
         try:

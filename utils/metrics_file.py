@@ -26,7 +26,7 @@ class MetricsFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Bring it to the disk: a checkpoint must not be newer than the records that lead to it."""
+        """Flush to disk: a checkpoint must not be newer than the records that lead to it."""
         os.fsync(self._file.fileno())
 
 
@@ -69,7 +69,7 @@ def _whole_records(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def rewind_metrics(out_dir: str | os.PathLike, step: int) -> list[dict[str, Any]]:
-    """Drop the records after `step`, which the resumed run will write again; returns those that stay."""
+    """Drop the records after `step`, which the resumed run will write again; returns the others."""
     records = [record for record in read_metrics(out_dir) if record.get("step", 0) <= step]
     with atomic_write(Path(out_dir) / METRICS_NAME) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from utils.files import temporary_sibling
 
 @contextlib.contextmanager
 def probe_in(directory: str) -> Iterator[str]:
-    """A file that this process has just made: a node with a directory of the same name of its own does not see it."""
+    """A file that this process has just made: a node that has its own directory of that name does not see it."""
     probe = temporary_sibling(Path(directory) / "preflight")
     probe.touch()
     try:
@@ -25,12 +26,10 @@ def probe_in(directory: str) -> Iterator[str]:
 
 
 def _inspect_node(paths: list[str], packages: tuple[str, ...]) -> dict[str, Any]:
-    import os
-
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
-            # Without what follows a plus: torch for CPUs on the head and for CUDA on the others is one torch.
+            # Without what follows a plus: the head may have torch for CPUs, the others the same torch for CUDA.
             versions[package] = importlib.metadata.version(package).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
@@ -45,11 +44,11 @@ def check_nodes(
     Args:
         paths: flag -> local paths that each node must see, as on a shared file system.
         packages: distributions whose versions must be equal everywhere.
-        node_ids: Ray's ids of the nodes to look at; None: all.
+        node_ids: Ray's ids of the nodes to check; None: all.
         timeout_s: how long a node may take to answer.
 
     Returns:
-        The nodes that are alive, in a fixed order: {"id": .., "address": ..}.
+        The nodes that are alive, in a fixed order: {"id": ..., "address": ...}.
 
     Raises:
         UserError: naming each node that differs, and how.
@@ -57,20 +56,16 @@ def check_nodes(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = sorted(
-        (
-            {"id": node["NodeID"], "address": node["NodeManagerAddress"]}
-            for node in ray.nodes()
-            if node["Alive"] and (node_ids is None or node["NodeID"] in node_ids)
-        ),
-        key=lambda node: (node["address"], node["id"]),
-    )
+    alive = [node for node in ray.nodes() if node["Alive"] and (node_ids is None or node["NodeID"] in node_ids)]
+    nodes = [{"id": node["NodeID"], "address": node["NodeManagerAddress"]} for node in alive]
+    nodes.sort(key=lambda node: (node["address"], node["id"]))
     if len(nodes) == 1 and nodes[0]["address"] == ray.util.get_node_ip_address():
         return nodes  # this machine, this environment: nothing to compare
     inspect = ray.remote(num_cpus=0, max_retries=0)(_inspect_node)
+    all_paths = [path for group in paths.values() for path in group]
     answers = {
         node["id"]: inspect.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)).remote(
-            [path for group in paths.values() for path in group], packages
+            all_paths, packages
         )
         for node in nodes
     }
@@ -86,17 +81,17 @@ def check_nodes(
         except ray.exceptions.RayError as error:
             problems.append(f"{name}: the check failed there ({error}). Is the checkout at the same path on it?")
             continue
-        for package, version in found["versions"].items():
-            if version != here[package]:
-                problems.append(
-                    f"{name}: {package} {version}, here {here[package]}. Install requirements.txt of this checkout there."
-                )
-        for flag, group in paths.items():
-            for path in group:
-                if path in found["missing"]:
-                    problems.append(
-                        f"{name}: does not see {flag}={path}. Put it on a file system that all nodes mount."
-                    )
+        problems += [
+            f"{name}: {package} {version}, here {here[package]}. Install this checkout's requirements.txt there."
+            for package, version in found["versions"].items()
+            if version != here[package]
+        ]
+        problems += [
+            f"{name}: does not see {flag}={path}. Put it on a file system that all nodes mount."
+            for flag, group in paths.items()
+            for path in group
+            if path in found["missing"]
+        ]
     if problems:
         raise UserError(problems)
     return nodes

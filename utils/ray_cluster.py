@@ -17,11 +17,11 @@ _CONNECT_TIMEOUT_S = 5.0
 
 
 def find_cluster(address: str | None) -> str | None:
-    """The Ray cluster to use, as `ray.init` takes it, or None: none runs here and none was asked for.
+    """The Ray cluster to use, as `ray.init` takes it, or None if none runs here and none was asked for.
 
     Args:
-        address: "HOST:PORT" or "auto", as the user gave it; None: RAY_ADDRESS, else what `ray start` started on this machine.
-            "local": none.
+        address: "HOST:PORT", "auto" or "local" (no cluster), as the user gave it; None: RAY_ADDRESS, else what
+            `ray start` started on this machine.
 
     Raises:
         UserError: nothing answers at an address that the user gave.
@@ -32,14 +32,14 @@ def find_cluster(address: str | None) -> str | None:
         return None
     if given and "://" in given:
         raise UserError(
-            f"{flag}: Ray's client has no checkout of this project on its server. Run the script on a node of the cluster, with "
-            "HOST:PORT, or submit it with `ray job submit`."
+            f"{flag}: Ray's client has no checkout of this project on its server. Run the script on a node of the "
+            "cluster, with HOST:PORT, or submit it with `ray job submit`."
         )
     if given and given != "auto":
         if not _answers(given):
             raise UserError(
-                f"{flag}: no Ray cluster answers at {given}. Start one with `ray start --head`, give its HOST:PORT, or leave "
-                "--address out and RAY_ADDRESS unset to run on this machine alone."
+                f"{flag}: no Ray cluster answers at {given}. Start one with `ray start --head`, give its HOST:PORT, or "
+                "leave --address out and RAY_ADDRESS unset to run on this machine alone."
             )
         return given
     found = _started_here()
@@ -49,15 +49,15 @@ def find_cluster(address: str | None) -> str | None:
                 f"{flag}: the Ray cluster that was started here at {found} is gone. Start one with `ray start --head`."
             )
         console.warn(
-            f"the Ray cluster that was started here at {found} is gone (`ray stop` forgets it): going on without"
+            f"the Ray cluster that was started here at {found} is gone (`ray stop` clears it); going on without"
         )
         return None
-    # Not its address: Ray shows ~/.ray/auth_token of its own accord only where it looks for the cluster itself.
+    # Not its address: Ray reads ~/.ray/auth_token by itself only where it finds the cluster by itself.
     return "auto" if given or found else None
 
 
 def _started_here() -> str | None:
-    """What `ray start` left in Ray's own note; read here because importing ray takes half a second."""
+    """The address in the file that `ray start` leaves; read here because importing ray takes half a second."""
     temporary = os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
     try:
         return (Path(temporary) / "ray" / "ray_current_cluster").read_text().strip() or None
@@ -76,10 +76,10 @@ def _answers(address: str) -> bool:
 
 @contextlib.contextmanager
 def ray_session(cluster: str | None) -> Iterator[None]:
-    """Be connected to Ray for the length of the block; what was started here is stopped at its end.
+    """Connect to Ray for the length of the block; a cluster that was started here is stopped at its end.
 
     Args:
-        cluster: what `find_cluster` gave; None starts a local cluster of this process's own, on all cores.
+        cluster: what `find_cluster` gave; None starts a local cluster for this process alone, on all cores.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local cluster would phone home
     # Ray starts its workers at niceness 15, behind its own agents and whatever else a busy machine does.
@@ -89,7 +89,7 @@ def ray_session(cluster: str | None) -> Iterator[None]:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of the workers' lines
     import ray
 
-    # Says at every start that tokens guard the cluster, as they should.
+    # It announces at every start that tokens guard the cluster, as they should.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:
         ray.init(address=cluster or "local", include_dashboard=False, logging_level=logging.WARNING)
@@ -99,11 +99,11 @@ def ray_session(cluster: str | None) -> Iterator[None]:
             if cluster == "auto"
             else f"--address={cluster}"
         )
-        # Ray gives what its server said as text alone.
+        # Ray passes on what its server said only as text.
         if isinstance(error, ray.exceptions.AuthenticationError) or "RAY_AUTH_TOKEN" in f"{error} {error.__cause__}":
             raise UserError(
-                f"{where}: the cluster wants a token, and this process shows none or another. Set RAY_AUTH_MODE=token, and "
-                "have the head node's ~/.ray/auth_token here or its content in RAY_AUTH_TOKEN."
+                f"{where}: the cluster wants a token, and this process has none or the wrong one. Set "
+                "RAY_AUTH_MODE=token, and put the head node's ~/.ray/auth_token here or its content in RAY_AUTH_TOKEN."
             ) from error
         raise UserError(f"{where}: no Ray cluster that this Ray can join ({error}).") from error
     if cluster is not None:

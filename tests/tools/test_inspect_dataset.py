@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_merge_files import make_folder, make_split_manifest
+from token_folders import make_folder, make_split_manifest
 
 
 @pytest.fixture
