@@ -107,7 +107,8 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
     from tokenization.encoder import Encoder
     from tokenization.parquet import CorruptRowGroup, stream_texts
 
-    encoder = Encoder(plan.tokenizer_json.read_bytes(), settings.parse_special_tokens)
+    prepared = load_tokenizer(plan)
+    encoder = Encoder(prepared.tokenizer_json, settings.parse_special_tokens, prepared.fast_json, prepared.choice)
     sampled_bytes = sampled_tokens = sampled_documents = 0
     seconds = 0.0
     for unit in plan.units[:: max(1, len(plan.units) // 8)][:8]:
@@ -140,12 +141,17 @@ def print_estimates(plan: Plan, settings: Settings) -> None:
     )
 
 
-def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
-    """tokenizer.json, and what gigatoken is to load: made once here, not once in every worker."""
-    from tokenization.encoder import fast_tokenizer_json
+def load_tokenizer(plan: Plan) -> tuple:
+    """The PreparedTokenizer: made and tried once here, not once in every worker; says which encoder works, and how fast."""
+    from tokenization.encoder_check import check_ids, prepare_tokenizer
 
-    tokenizer_json = plan.tokenizer_json.read_bytes()
-    return tokenizer_json, fast_tokenizer_json(tokenizer_json, plan.job.parse_special_tokens)
+    flag = f"--tokenizer_dir={plan.tokenizer_json.parent}"
+    prepared = prepare_tokenizer(plan.tokenizer_json.read_bytes(), plan.job.parse_special_tokens, flag)
+    check_ids(prepared, {"BOS": plan.job.bos_id, "EOS": plan.job.eos_id}, plan.tokenizer["vocab_size"], flag)
+    for warning in prepared.choice.warnings:
+        console.warn(warning)
+    console.say(prepared.choice.describe(*prepared.rates))
+    return prepared
 
 
 @contextlib.contextmanager
@@ -153,7 +159,7 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Any]:
     """Processes that tokenize: on the Ray cluster, or without one on this machine (RayWorkers or LocalWorkers)."""
     from utils.ray_cluster import find_cluster, ray_session
 
-    def load() -> tuple[bytes, bytes]:
+    def load() -> tuple:
         return load_tokenizer(plan)
 
     cluster = find_cluster(settings.address)
