@@ -136,17 +136,11 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
     return records
 
 
-def load_tokenizer(plan: Plan) -> tuple[bytes, bytes]:
-    """tokenizer.json, and what gigatoken loads: made once, and not once per worker."""
-    from tokenization.encoder import fast_tokenizer_json
-
-    tokenizer_json = plan.tokenizer_json.read_bytes()
-    return tokenizer_json, fast_tokenizer_json(tokenizer_json, plan.job.parse_special_tokens)
-
-
 @contextlib.contextmanager
 def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
     """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
+    from tokenization.encoder_check import load_tokenizer
+
     cluster = find_cluster(settings.address)
     if cluster is None:
         from tokenization.local_workers import LocalWorkers

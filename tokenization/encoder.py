@@ -1,18 +1,24 @@
 """Text to token ids, straight from Arrow buffers, checked against Hugging Face `tokenizers`.
 
-gigatoken does the work; `tokenizers` is the reference and takes over for tokenizers that gigatoken cannot load.
+gigatoken does the work where it gives the ids of `tokenizers`, the reference; an `EncoderChoice` says where it does not.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+import resource
+from typing import Any, NamedTuple
 
+import awkward as ak
+import gigatoken
 import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+from tokenization.encoder_choice import EncoderChoice, arrow_text_buffers
+
+__all__ = ["Encoder", "EncodingMismatch", "PreparedTokenizer", "arrow_text_buffers", "fast_tokenizer_json"]
 
 # gigatoken 0.10 remembers every pretoken that it has seen, without bound: about 30 MB per million tokens of random
 # words. A fresh encoder forgets; natural text fills this in about a GB of new words.
@@ -21,6 +27,20 @@ MAX_CACHE_BYTES = 256 << 20
 
 class EncodingMismatch(Exception):
     """The fast encoder and the reference disagree: nothing encoded with it may be kept."""
+
+
+class PreparedTokenizer(NamedTuple):
+    """What a worker needs to encode, worked out once in the driver."""
+
+    tokenizer_json: bytes
+    """What `tokenizers` loads."""
+    fast_json: bytes
+    """What gigatoken loads."""
+    choice: EncoderChoice = EncoderChoice("gigatoken")
+    rates: tuple[float, float] = (0.0, 0.0)
+    """Bytes of English text per second on one core, as measured: gigatoken's, 0 where it does nothing, and tokenizers'."""
+    renumbered: tuple[tuple[int, int], ...] = ()
+    """Stored ids of added tokens to those that `tokenizers` gives them: it renumbers those that leave a gap."""
 
 
 def fast_tokenizer_json(tokenizer_json: bytes, parse_special_tokens: bool) -> bytes:
@@ -32,23 +52,11 @@ def fast_tokenizer_json(tokenizer_json: bytes, parse_special_tokens: bool) -> by
     if parse_special_tokens:
         return tokenizer_json
     tokenizer = json.loads(tokenizer_json)
-    tokenizer["added_tokens"] = [token for token in tokenizer.get("added_tokens", []) if not token["special"]]
+    tokenizer["added_tokens"] = [
+        token for token in tokenizer.get("added_tokens") or [] if not token.get("special", False)
+    ]
     tokenizer["post_processor"] = None  # may name a special token that is gone; BOS and EOS are put in by us
     return json.dumps(tokenizer, ensure_ascii=False).encode()
-
-
-def arrow_text_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Views of the buffers of a string array without nulls.
-
-    Returns:
-        offsets, shape (n + 1,), int32 or int64, into the bytes, shape (size,), uint8. No copy is made.
-    """
-    import pyarrow as pa
-
-    offset_type = np.int64 if pa.types.is_large_string(texts.type) else np.int32
-    _, offsets, data = texts.buffers()
-    offsets = np.frombuffer(offsets, offset_type)[texts.offset : texts.offset + len(texts) + 1]
-    return offsets, np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
 
 
 class Encoder:
@@ -59,29 +67,50 @@ class Encoder:
         parse_special_tokens: whether a special token's literal text becomes its id. Off: it is ordinary text.
         fast_json: what `fast_tokenizer_json` gives for the two, where that was worked out before: it takes a second for
             a large vocabulary.
+        choice: what gigatoken may do, as `encoder_check.prepare_tokenizer` found; None: whatever it can load, unchecked.
     """
 
-    def __init__(self, tokenizer_json: bytes, parse_special_tokens: bool = False, fast_json: bytes | None = None):
-        from tokenizers import Tokenizer
-
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        parse_special_tokens: bool = False,
+        fast_json: bytes | None = None,
+        choice: EncoderChoice | None = None,
+    ):
         self._json = fast_json or fast_tokenizer_json(tokenizer_json, parse_special_tokens)
         self._reference = Tokenizer.from_str(tokenizer_json.decode())
         self._reference.encode_special_tokens = not parse_special_tokens
         self._reference.no_padding()
         self._reference.no_truncation()
-        self._fast = self._load_fast()
+        self._choice = choice or EncoderChoice("gigatoken")
+        self.load_error = ""
+        """Why gigatoken cannot load this tokenizer, where it cannot."""
+        self._fast = self._load_fast() if self._choice.backend == "gigatoken" else None
         self._bytes_at_load = _resident_bytes()
 
     @property
     def backend(self) -> str:
         return "tokenizers" if self._fast is None else "gigatoken"
 
-    def _load_fast(self) -> Any | None:
-        import gigatoken
+    @property
+    def choice(self) -> EncoderChoice:
+        return self._choice
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """Texts of the tokenizer's added tokens."""
+        return [token.content for token in self._reference.get_added_tokens_decoder().values()]
+
+    @property
+    def reference(self) -> Tokenizer:
+        """Hugging Face's, as `encode_reference` uses it."""
+        return self._reference
+
+    def _load_fast(self) -> Any | None:
         try:
             return gigatoken.Tokenizer.from_json(self._json)
-        except Exception:  # of whatever kind: a tokenizer.json that it was not made for
+        except Exception as error:  # of whatever kind: a tokenizer.json that it was not made for
+            self.load_error = (str(error).splitlines() or [type(error).__name__])[0]
             return None
 
     def encode(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +121,24 @@ class Encoder:
         """
         if self._fast is None:
             return self.encode_reference(texts.to_pylist())
-        import awkward as ak
+        if not self._choice.has_triggers:
+            return self._encode_fast(texts)
+        by_reference = self._choice.needs_reference(texts)
+        if not by_reference.any():
+            return self._encode_fast(texts)
+        slow_ids, slow_ends = self.encode_reference(texts.filter(pa.array(by_reference)).to_pylist())
+        if by_reference.all():
+            return slow_ids, slow_ends
+        fast_ids, fast_ends = self._encode_fast(texts.filter(pa.array(~by_reference)))
+        lengths = np.empty(len(texts), np.int64)
+        lengths[by_reference], lengths[~by_reference] = np.diff(slow_ends), np.diff(fast_ends)
+        ends = np.concatenate(([0], np.cumsum(lengths)))
+        ids = np.empty(ends[-1], np.uint32)
+        is_slow = np.repeat(by_reference, lengths)
+        ids[is_slow], ids[~is_slow] = slow_ids, fast_ids[: fast_ends[-1]]
+        return ids, ends
 
+    def _encode_fast(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         offsets, data = arrow_text_buffers(texts)
         strings = ak.contents.ListOffsetArray(
             ak.index.Index64(offsets.astype(np.int64, copy=False)),  # gigatoken takes no narrower index
@@ -116,9 +161,10 @@ class Encoder:
     def encode_reference(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same by `tokenizers`: what `encode` is checked against."""
         encodings = self._reference.encode_batch_fast(texts, add_special_tokens=False)
+        pieces = [encoding.ids for encoding in encodings]
         ends = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum([len(encoding.ids) for encoding in encodings], out=ends[1:])
-        ids = np.fromiter((i for encoding in encodings for i in encoding.ids), np.uint32, ends[-1])
+        np.cumsum([len(piece) for piece in pieces], out=ends[1:])
+        ids = np.fromiter((i for piece in pieces for i in piece), np.uint32, ends[-1])
         return ids, ends
 
     def check(self, texts: pa.Array, ids: np.ndarray, ends: np.ndarray, rows: list[int]) -> int:
@@ -153,6 +199,4 @@ def _resident_bytes() -> int:
             _, resident, shared, *_ = file.read().split()
             return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not Linux: the peak serves, it only grows too
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder import Encoder
+from tokenization.encoder_check import load_tokenizer
 from tokenization.job import Plan, Unit
 from tokenization.parquet import CorruptRowGroup, stream_texts
 from tokenization.plan import free_bytes
@@ -20,7 +21,8 @@ SAMPLED_UNITS = 8
 
 def print_estimates(plan: Plan, output_dir: str, num_workers: int | None) -> None:
     """Tokens, disk, cores and time."""
-    encoder = Encoder(plan.tokenizer_json.read_bytes(), plan.job.parse_special_tokens)
+    prepared = load_tokenizer(plan)
+    encoder = Encoder(prepared.tokenizer_json, plan.job.parse_special_tokens, prepared.fast_json, prepared.choice)
     sampled_bytes = sampled_tokens = sampled_documents = 0
     seconds = 0.0
     for texts in sample_texts(plan):

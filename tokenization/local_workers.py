@@ -19,6 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tokenization.encoder import PreparedTokenizer
 from tokenization.job import Job, Unit, UnitRecord
 from tokenization.tokenize_unit import process_encoder, tokenize_unit
 from tokenization.workers import MAX_RETRIES, Workers
@@ -42,19 +43,19 @@ class LocalWorkers(Workers):
     """`num_workers` processes of this machine.
 
     Args:
-        load_tokenizer: gives tokenizer.json and `fast_tokenizer_json` of it; called once, while the processes start.
+        load_tokenizer: prepares the tokenizer; called once, while the processes start.
         max_retries: how often a unit is tried again when its process died.
     """
 
     def __init__(
-        self, num_workers: int, load_tokenizer: Callable[[], tuple[bytes, bytes]], max_retries: int = MAX_RETRIES
+        self, num_workers: int, load_tokenizer: Callable[[], PreparedTokenizer], max_retries: int = MAX_RETRIES
     ):
         # Not fork: Arrow's threads would not survive it.
         self._context = multiprocessing.get_context("spawn")
         raise_open_file_limit(256 + 4 * num_workers)  # each process takes three descriptors here
         self._max_retries = max_retries
         self._deaths: dict[int, int] = {}
-        self._tokenizer: tuple[bytes, bytes] | None = None
+        self._tokenizer: PreparedTokenizer | None = None
         self._workers = [self._start() for _ in range(num_workers)]
         self._tokenizer = load_tokenizer()
         for worker in self._workers:

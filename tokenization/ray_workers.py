@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from tokenization.encoder import PreparedTokenizer
 from tokenization.job import Job, Unit, UnitRecord
 from tokenization.tokenize_unit import process_encoder, tokenize_unit
 from tokenization.workers import MAX_RETRIES, Workers
@@ -23,7 +24,7 @@ class RayWorkers(Workers):
     Args:
         num_workers: tasks at a time; None: two per CPU, so that the next task is ready when one ends.
         job: its directories must be seen by every node.
-        load_tokenizer: gives tokenizer.json and `fast_tokenizer_json` of it.
+        load_tokenizer: prepares the tokenizer; called once, in a thread.
         max_retries: how often a unit is tried again when its process died.
 
     Raises:
@@ -34,7 +35,7 @@ class RayWorkers(Workers):
         self,
         num_workers: int | None,
         job: Job,
-        load_tokenizer: Callable[[], tuple[bytes, bytes]],
+        load_tokenizer: Callable[[], PreparedTokenizer],
         max_retries: int = MAX_RETRIES,
     ):
         with ThreadPoolExecutor(1) as thread:

@@ -21,17 +21,11 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from tokenization.check_sample import CheckSample
 from tokenization.chunk_writer import ChunkWriter
-from tokenization.encoder import Encoder, arrow_text_buffers
+from tokenization.encoder import Encoder, PreparedTokenizer, arrow_text_buffers
 from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
 from tokenization.parquet import CorruptRowGroup, stream_texts
-
-# Documents of a unit that the reference encodes too. It is a hundred times slower: with so little text of each unit
-# it takes a few percent of the time. A document above the last limit is never among them.
-CHECKED_DOCUMENTS = 8
-MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 16 << 10
-CHECKED_SHARE = 1 / 2048
-LONGEST_CHECKED_BYTES = 1 << 20
 
 
 def text_hashes(texts: pa.Array) -> np.ndarray:
@@ -59,23 +53,6 @@ def assemble(
     places = np.stack([at for _, at in around], axis=1).ravel()
     values = np.tile([token for token, _ in around], len(ends) - 1)
     return np.insert(ids.astype(dtype), places, values), np.diff(ends) + len(around)
-
-
-def sample_rows(document_bytes: np.ndarray, unit_bytes: int) -> list[int]:
-    """Which documents of a batch to check: a few from all over it, and no more text than the unit's size allows.
-
-    Args:
-        document_bytes: UTF-8 bytes of each document, shape (n,).
-        unit_bytes: bytes of text in the whole unit.
-    """
-    budget = min(MAX_CHECKED_BYTES, max(MIN_CHECKED_BYTES, unit_bytes * CHECKED_SHARE))
-    rows = []
-    for row in dict.fromkeys(np.linspace(0, len(document_bytes) - 1, CHECKED_DOCUMENTS).astype(int).tolist()):
-        if document_bytes[row] <= budget:
-            budget -= document_bytes[row]
-            rows.append(row)
-    shortest = int(document_bytes.argmin())
-    return rows or ([shortest] if document_bytes[shortest] <= LONGEST_CHECKED_BYTES else [])
 
 
 def consecutive_splits(is_val: np.ndarray) -> Iterator[tuple[str, int, int]]:
@@ -138,6 +115,7 @@ def _tokenize_once(
         for split in SPLITS
     }
     held: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    sample = CheckSample(unit.text_bytes, encoder.choice, encoder.added_tokens)
     watch, cpu_begin = _Stopwatch(), time.process_time()
 
     for texts in _texts_of(job, unit, excluded, record):
@@ -148,9 +126,8 @@ def _tokenize_once(
         watch.lap("hash")
         ids, ends = encoder.encode(texts)
         watch.lap("encode")
-        if not record.checked_documents:
-            rows = sample_rows(np.diff(arrow_text_buffers(texts)[0]), unit.text_bytes)
-            record.checked_documents = encoder.check(texts, ids, ends, rows)
+        if encoder.backend == "gigatoken":
+            record.checked_documents += encoder.check(texts, ids, ends, sample.rows(texts))
             watch.lap("check")
         tokens, lengths = assemble(ids, ends, job.bos_id, job.eos_id, job.dtype)
         stops = np.concatenate(([0], np.cumsum(lengths)))
@@ -212,18 +189,14 @@ def _texts_of(
 _encoders: dict[tuple[str, bool], Encoder] = {}
 
 
-def process_encoder(job: Job, load_tokenizer: Callable[[], tuple[bytes, bytes]]) -> Encoder:
-    """This process's encoder for `job`, loaded when it is first needed.
-
-    Args:
-        load_tokenizer: gives tokenizer.json, and `fast_tokenizer_json` of it.
-    """
+def process_encoder(job: Job, load_tokenizer: Callable[[], PreparedTokenizer]) -> Encoder:
+    """This process's encoder for `job`, loaded when it is first needed."""
     key = (job.tokenizer_sha256, job.parse_special_tokens)
     if key not in _encoders:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _encoders.clear()
-        tokenizer_json, fast_json = load_tokenizer()
-        _encoders[key] = Encoder(tokenizer_json, job.parse_special_tokens, fast_json)
+        prepared = load_tokenizer()
+        _encoders[key] = Encoder(prepared.tokenizer_json, job.parse_special_tokens, prepared.fast_json, prepared.choice)
         _warm_up(_encoders[key])
     return _encoders[key]
 
