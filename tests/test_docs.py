@@ -78,6 +78,7 @@ RUN_BY = {
     r"litgpt finetune ": (
         "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_finetune_accepts_the_directory"
     ),
+    r"python -m tools\.check_cluster ": "tools/test_check_cluster.py::test_a_sound_cluster_shows_a_table_and_a_report",
     r"python -m tools\.inspect_dataset ": "tools/test_inspect_dataset.py::test_shows_counts_samples_and_a_picture",
     r"python -m tools\.plot_curves ": "tools/test_plot_curves.py::test_one_picture_of_one_and_of_several_runs",
     r"python benchmarks/": "test_benchmarks.py::test_every_benchmark_runs",

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -39,28 +35,11 @@ def raise_open_file_limit(wanted: int) -> int:
     return soft
 
 
-def ordered_map(
-    work: Callable[[Any], Any], items: Iterable[Any], num_threads: int, max_ahead: int | None = None
-) -> Iterator[Any]:
-    """`map(work, items)` on threads: results in the order of `items`, of which a bounded number is begun ahead.
+def interface_of(address: str) -> str | None:
+    """The network interface that holds an IP address of this machine, such as "eth0"; None: no interface has it."""
+    import psutil  # of litgpt's own dependencies
 
-    `ThreadPoolExecutor.map` would take all items at once, and hold all results that nobody has asked for yet.
-
-    Args:
-        max_ahead: how many items may be begun whose results have not been taken; None: four per thread.
-
-    Raises:
-        what `work` raises, in place of the result. What is not begun then never is.
-    """
-    max_ahead = max_ahead or 4 * num_threads
-    pool = concurrent.futures.ThreadPoolExecutor(num_threads)
-    try:
-        begun: collections.deque[concurrent.futures.Future] = collections.deque()
-        for item in items:
-            begun.append(pool.submit(work, item))
-            if len(begun) >= max_ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
+            return name
+    return None

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from export_checkpoints import write_sharded_checkpoints
 from tiny_runs import TINY_MODEL
 
 from pretraining.checkpoint import FINAL_NAME, list_checkpoints, rename_final_to_its_step
@@ -136,19 +135,6 @@ def test_a_resumed_run_has_the_optimizers_settings_of_its_command(tmp_path, name
                 assert torch.equal(p, q)
                 for key, value in theirs.state[q].items():
                     assert torch.equal(mine.state[p][key], value)
-
-
-def test_weights_that_tensor_parallelism_has_split_are_read_whole(tmp_path):
-    """Columns and rows of the MLPs, as earlier versions of this toolkit could write them."""
-    from lightning.fabric.utilities.load import _load_distributed_checkpoint
-
-    sizes = {key: value for key, value in TINY_MODEL.items() if key != "name"}
-    write_sharded_checkpoints({tmp_path: ("Llama-3-8B", sizes)}, tensor_parallel_size=2)
-    model = tiny_model()
-    load_initial_weights(tmp_path, model)
-    expected = _load_distributed_checkpoint(tmp_path / "lit_model.pth")["model"]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("names", [("transformer.wte.weight",), ("lm_head.weight",), None])

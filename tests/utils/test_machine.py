@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
-import threading
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -42,31 +41,9 @@ def test_affinity_counts():
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT).stdout == "1\n"
 
 
-def test_a_map_on_threads_keeps_the_order_and_a_bounded_number_ahead():
-    begun, both_run = [], threading.Barrier(2)
-
-    def work(item: int) -> int:
-        begun.append(item)
-        if item < 2:
-            both_run.wait(timeout=30)  # two items are worked on at the same time
-        return item * item
-
-    taken = []
-    for result in machine.ordered_map(work, itertools.islice(itertools.count(), 50), num_threads=2, max_ahead=4):
-        taken.append(result)
-        assert len(begun) <= len(taken) + 3
-    assert taken == [item * item for item in range(50)]
-
-
-def test_an_error_on_a_thread_takes_the_place_of_its_result_and_ends_the_work():
-    begun = []
-
-    def work(item: int) -> float:
-        begun.append(item)
-        return 1 / (item - 2)
-
-    results = machine.ordered_map(work, range(1000), num_threads=2, max_ahead=4)
-    assert [next(results), next(results)] == [-0.5, -1.0]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-    assert len(begun) < 10 and list(results) == []
+def test_the_interface_that_holds_an_address_is_found():
+    addresses = {name: {entry.address for entry in entries} for name, entries in psutil.net_if_addrs().items()}
+    loopback = machine.interface_of("127.0.0.1")
+    assert loopback is not None and "127.0.0.1" in addresses[loopback]
+    assert machine.interface_of("192.0.2.77") is None  # reserved for documentation
+    assert machine.interface_of("127.0.0.10") is None  # not by its beginning
