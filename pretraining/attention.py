@@ -1,14 +1,14 @@
-"""Attention with litgpt's parameters and results, and neither of its costs: k and v are not repeated for grouped queries,
-and a sliding window needs no mask of T x T that each layer fills in a loop over T.
+"""Attention with litgpt's parameters and results, and without two of its costs: k and v are not repeated for grouped
+queries, and a sliding window needs no mask of T x T that each layer fills in a loop over T.
 
 A token sees the tokens up to its own, of its own document where documents are masked, and of its window where the layer
-has one. All of that is one number per token, the first key that it sees. Once per forward pass `attention_patterns` turns
-it into what the layers need, and all layers with the same window share it:
+has one. All of that is one number per token, the first key that it sees. Once per forward pass `attention_patterns`
+turns it into what the layers need, and all layers with the same window share it:
 
 | | on a GPU, in half precision | elsewhere |
 |---|---|---|
 | neither window nor documents | Causal: the fused kernels of scaled_dot_product_attention | Causal |
-| window or documents | Varlen: FlashAttention over documents of any length | Band: blocks of a window; Masked: one mask |
+| window or documents | Varlen: FlashAttention, document by document | Band: blocks of a window; Masked: one mask |
 | soft-capped scores | Flex: FlexAttention, since the others cannot cap | Masked or Band, step by step |
 """
 
@@ -39,8 +39,8 @@ def document_offsets(inputs: Tensor, *, bos_id: int | None = None, eos_id: int |
         inputs: int64, shape (B, T), on the CPU.
 
     Returns:
-        int32: the starts in the flattened inputs, ascending, then B * T until the end. The length depends on B and T alone
-        unless documents are shorter than 128 tokens on average; then it doubles, as often as needed.
+        int32: the starts in the flattened inputs, ascending, then B * T until the end. The length depends on B and T
+        alone unless documents are shorter than 128 tokens on average; then it doubles, as often as needed.
     """
     tokens = inputs.numpy()
     starts = np.zeros(tokens.shape, dtype=bool)
@@ -104,8 +104,8 @@ class Masked(NamedTuple):
     """Every score is computed; the mask decides which count."""
 
     mask: Tensor
-    """0 where a query (next to last dimension) sees a key (last), else -inf, of the type of q; shape (B or 1, 1, T, T).
-    Added and not boolean, because each layer would otherwise make this tensor of its own and keep it."""
+    """0 where a query (next to last dimension) sees a key (last), else -inf, in the type of q; shape (B or 1, 1, T, T).
+    Not boolean, because each layer would make this tensor from it, and keep it for the backward pass."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         if softcap is None:
@@ -120,8 +120,8 @@ class Masked(NamedTuple):
 
 
 class Band(NamedTuple):
-    """A window much shorter than the sequence: queries in blocks of a window, each with the keys of its own block and of the
-    block before it. That is T * 2 * window scores instead of T * T."""
+    """A window much shorter than the sequence: queries in blocks of a window, each with the keys of its own block and of
+    the block before it. That is T * 2 * window scores instead of T * T."""
 
     mask: Tensor
     """As that of `Masked`, for each block; shape ((B or 1) * blocks, 1, window, 2 * window)."""
@@ -225,7 +225,7 @@ def _pattern(config: Any, x: Tensor, offsets: Tensor | None, window: int | None)
         return Varlen(offsets, window)
     first_keys = _first_keys(batch, tokens, offsets, window, x.device)
     if fused:
-        return Flex(_flex_blocks(first_keys, x.device))
+        return Flex(_flex_blocks(first_keys.expand(batch, -1).contiguous()))
     if window is not None and 2 * window < tokens:
         return Band(_band_mask(first_keys, window, x.dtype))
     queries = torch.arange(tokens, device=x.device)
@@ -263,9 +263,9 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
 
-def _flex_blocks(first_keys: Tensor, device: torch.device) -> BlockMask:
+def _flex_blocks(first_keys: Tensor) -> BlockMask:
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= first_keys[row, query])
 
     rows, tokens = first_keys.shape
-    return create_block_mask(visible, rows, None, tokens, tokens, device=device)
+    return create_block_mask(visible, rows, None, tokens, tokens, device=first_keys.device)

@@ -1,12 +1,12 @@
 """Next-token cross entropy from hidden states, with the logits of only a few tokens in memory at a time.
 
-The logits of a micro-batch of 4 sequences of 8,192 tokens over 128,256 entries take 8.4 GB in bfloat16 and twice that in
-float32 inside the softmax; everything else that a model of 8 billion parameters needs on each of 32 GPUs is smaller.
+The logits of a micro-batch of 4 sequences of 8,192 tokens over 128,256 entries take 8.4 GB in bfloat16 and twice that
+in float32 inside the softmax; everything else that a model of 8 billion parameters needs on each of 32 GPUs is smaller.
 
-The loss is a sum over tokens, so the gradient of a chunk's logits is known as soon as the chunk's softmax is: the forward
-pass computes both gradients beside the loss, and the backward pass only scales them. That is three matrix products per
-chunk (logits, gradient of the hidden states, gradient of the weight) where recomputing the logits in the backward pass
-takes four, and no logits outlive their chunk.
+The loss is a sum over tokens, so the gradient of a chunk's logits is known as soon as the chunk's softmax is: the
+forward pass computes both gradients beside the loss, and the backward pass only scales them. That is three matrix
+products per chunk (logits, gradient of the hidden states, gradient of the weight) where recomputing the logits in the
+backward pass takes four, and no logits outlive their chunk.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 class OutputLayer(torch.nn.Linear):
     """The output layer, with the loss as its forward pass.
 
-    Because the weight is used nowhere else, FSDP2 can shard this module by itself: its weight is gathered while the blocks
-    still compute, and its gradient is reduced while they compute backward. The names of its parameters are nn.Linear's.
+    Because the weight is used nowhere else, FSDP2 can shard this module by itself: its weight is gathered while the
+    blocks still compute, and its gradient is reduced while they compute backward. Parameters have nn.Linear's names.
     """
 
     def forward(
@@ -51,9 +51,9 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy in nats, summed over tokens, and the objective to be minimised.
 
-    Gradients are summed over the chunks in float32, scaled by the incoming gradient, and rounded once to the type of their
-    tensor. One backward pass per forward pass; without gradients (validation) only the loss is computed, by the same
-    operations.
+    Gradients are summed over the chunks in float32, scaled by the incoming gradient, and rounded once to the type of
+    their tensor. There can be one backward pass per forward pass. Without gradients (validation) only the loss is
+    computed, by the same operations.
 
     Args:
         hidden: shape (N, width), the output of the last norm.
@@ -65,8 +65,8 @@ def next_token_loss(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); None: off.
 
     Returns:
-        Two float32 scalars: the cross entropy, without gradient; and the cross entropy + z_loss * the sum of squares of the
-        log-partition function, to be minimised.
+        Two float32 scalars: the cross entropy, without gradient; and the cross entropy + z_loss * the sum of squares of
+        the log-partition function, to be minimised.
     """
     return _NextTokenLoss.apply(hidden, weight, bias, targets, chunk_tokens, z_loss, softcap, torch.is_grad_enabled())
 
@@ -75,8 +75,8 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk_tokens, z_loss, softcap, grad_enabled):
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        # Sums are in float32. So are the products on a CPU: few have units for bfloat16, and without them a product takes 20
-        # to 50 times as long. On a GPU factors stay in bfloat16 and the units add up in float32.
+        # Sums are in float32. So are the products on a CPU: few have units for bfloat16, and without them a product
+        # takes 20 to 50 times as long. On a GPU factors stay in bfloat16 and the units add up in float32.
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
         factor_dtype = hidden.dtype if hidden.is_cuda else sum_dtype
         gradients = [
@@ -109,7 +109,7 @@ class _NextTokenLoss(torch.autograd.Function):
             if not any(wanted):
                 continue
 
-            # Of the logits: softmax * (1 + 2 z log_partition) - one_hot(target), in place where the type stays the same.
+            # softmax * (1 + 2 z log_partition) - one_hot(target), in the memory of the logits.
             scale = (1 + 2 * z_loss * log_partition) / denominator
             logits_gradient = exponentials.mul_(scale).scatter_add_(1, target, torch.full_like(scale, -1.0))
             if softcap:

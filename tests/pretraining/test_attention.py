@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from litgpt.config import Config, configs
 from litgpt.model import GPT, do_softcapping
+from pretrain_ranks import free_port
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.flex_attention import flex_attention
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from pretraining import attention
-from pretraining.attention import Attention, Band, Causal, Flex, Masked, Varlen, attention_patterns, document_offsets
+from pretraining.attention import (
+    Attention,
+    Band,
+    Causal,
+    Flex,
+    Masked,
+    _first_keys,
+    _flex_blocks,
+    attention_patterns,
+    document_offsets,
+)
 
-TOKENS, VOCABULARY, EOS = 40, 96, 0
+TOKENS, VOCABULARY = 40, 96
+HALF = {"dtype": torch.bfloat16, "device": "cuda"}
 
 
 def heads_of(config: Config) -> int:
@@ -138,7 +153,14 @@ def test_a_window_over_the_whole_sequence_costs_nothing(name):
 
 @pytest.mark.parametrize("feature", ["yarn", "interleaved"])
 def test_what_no_configuration_has_but_a_user_may_ask_for(feature):
-    yarn = {"factor": 4.0, "beta_fast": 32, "beta_slow": 1, "original_max_seq_len": 32, "mscale": 1.0, "mscale_all_dim": 1.0}
+    yarn = {
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_seq_len": 32,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
     change = {"rope_adjustments": yarn} if feature == "yarn" else {"rope_interleave": True}
     assert_equal_models(make_model(shrink(Config.from_name("Llama-3.1-8B"), **change)), make_tokens())
 
@@ -163,14 +185,12 @@ def test_offsets_follow_bos_or_eos():
 
 
 def test_offsets_have_one_shape_until_documents_are_very_short():
-    tokens = torch.full((2, 1024), 5)
-    shapes = set()
-    for length in (1024, 300, 128):
+    sizes = {}
+    for length in (1024, 300, 128, 127, 2):
+        tokens = torch.full((2, 1024), 5)
         tokens[:, ::length] = 1
-        shapes.add(document_offsets(tokens, bos_id=1).shape)
-    assert shapes == {(17,)}
-    tokens[:, ::100] = 1
-    assert document_offsets(tokens, bos_id=1).shape == (33,)
+        sizes[length] = len(document_offsets(tokens, bos_id=1))
+    assert sizes == {1024: 17, 300: 17, 128: 17, 127: 33, 2: 1025}
 
 
 def packed(lengths=((9, 1, 30), (40,), (17, 23))) -> torch.Tensor:
@@ -203,7 +223,9 @@ def test_a_packed_document_has_the_loss_and_gradients_that_it_has_alone(name):
             expected.sum().div(100).backward()
             begin += length
     for (name, parameter), other in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, other[1].grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, other[1].grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "falcon-7b", "OLMo-2-1124-7B", *WINDOWED])
@@ -252,11 +274,13 @@ def test_a_band_holds_no_scores_of_the_whole_sequence(documents):
     with Operations() as operations:
         logits_of(model, tokens[:, :-1], offsets).sum().backward()
     largest = max(out.numel() for _, _, _, out in operations.seen if isinstance(out, torch.Tensor))
-    assert largest <= 1024 * VOCABULARY < 1024 * 1024
+    assert largest < 1024 * 1024 / 4
 
 
 def test_layers_share_their_masks():
-    config = shrink(Config.from_name("Gemma-3-4b-it"), n_layer=4, sliding_window_indices=[1, 0] * 2, rope_indices=[1, 0] * 2)
+    config = shrink(
+        Config.from_name("Gemma-3-4b-it"), n_layer=4, sliding_window_indices=[1, 0] * 2, rope_indices=[1, 0] * 2
+    )
     patterns = attention_patterns(config, torch.zeros(2, TOKENS, 1), torch.tensor([0, 30, 80], dtype=torch.int32))
     assert patterns[0] is patterns[2] and patterns[1] is patterns[3]
     assert [type(pattern) for pattern in patterns[:2]] == [Band, Masked]
@@ -282,44 +306,99 @@ def test_a_compiled_block_is_one_graph_for_all_batches(name, documents):
         logits = logits_of(model, batch[:, :-1], offsets)
         if documents and batch is tokens:
             torch.testing.assert_close(token_losses(logits, tokens[:, 1:]), plain)
-    assert len(graphs) == len(model.transformer.h)
+    # Layers of one kind share a graph.
+    assert len(graphs) == len(set(model.config.sliding_window_indices or [0]))
 
 
-# --- the GPU's kernels, as far as a CPU can show -----------------------------------------------------------------------
+def recompute(block, selective: bool) -> None:
+    kept = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.aten.mm.default]
+    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)} if selective else {}
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
-def fake_patterns(name, documents, **changes):
-    config = shrink(Config.from_name(name), **changes)
-    x = torch.empty(2, TOKENS, config.n_embd, dtype=torch.bfloat16, device="cuda")
-    offsets = torch.empty(9, dtype=torch.int32, device="cuda") if documents else None
-    return config, x, attention_patterns(config, x, offsets)
+def check_sharded_models(rank: int, port: int) -> None:
+    """Each process has its own row; the mean of the gradients is what the unsharded model has for both rows."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, how, compiled in itertools.product(WINDOWED[:2], ("none", "selective", "full"), (False, True)):
+        plain = with_our_attention(make_model(shrink(Config.from_name(name))))
+        tokens = packed(((9, 1, 30), (17, 23)))
+        expected = losses_of_documents(plain, tokens)
+        expected.sum().div(100).backward()
+        sharded = with_our_attention(make_model(shrink(Config.from_name(name))))
+        for block in sharded.transformer.h:
+            if how != "none":
+                recompute(block, how == "selective")
+            if compiled:
+                block.compile(backend="aot_eager")
+            fully_shard(block)
+        losses = losses_of_documents(sharded, tokens[rank : rank + 1])
+        torch.testing.assert_close(losses[0], expected[rank], rtol=1e-5, atol=1e-5)
+        losses.sum().div(50).backward()
+        for (key, parameter), other in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+            if key.startswith("transformer.h."):
+                message = f"{name} {how} {compiled} {key}"
+                gradient = parameter.grad.full_tensor()
+                torch.testing.assert_close(gradient, other.grad, rtol=1e-5, atol=1e-5, msg=message)
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("name", "documents", "kinds"),
-    [
-        ("Llama-3.1-8B", False, [Causal, Causal]),
-        ("Llama-3.1-8B", True, [Varlen, Varlen]),
-        ("Gemma-3-4b-it", False, [Varlen, Causal]),
-        ("Gemma-3-4b-it", True, [Varlen, Varlen]),
-    ],
-)
-def test_a_gpu_runs_fused_kernels_without_a_mask(name, documents, kinds):
+def test_sharded_recomputed_and_compiled_blocks_give_the_same():
+    torch.multiprocessing.spawn(check_sharded_models, (free_port(),), nprocs=2)
+
+
+# --- the GPU's kernels, as far as a CPU can show ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["window", "global"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_gpu_runs_fused_kernels_without_a_mask(layer, documents):
+    """Fake tensors: nothing is computed, but operations, shapes and types are those of a GPU."""
+    config = shrink(Config.from_name("Gemma-3-4b-it"), sliding_window_indices=[int(layer == "window")] * 2)
+    with FakeTensorMode(), Operations() as operations:
+        x, q = torch.empty(2, TOKENS, 64, **HALF), torch.empty(2, 4, TOKENS, 16, **HALF)
+        k, v = torch.empty(2, 2, TOKENS, 16, **HALF), torch.empty(2, 2, TOKENS, 16, **HALF)
+        offsets = torch.empty(9, dtype=torch.int32, device="cuda") if documents else None
+        pattern = attention_patterns(config, x, offsets)[0]
+        y = pattern.attend(q, k, v, 0.25, None)
+    assert (y.shape, y.dtype, y.device) == (q.shape, q.dtype, q.device)
+    if layer == "global" and not documents:
+        assert type(pattern) is Causal
+        return
+    ((q, k, v, offsets, _, longest, _, causal, scale, window, grouped),) = (
+        args[:11] for function, args, _, _ in operations.seen if function is torch.ops.torch_attn._varlen_attn.default
+    )
+    assert (q.shape, k.shape, v.shape) == ((2 * TOKENS, 4, 16), (2 * TOKENS, 2, 16), (2 * TOKENS, 2, 16))
+    assert (offsets.dtype, len(offsets), longest, scale, grouped) == (
+        torch.int32,
+        9 if documents else 3,
+        TOKENS,
+        0.25,
+        True,
+    )
+    # FlashAttention's left side leaves out the query's own token, which litgpt's window counts.
+    assert (causal, window) == ((False, [6, 0]) if layer == "window" else (True, [-1, 0]))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_gpu_caps_scores_in_flex_attention(documents):
     with FakeTensorMode():
-        config, x, patterns = fake_patterns(
-            name, documents, **({"sliding_window_indices": [1, 0]} if name.startswith("Gemma") else {})
-        )
-        assert [type(pattern) for pattern in patterns] == kinds
-        layer = Attention(config, 0).to("cuda", torch.bfloat16)
-        cos = torch.empty(1, TOKENS, config.rope_n_elem, device="cuda")
-        with Operations() as operations:
-            y = layer(x, cos, cos, patterns[0])
-        assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
-        calls = [(args, kwargs) for f, args, kwargs, _ in operations.seen if "varlen" in str(f)]
-        assert len(calls) == (kinds[0] is Varlen)
-        for args, _ in calls:
-            q, k, v, offsets, _, longest, _, causal, _, window = args[:10]
-            assert (q.shape, k.shape, v.shape) == ((2 * TOKENS, 4, 16), (2 * TOKENS, 2, 16), (2 * TOKENS, 2, 16))
-            assert (longest, offsets.dtype) == (TOKENS, torch.int32)
-            # FlashAttention's left side leaves out the query's own token, litgpt's window has it in.
-            assert (causal, window) == ((False, [6, 0]) if name.startswith("Gemma") else (True, [-1, 0]))
+        offsets = torch.empty(9, dtype=torch.int32, device="cuda") if documents else None
+        x = torch.empty(2, TOKENS, 64, **HALF)
+        patterns = attention_patterns(shrink(Config.from_name("Gemma-2-2b")), x, offsets)
+    assert [type(pattern) for pattern in patterns] == [Flex, Flex]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("documents", [False, True])
+def test_flex_attention_gives_what_the_cpu_gives(window, documents):
+    """FlexAttention has no backward pass on a CPU; its forward pass, compiled into one graph, is exercised here."""
+    config = shrink(Config.from_name("Gemma-2-2b"), sliding_window_indices=[int(window is not None)] * 2)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, TOKENS, 16) * 9, torch.randn(2, 2, TOKENS, 16) * 9, torch.randn(2, 2, TOKENS, 16)
+    offsets = torch.tensor([0, 5, 12, 40, 73, 80, 80], dtype=torch.int32) if documents else None
+    (expected, _) = attention_patterns(config, torch.zeros(2, TOKENS, 64), offsets)
+    flex = Flex(_flex_blocks(_first_keys(2, TOKENS, offsets, window, q.device).expand(2, -1).contiguous()))
+    attend = torch.compile(Flex.attend, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(flex, q, k, v, 0.25, 50.0), expected.attend(q, k, v, 0.25, 50.0))
