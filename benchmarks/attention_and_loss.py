@@ -1,0 +1,196 @@
+"""The output layer's loss and the attention layer: ours beside what one would use instead, in one run.
+
+    python benchmarks/attention_and_loss.py [--rounds 3] [--parts loss attention]
+
+Loss: forward and backward pass over a vocabulary of 128,256, beside torch's linear_cross_entropy and the loss from all
+logits at once. Each measurement has a process of its own, whose largest resident size, less that of a process that only
+makes the inputs, is the memory. Attention: forward and backward pass of one layer beside litgpt's, with the same weights;
+the layer's share of the masks is in it. Rounds alternate between the contestants, and the fastest counts, because what
+else runs on the machine only ever slows one down. Prints JSON, then tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+LOSS_CASES = {
+    # Without units for bfloat16 a CPU takes minutes for the full logits of a case as large as the float32 one.
+    "float32": {"tokens": 2048, "width": 256, "chunk_tokens": 512},
+    "bfloat16": {"tokens": 256, "width": 64, "chunk_tokens": 64},
+}
+VOCABULARY = 128_256
+LLAMA = {"name": "Llama-3.2-1B", "n_embd": 512, "n_head": 8, "n_query_groups": 2, "head_size": 64}
+GEMMA = {"name": "Gemma-3-1b-it", "n_embd": 256, "n_head": 4, "n_query_groups": 1, "head_size": 64}
+ATTENTION_CASES = {
+    "grouped queries, 2,048 tokens": {**LLAMA, "tokens": 2048},
+    "window of 512 (Gemma 3 1B), 4,096 tokens": {**GEMMA, "tokens": 4096},
+    "the same, 8,192 tokens": {**GEMMA, "tokens": 8192},
+    "window of 2,048, soft cap (Gemma 2), 4,096 tokens": {
+        **{**GEMMA, "name": "Gemma-2-2b", "n_query_groups": 2, "tokens": 4096, "sliding_window_size": 2048}
+    },
+}
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def loss_contestants(chunk_tokens: int) -> dict:
+    import torch
+    import torch.nn.functional as F
+
+    from pretraining.output_loss import next_token_loss
+
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens, chunking_method=None)
+    return {
+        "inputs": None,
+        "full": lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t, reduction="sum"),
+        "torch": lambda x, w, t: F.linear_cross_entropy(x, w, t, reduction="sum", options=options),
+        "ours": lambda x, w, t: next_token_loss(x, w, None, t, chunk_tokens=chunk_tokens)[1],
+    }
+
+
+def measure_loss(contestant: str, dtype: str, threads: int) -> None:
+    """In a process of its own."""
+    import torch
+
+    torch.set_num_threads(threads)
+    case = LOSS_CASES[dtype]
+    hidden = torch.randn(case["tokens"], case["width"]).to(getattr(torch, dtype)).requires_grad_()
+    weight = (torch.randn(VOCABULARY, case["width"]) / case["width"] ** 0.5).to(hidden.dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (case["tokens"],))
+    function = loss_contestants(case["chunk_tokens"])[contestant]
+    fastest_s = float("inf")
+    for _ in range(2 if function else 0):
+        hidden.grad = weight.grad = None
+        started = time.perf_counter()
+        (function(hidden, weight, targets) / case["tokens"]).backward()
+        fastest_s = min(fastest_s, time.perf_counter() - started)
+    print(json.dumps(fastest_s))
+
+
+def compare_losses(dtype: str, rounds: int, threads: int) -> dict:
+    seconds: dict[str, list[float]] = {}
+    peak_bytes: dict[str, list[int]] = {}
+    names = list(loss_contestants(1))
+    for _ in range(rounds):
+        for name in names:
+            process = subprocess.Popen(
+                [sys.executable, __file__, "--contestant", name, "--dtype", dtype, "--threads", str(threads)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            output = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise RuntimeError(f"{name} failed")
+            seconds.setdefault(name, []).append(json.loads(output))
+            peak_bytes.setdefault(name, []).append(usage.ru_maxrss * 1024)
+    inputs_bytes = min(peak_bytes["inputs"])
+    return {
+        name: {"seconds": min(seconds[name]), "memory_bytes": min(peak_bytes[name]) - inputs_bytes}
+        for name in names
+        if name != "inputs"
+    }
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def compare_attention(case: dict, rounds: int, threads: int) -> dict:
+    import torch
+    from litgpt.config import Config
+    from litgpt.model import CausalSelfAttention, build_rope_cache
+
+    from pretraining.attention import Attention, attention_patterns
+
+    torch.set_num_threads(threads)
+    case = dict(case)
+    tokens = case.pop("tokens")
+    config = Config.from_name(**case, n_layer=1, block_size=tokens, sliding_window_indices=[1], rope_indices=None)
+    theirs, ours = CausalSelfAttention(config, 0), Attention(config, 0)
+    ours.load_state_dict(theirs.state_dict())
+    cos, sin = (table[None] for table in build_rope_cache(tokens, config.rope_n_elem))
+    x = torch.randn(1, tokens, config.n_embd, requires_grad=True)
+    run = {
+        "litgpt": lambda: theirs(x, cos, sin),
+        "ours": lambda: ours(x, cos, sin, attention_patterns(config, x)[0]),
+    }
+    torch.testing.assert_close(run["ours"](), run["litgpt"](), rtol=1e-4, atol=1e-5)
+    fastest_s = dict.fromkeys(run, float("inf"))
+    for _ in range(rounds):
+        for name, layer in run.items():
+            started = time.perf_counter()
+            layer().sum().backward()
+            fastest_s[name] = min(fastest_s[name], time.perf_counter() - started)
+    return {name: {"seconds": seconds} for name, seconds in fastest_s.items()}
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def loss_table(results: dict[str, dict]) -> str:
+    lines = ["| | seconds | ratio | memory | ratio |", "|---|---:|---:|---:|---:|"]
+    ours = results["ours"]
+    for name, label in {"full": "all logits", "torch": "torch linear_cross_entropy", "ours": "**ours**"}.items():
+        row = results[name]
+        lines.append(
+            f"| {label} | {row['seconds']:.2f} | {row['seconds'] / ours['seconds']:.2f} x | "
+            f"{row['memory_bytes'] / 1e6:,.0f} MB | {row['memory_bytes'] / ours['memory_bytes']:.2f} x |"
+        )
+    return "\n".join(lines)
+
+
+def attention_table(cases: dict[str, dict]) -> str:
+    lines = ["| | litgpt | ours | ratio |", "|---|---:|---:|---:|"]
+    for name, row in cases.items():
+        theirs, ours = row["litgpt"]["seconds"], row["ours"]["seconds"]
+        lines.append(f"| {name} | {theirs:.3f} s | {ours:.3f} s | {theirs / ours:.1f} x |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--parts", nargs="+", default=["loss", "attention"], choices=["loss", "attention"])
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contestant:
+        measure_loss(arguments.contestant, arguments.dtype, arguments.threads)
+        return
+
+    import torch
+
+    report: dict = {
+        "benchmark": "attention_and_loss",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {"torch": torch.__version__, "litgpt": "0.5.13"},
+        "threads": arguments.threads,
+    }
+    if "loss" in arguments.parts:
+        report["loss"] = {dtype: compare_losses(dtype, arguments.rounds, arguments.threads) for dtype in LOSS_CASES}
+    if "attention" in arguments.parts:
+        report["attention"] = {
+            name: compare_attention(case, arguments.rounds, arguments.threads) for name, case in ATTENTION_CASES.items()
+        }
+    print(json.dumps(report, indent=1))
+    for dtype, results in report.get("loss", {}).items():
+        print(f"\nLoss, {dtype}, {LOSS_CASES[dtype]}\n\n{loss_table(results)}")
+    if "attention" in report:
+        print(f"\nAttention, float32\n\n{attention_table(report['attention'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Attention with litgpt's parameters and results, and without two of its costs: k and v are not repeated for grouped
+queries, and a sliding window needs no mask of T x T that each layer fills in a loop over T.
+
+A token sees the tokens up to its own, of its own document where documents are masked, and of its window where the layer
+has one. All of that is one number per token, the first key that it sees. Once per forward pass `attention_patterns`
+turns it into what the layers need, and all layers with the same window share it:
+
+| | on a GPU, in half precision | elsewhere |
+|---|---|---|
+| neither window nor documents | Causal: the fused kernels of scaled_dot_product_attention | Causal |
+| window or documents | Varlen: FlashAttention, document by document | Band: blocks of a window; Masked: one mask |
+| soft-capped scores | Flex: FlexAttention, since the others cannot cap | Masked or Band, step by step |
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from litgpt.model import CausalSelfAttention, apply_rope, apply_rope_interleave
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+# Room for documents of this length on average, before the list of offsets grows and a compiled model is compiled again.
+_MEAN_DOCUMENT_TOKENS = 128
+
+
+def document_offsets(inputs: Tensor, *, bos_id: int | None = None, eos_id: int | None = None) -> Tensor:
+    """Where the documents of a micro-batch start, for the thread that reads ahead.
+
+    Each row starts a document, and so does each BOS token, or, without BOS, each token after an EOS token.
+
+    Args:
+        inputs: int64, shape (B, T), on the CPU.
+
+    Returns:
+        int32: the starts in the flattened inputs, ascending, then B * T until the end. The length depends on B and T
+        alone unless documents are shorter than 128 tokens on average; then it doubles, as often as needed.
+    """
+    tokens = inputs.numpy()
+    starts = np.zeros(tokens.shape, dtype=bool)
+    starts[:, 0] = True
+    if bos_id is not None:
+        starts |= tokens == bos_id
+    elif eos_id is not None:
+        starts[:, 1:] |= tokens[:, :-1] == eos_id
+    else:
+        raise ValueError("document boundaries need a BOS or an EOS token")
+    first_tokens = np.flatnonzero(starts)
+    room = max(tokens.size // _MEAN_DOCUMENT_TOKENS, len(tokens))
+    while room < len(first_tokens):
+        room *= 2
+    offsets = np.full(room + 1, tokens.size, dtype=np.int32)
+    offsets[: len(first_tokens)] = first_tokens
+    return torch.from_numpy(offsets)
+
+
+class Attention(CausalSelfAttention):
+    """litgpt's attention for training: its parameters under their names, its results, no cache of keys and values."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, pattern: Pattern, *_: Any) -> Tensor:
+        """`pattern` stands where litgpt's Block hands on its mask.
+
+        Args:
+            x: shape (B, T, n_embd).
+            cos, sin: shape (1, T, rotary width).
+        """
+        config = self.config
+        batch, tokens, _ = x.shape
+        group_width = config.n_query_groups * config.head_size
+        q, k, v = self.qkv(x).split((config.n_head * config.head_size, group_width, group_width), dim=-1)
+        if config.norm_qk and config.norm_qk_type == "olmo2":
+            q, k = self.norm_q(q), self.norm_k(k)
+        # (B, T, heads * head_size) -> (B, heads, T, head_size); k and v have n_query_groups heads.
+        q, k, v = (part.view(batch, tokens, -1, config.head_size).transpose(1, 2) for part in (q, k, v))
+        if config.norm_qk and config.norm_qk_type == "default":
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+        scale = self.mscale**2 / math.sqrt(config.attention_scores_scalar or config.head_size)
+        y = pattern.attend(q, k, v, scale, config.attention_logit_softcapping)  # (B, n_head, T, head_size)
+        return self.proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rotate = apply_rope_interleave if self.config.rope_interleave else apply_rope
+        width = self.config.rope_n_elem
+        if width == self.config.head_size:
+            return rotate(heads, cos, sin)
+        return torch.cat((rotate(heads[..., :width], cos, sin), heads[..., width:]), dim=-1)
+
+
+class Causal(NamedTuple):
+    """A token sees every token up to its own."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+class Masked(NamedTuple):
+    """Every score is computed; the mask decides which count."""
+
+    mask: Tensor
+    """0 where a query (next to last dimension) sees a key (last), else -inf, in the type of q; shape (B or 1, 1, T, T).
+    Not boolean, because each layer would make this tensor from it, and keep it for the backward pass."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        if softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=True)
+        # The queries of a group one below the other, so that k and v need not be repeated.
+        batch, groups, _, head_size = k.shape
+        scores = q.reshape(batch, groups, -1, head_size) @ k.mT * (scale / softcap)
+        scores = softcap * torch.tanh(scores)
+        scores = scores.view(*q.shape[:-1], -1) + self.mask
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return (weights.view(batch, groups, -1, k.size(2)) @ v).view(q.shape)
+
+
+class Band(NamedTuple):
+    """A window much shorter than the sequence: queries in blocks of a window, each with the keys of its own block and of
+    the block before it. That is T * 2 * window scores instead of T * T."""
+
+    mask: Tensor
+    """As that of `Masked`, for each block; shape ((B or 1) * blocks, 1, window, 2 * window)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        batch, heads, tokens, head_size = q.shape
+        window = self.mask.size(2)
+        num_blocks = -(-tokens // window)
+        missing = num_blocks * window - tokens
+
+        def with_block_before(part: Tensor) -> Tensor:
+            blocks = F.pad(part, (0, 0, window, missing)).unflatten(2, (num_blocks + 1, window))
+            both = torch.cat((blocks[:, :, :-1], blocks[:, :, 1:]), dim=3)  # (B, groups, blocks, 2 * window, head_size)
+            return both.transpose(1, 2).flatten(0, 1)
+
+        blocks = F.pad(q, (0, 0, 0, missing)).unflatten(2, (num_blocks, window)).transpose(1, 2).flatten(0, 1)
+        mask = self.mask if len(self.mask) == len(blocks) else self.mask.repeat(batch, 1, 1, 1)
+        y = Masked(mask).attend(blocks, with_block_before(k), with_block_before(v), scale, softcap)
+        return y.unflatten(0, (batch, num_blocks)).transpose(1, 2).reshape(batch, heads, -1, head_size)[:, :, :tokens]
+
+
+class Varlen(NamedTuple):
+    """FlashAttention over documents that lie one behind the other, whatever rows they were in."""
+
+    offsets: Tensor
+    """int32, shape (documents + 1,), on the device; see `document_offsets`."""
+    window: int | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        batch, heads, tokens, head_size = q.shape
+        q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))  # (B * T, heads, head_size)
+        # The longest document is taken for a whole row: the kernel's surplus blocks end at once, whereas a number that
+        # changes from batch to batch would compile the model again. A window counts the tokens before the query's own.
+        window = (-1 if self.window is None else self.window - 1, 0)
+        y = varlen_attn(
+            q, k, v, self.offsets, self.offsets, tokens, tokens, scale=scale, window_size=window, enable_gqa=True
+        )
+        return y.view(batch, tokens, heads, head_size).transpose(1, 2)
+
+
+class Flex(NamedTuple):
+    """Scores that are changed before the softmax, in one kernel; fast only when it is compiled."""
+
+    blocks: BlockMask
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        def cap(score: Tensor, *_: Tensor) -> Tensor:
+            return softcap * torch.tanh(score / softcap)
+
+        attention = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        return attention(
+            q, k, v, score_mod=cap if softcap else None, block_mask=self.blocks, scale=scale, enable_gqa=True
+        )
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+Pattern = Causal | Masked | Band | Varlen | Flex
+
+
+def attention_patterns(config: Any, x: Tensor, offsets: Tensor | None = None) -> list[Pattern | None]:
+    """What the layers' tokens see, per layer; layers with the same window share it.
+
+    Args:
+        config: litgpt's Config.
+        x: the embedded tokens, shape (B, T, n_embd), for their shape, type and device.
+        offsets: where documents start (see `document_offsets`), on the device; None: a row is one document.
+
+    Returns:
+        For litgpt's latent attention, which keeps its own forward pass, None (causal).
+
+    Raises:
+        ValueError: documents with latent attention.
+    """
+    if config.latent_attention:
+        if offsets is not None:
+            raise ValueError("latent attention cannot mask documents")
+        return [None] * config.n_layer
+    windows: list[int | None] = [None] * config.n_layer
+    if config.sliding_window_size is not None and config.sliding_window_indices is not None:
+        sliding = config.sliding_window_indices
+        # A window that reaches over the whole sequence hides nothing.
+        if config.sliding_window_size < x.size(1):
+            windows = [config.sliding_window_size if sliding[i] else None for i in range(config.n_layer)]
+    shared = {window: _pattern(config, x, offsets, window) for window in set(windows)}
+    return [shared[window] for window in windows]
+
+
+def _pattern(config: Any, x: Tensor, offsets: Tensor | None, window: int | None) -> Pattern:
+    batch, tokens, _ = x.shape
+    capped = config.attention_logit_softcapping is not None
+    if window is None and offsets is None and not capped:
+        return Causal()
+    fused = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    if fused and not capped and config.head_size % 8 == 0 and config.head_size <= 256:
+        if offsets is None:
+            offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=x.device)
+        return Varlen(offsets, window)
+    first_keys = _first_keys(batch, tokens, offsets, window, x.device)
+    if fused:
+        return Flex(_flex_blocks(first_keys.expand(batch, -1).contiguous()))
+    if window is not None and 2 * window < tokens:
+        return Band(_band_mask(first_keys, window, x.dtype))
+    queries = torch.arange(tokens, device=x.device)
+    visible = (queries <= queries[:, None]) & (queries >= first_keys[..., None])
+    return Masked(_additive(visible, x.dtype)[:, None])
+
+
+def _first_keys(batch: int, tokens: int, offsets: Tensor | None, window: int | None, device: torch.device) -> Tensor:
+    """The first position in its row that each token sees: int64, shape (B, T), or (1, T) where rows do not differ."""
+    positions = torch.arange(tokens, device=device)
+    first = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    if offsets is not None:
+        flat = torch.arange(batch * tokens, dtype=offsets.dtype, device=device)
+        document = torch.searchsorted(offsets, flat, right=True) - 1
+        first = offsets[document].view(batch, tokens) - flat.view(batch, tokens)[:, :1]
+        first = first.to(torch.int64)
+    if window is not None:
+        first = torch.maximum(first, positions - window + 1)
+    return first
+
+
+def _band_mask(first_keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
+    tokens = first_keys.size(1)
+    num_blocks = -(-tokens // window)
+    queries = torch.arange(num_blocks * window, device=first_keys.device)
+    # Queries beyond the end see themselves alone: a row of -inf would give NaN.
+    first_keys = torch.cat((first_keys, queries[tokens:].expand(len(first_keys), -1)), dim=1)
+    queries = queries.view(num_blocks, window, 1)
+    keys = queries[:, :1] - window + torch.arange(2 * window, device=first_keys.device)  # (blocks, 1, 2 * window)
+    visible = (keys <= queries) & (keys >= first_keys.view(-1, num_blocks, window, 1))
+    return _additive(visible, dtype).flatten(0, 1)[:, None]
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+
+
+def _flex_blocks(first_keys: Tensor) -> BlockMask:
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= first_keys[row, query])
+
+    rows, tokens = first_keys.shape
+    return create_block_mask(visible, rows, None, tokens, tokens, device=first_keys.device)
