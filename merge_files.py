@@ -27,11 +27,13 @@ from typing import Any, Literal
 
 import xxhash
 
+from tokenization.chunk_reader import verify
 from tokenization.chunk_writer import make_index
 from tokenization.merge_plan import Plan, make_plan
+from tokenization.progress import Progress
 from tokenization.threads import submit_ahead
 from utils import cli, console
-from utils.chunks import INDEX_NAME, Chunk, read_index, verify
+from utils.chunks import INDEX_NAME, Chunk, read_index
 from utils.errors import Problems, UserError
 from utils.files import (
     atomic_write,
@@ -158,7 +160,7 @@ def for_each_chunk(
 ) -> list[Chunk]:
     """Apply `work` to every chunk on a few threads, with a progress bar; all user errors at once."""
     problems, done = Problems(), []
-    with console.Progress(label, sum(chunk.bytes for chunk in chunks)) as progress:
+    with Progress(label, sum(chunk.bytes for chunk in chunks)) as progress:
         for chunk, future in zip(chunks, submit_ahead(work, paths, chunks, num_threads=THREADS)):
             done.append(problems.collect(future.result))
             progress.advance(chunk.bytes, f"{len(done):,} of {len(chunks):,} chunks")

@@ -32,6 +32,7 @@ from tokenization.output import (
     remove_unrecorded_files,
     was_begun_with,
 )
+from tokenization.progress import Progress
 from tokenization.workers import MAX_RETRIES, Workers
 from utils import cli, console
 from utils.errors import UserError, WorkerDied
@@ -166,7 +167,7 @@ def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progres
     documents = tokens = 0
     busy_s = 0.0
     done_bytes = plan.text_bytes - sum(unit.text_bytes for unit in units)
-    with console.Progress("tokenize", plan.text_bytes, done_bytes) as progress:
+    with Progress("tokenize", plan.text_bytes, done_bytes) as progress:
         while left:
             while queue and workers.num_free() > 0:
                 workers.submit(job, queue.popleft())

@@ -13,7 +13,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-import psutil
+import psutil  # litgpt depends on it
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -288,3 +288,11 @@ def _write_speed(directory: str) -> tuple[float | None, str | None]:
         return None, error.strerror or str(error)
     finally:
         path.unlink(missing_ok=True)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that holds an IP address of this machine, such as "eth0"; None: no interface has it."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
+            return name
+    return None

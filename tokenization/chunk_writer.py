@@ -16,6 +16,11 @@ from utils.files import atomic_write
 _SINGLE_LEAF = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 
+def dtype_for_vocabulary(vocab_size: int) -> str:
+    """The narrowest type that litdata and litgpt both read and that holds every id below `vocab_size`."""
+    return "uint16" if vocab_size <= 2**16 else "int32"
+
+
 def chunk_header(document_tokens: np.ndarray, dtype: str) -> np.ndarray:
     """The uint32 words before the tokens.
 

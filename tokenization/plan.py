@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from tokenization.chunk_writer import largest_chunk_tokens
+from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
 from tokenization.job import HASH_RANGE, Job, Plan, Unit
 from tokenization.output import check_output_dir
 from tokenization.parquet import FileEntry, list_parquet_files, read_footers
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
 from utils import console
-from utils.chunks import dtype_for_vocabulary
 from utils.errors import Problems, UserError
 from utils.tokenizer import read_tokenizer_info
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from tokenization.chunk_reader import read_document_offsets, read_documents, verify
 from utils import cli, console
-from utils.chunks import Index, read_document_offsets, read_documents, read_index, verify
+from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
 from utils.files import atomic_write
 from utils.manifest import damaged_files, read_manifest

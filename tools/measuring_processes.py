@@ -14,9 +14,9 @@ import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pretraining.hardware_check import HardwareReport, Multiply, measure_hardware, multiply_by_torch
-from pretraining.node_facts import node_name
+from pretraining.node_facts import interface_of, node_name
 from utils.errors import UserError
-from utils.machine import available_cpus, interface_of
+from utils.machine import available_cpus
 
 # Variables of this shell that reach the processes, as they would if the nodes' own shells had them.
 PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "FI_")

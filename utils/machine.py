@@ -33,13 +33,3 @@ def raise_open_file_limit(wanted: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     return soft
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that holds an IP address of this machine, such as "eth0"; None: no interface has it."""
-    import psutil  # of litgpt's own dependencies
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in addresses):
-            return name
-    return None

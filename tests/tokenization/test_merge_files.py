@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from token_folders import make_folder, make_split_manifest
 
-from utils.chunks import read_documents, read_index
+from tokenization.chunk_reader import read_documents
+from utils.chunks import read_index
 from utils.manifest import damaged_files, read_manifest
 
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_parquet
 
-from utils.chunks import read_documents, read_index
+from tokenization.chunk_reader import read_documents
+from utils.chunks import read_index
 from utils.manifest import damaged_files, read_manifest
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, write_parquet
 
-from utils.chunks import read_document_offsets
+from tokenization.chunk_reader import read_document_offsets
 
 WAIT_S = 120
 

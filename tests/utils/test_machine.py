@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import psutil
 import pytest
 from conftest import ROOT
 
@@ -39,11 +38,3 @@ def test_affinity_counts():
         "from utils.machine import available_cpus; print(available_cpus())"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT).stdout == "1\n"
-
-
-def test_the_interface_that_holds_an_address_is_found():
-    addresses = {name: {entry.address for entry in entries} for name, entries in psutil.net_if_addrs().items()}
-    loopback = machine.interface_of("127.0.0.1")
-    assert loopback is not None and "127.0.0.1" in addresses[loopback]
-    assert machine.interface_of("192.0.2.77") is None  # reserved for documentation
-    assert machine.interface_of("127.0.0.10") is None  # not by its beginning
