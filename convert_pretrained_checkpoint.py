@@ -17,8 +17,6 @@ for the same tokens. The same command again does nothing, or goes on after an in
 from __future__ import annotations
 
 import dataclasses
-import glob
-import re
 import shutil
 import time
 from pathlib import Path
@@ -28,12 +26,11 @@ from export.checkpoint_files import read_checkpoint_manifest
 from export.plan import ExportPlan
 from utils import cli, console
 from utils.errors import UserError
-from utils.files import TEMPORARY_PREFIX, held_lock, publish_directory, temporary_sibling, write_json
-from utils.manifest import as_input, damaged_files, file_entry, made_by, read_manifest, write_manifest
+from utils.files import publishing, remove_interrupted, write_json
+from utils.manifest import as_input, claim, damaged_files, file_entry, made_by, write_manifest
 
 SCRIPT = "convert_pretrained_checkpoint.py"
 PACKAGES = ("litgpt", "torch", "transformers")
-_SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclasses.dataclass
@@ -63,11 +60,7 @@ class Settings:
     """Check everything, print what would be written, and stop."""
 
     def max_shard_bytes(self) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", self.max_shard_size.strip(), re.IGNORECASE)
-        size = round(float(match[1]) * _SIZE_UNITS[match[2].upper()]) if match else 0
-        if size <= 0:
-            raise UserError(f"--max_shard_size={self.max_shard_size}: not a size. Write it as 5GB or 500MB.")
-        return size
+        return console.parse_bytes(self.max_shard_size, "--max_shard_size")
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the settings that shape the result."""
@@ -93,7 +86,9 @@ def main(settings: Settings) -> None:
         check_space(plan, settings)
         print_dry_run(plan, settings)
         return
-    remove_interrupted(Path(settings.export_dir).absolute())  # first: it may fill the disk that is measured next
+    remove_interrupted(
+        Path(settings.export_dir).absolute(), "export_dir"
+    )  # first: it may fill the disk that is measured next
     check_space(plan, settings)
     export(plan, settings)
     console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
@@ -121,21 +116,11 @@ def is_finished(settings: Settings) -> bool:
             f"export_dir={export_dir}: a {kind}, which cannot appear all at once. Give a directory inside it, as "
             f"{export_dir / 'model'}."
         )
-    if not export_dir.exists() or (export_dir.is_dir() and not any(export_dir.iterdir())):
+    manifest = claim(export_dir, "export_dir", "export", {"settings": settings.record()})
+    if manifest is None:
         return False
-    remedy = "Give another directory, or delete this one."
-    manifest = read_manifest(export_dir) if export_dir.is_dir() else None
-    if manifest is None or manifest["kind"] != "export":
-        raise UserError(f"export_dir={export_dir}: exists, and no export of this script is in it. {remedy}")
-    if manifest["settings"] != settings.record():
-        different = [
-            f"--{k}: {manifest['settings'].get(k)!r}, now {v!r}"
-            for k, v in settings.record().items()
-            if manifest["settings"].get(k) != v
-        ]
-        raise UserError(f"export_dir={export_dir}: was made with other settings ({'; '.join(different)}). {remedy}")
     if _identity(manifest["inputs"][0]) != _identity(input_record(Path(settings.checkpoint_dir))):
-        raise UserError(f"export_dir={export_dir}: was made from another checkpoint. {remedy}")
+        raise UserError(f"export_dir={export_dir}: was made from another checkpoint. Give another directory.")
     damaged = damaged_files(export_dir, manifest["files"], checksums=False)
     if damaged:
         raise UserError(f"export_dir={export_dir}: damaged: {'; '.join(damaged)}. Delete it and run this again.")
@@ -193,40 +178,17 @@ def print_dry_run(plan: ExportPlan, settings: Settings) -> None:
     console.result(f"proof before anything is published: {settings.verify}")
 
 
-def remove_interrupted(export_dir: Path) -> None:
-    """Delete what an earlier, killed run of this command left beside `export_dir`."""
-    # Exactly its own: that of EXPORT must not match EXPORT-bf16's.
-    pattern = f"{TEMPORARY_PREFIX}{glob.escape(export_dir.name)}-{'[0-9a-f]' * 12}"
-    for left in export_dir.parent.glob(pattern):
-        with held_lock(left) as is_free:
-            if not is_free:
-                raise UserError(f"export_dir={export_dir}: another process is making it in {left}. Wait for it.")
-            console.detail(f"removing {left}, left by an interrupted run")
-            shutil.rmtree(left, ignore_errors=True)
-
-
 # The work -------------------------------------------------------------------------------------------------------------
 
 
 def export(plan: ExportPlan, settings: Settings) -> None:
     """Write, prove and publish."""
-    export_dir = Path(settings.export_dir).absolute()
-    export_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(export_dir)
-    temporary.mkdir()
-    try:
-        with held_lock(temporary):
-            write_small_files(plan, temporary)
-            write_weights(plan, settings, temporary)
-            proof = prove(plan, settings, temporary)
-            write_card(plan, settings, temporary, proof)
-            write_export_manifest(plan, settings, temporary, proof)
-            if export_dir.is_dir():
-                export_dir.rmdir()  # an empty one; any other was refused
-            publish_directory(temporary, export_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with publishing(Path(settings.export_dir).absolute(), "export_dir") as temporary:
+        write_small_files(plan, temporary)
+        write_weights(plan, settings, temporary)
+        proof = prove(plan, settings, temporary)
+        write_card(plan, settings, temporary, proof)
+        write_export_manifest(plan, settings, temporary, proof)
 
 
 def write_small_files(plan: ExportPlan, directory: Path) -> None:

@@ -39,12 +39,11 @@ from utils.files import (
     atomic_write,
     checksum,
     fsync_directory,
-    is_temporary,
     remove_temporaries,
     temporary_sibling,
     write_json,
 )
-from utils.manifest import made_by, read_manifest, write_manifest
+from utils.manifest import claim, made_by, read_manifest, write_manifest
 
 # Below this size, reading everything once to compare checksums takes about a minute.
 AUTO_VERIFY_BYTES = 64 << 30
@@ -212,19 +211,12 @@ def publish(plan: Plan, chunks: list[Chunk], target: Path) -> dict[str, Any]:
 
 def check_target(target: Path, chunks: list[Chunk]) -> None:
     """Refuse a directory with anything in it but an interrupted merge of the same chunks."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--target_dir={target}: is a file. Give a directory that is new or empty.")
-    if not target.exists():
-        return
-    names = {name for name in os.listdir(target) if not is_temporary(name)}
-    foreign = sorted(names - {chunk.name for chunk in chunks} - {INDEX_NAME})
-    if foreign or (INDEX_NAME in names and len(names) <= len(chunks)):
-        shown = ", ".join((foreign or [INDEX_NAME])[:5])
-        raise UserError(
-            f"--target_dir={target}: holds what is not part of this dataset ({shown}); nothing was touched. "
-            "Give a directory that is new or empty."
-        )
-    remove_temporaries(target)
+    names = {chunk.name for chunk in chunks}
+    if target.is_dir() and names <= set(os.listdir(target)):
+        names.add(INDEX_NAME)  # the last file before the manifest; beside fewer chunks it is another dataset's
+    claim(target, "--target_dir", "dataset", {}, names.__contains__)
+    if target.is_dir():
+        remove_temporaries(target)
 
 
 def check_index_is_ours(source: Path) -> None:
@@ -242,18 +234,11 @@ def finished_manifest(settings: Settings) -> dict[str, Any] | None:
         UserError: the target is another dataset than the source makes.
     """
     target, source = Path(settings.target_dir), Path(settings.source_dir)
-    published = read_manifest(target)
-    if published is None or published["kind"] != "dataset":
-        return None
-    read_index(target, "--target_dir")
     above = read_manifest(source) if source.is_dir() and source.resolve() != target.resolve() else None
-    if above is not None:
-        for key in ("split", "tokenizer", "settings", "inputs"):
-            if above.get(key) != published.get(key):
-                raise UserError(
-                    f"--target_dir={target}: holds a dataset with other {key} than --source_dir={source} has; nothing "
-                    "was touched. Give a new directory."
-                )
+    identity = {key: above.get(key) for key in ("split", "tokenizer", "settings", "inputs")} if above else {}
+    published = claim(target, "--target_dir", "dataset", identity, is_own=lambda path: True)
+    if published is not None:
+        read_index(target, "--target_dir")
     return published
 
 

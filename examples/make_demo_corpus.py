@@ -12,13 +12,10 @@ The same environment gives the same bytes, wherever it is installed; another set
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import os
-import shutil
 import sys
 import sysconfig
 import time
@@ -33,8 +30,8 @@ import prose
 
 from utils import cli, console
 from utils.errors import Problems, UserError
-from utils.files import TEMPORARY_PREFIX, publish_directory, temporary_sibling, write_json
-from utils.manifest import damaged_files, file_entry, made_by, read_manifest, write_manifest
+from utils.files import publishing, write_json
+from utils.manifest import claim, damaged_files, file_entry, made_by, read_manifest, write_manifest
 
 SCRIPT = "make_demo_corpus.py"
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -253,7 +250,7 @@ def make_corpus(settings: Settings, size_bytes: int) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     documents = collect_documents(settings, size_bytes)
     names = []
-    with publishing(final) as temporary:
+    with publishing(final, "--output_dir") as temporary:
         for i, group in enumerate(split_by_weight(documents, settings.num_files)):
             names.append(f"{i:03d}_00000.parquet")
             # Both that one meets in the wild.
@@ -331,7 +328,7 @@ def make_tokenizer(settings: Settings) -> None:
             f"--vocab_size={settings.vocab_size}: the corpus has words for {tokenizer.get_vocab_size()} tokens only. "
             "Ask for fewer, or raise --size."
         )
-    with publishing(final) as temporary:
+    with publishing(final, "--tokenizer_dir") as temporary:
         tokenizer.save(str(temporary / "tokenizer.json"))
         write_json(
             temporary / "tokenizer_config.json",
@@ -379,47 +376,12 @@ def tokenizer_settings(settings: Settings) -> dict[str, Any]:
 
 
 def is_made(directory: Path, flag: str, kind: str, wanted: dict[str, Any]) -> bool:
-    """Whether `directory` already is what is asked for.
-
-    Raises:
-        UserError: it is something else, which is not overwritten.
-    """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return False
-    manifest = read_manifest(directory, kind) if directory.is_dir() else None
-    if manifest is None:
-        raise UserError(f"{flag}={directory}: exists and was not made by this script. Give another name.")
-    made = manifest["settings"]
-    differences = [
-        f"{key} is {made.get(key)}, asked for {value}" for key, value in wanted.items() if made.get(key) != value
-    ]
-    if differences:
-        raise UserError(
-            f"{flag}={directory}: was made with other settings ({'; '.join(differences)}). Delete it, or give another "
-            "name."
-        )
-    damaged = damaged_files(directory, manifest["files"], checksums=False)
+    """Whether `directory` already is what is asked for; raises UserError if it is something else, or damaged."""
+    manifest = claim(directory, flag, kind, {"settings": wanted})
+    damaged = damaged_files(directory, manifest["files"], checksums=False) if manifest else []
     if damaged:
         raise UserError(f"{flag}={directory}: is damaged ({'; '.join(damaged)}). Delete it and run again.")
-    return True
-
-
-@contextlib.contextmanager
-def publishing(final: Path) -> Iterator[Path]:
-    """A new directory to fill, which takes the name `final` when the block ends without an error."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in final.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(final.name)}-{12 * '[0-9a-f]'}"):
-        shutil.rmtree(left_over)
-    temporary = temporary_sibling(final)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if final.is_dir():
-            final.rmdir()  # only an empty one comes this far
-        publish_directory(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    return manifest is not None
 
 
 def report_corpus(directory: Path, seconds: float | None) -> None:

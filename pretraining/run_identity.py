@@ -9,6 +9,7 @@ from typing import Any
 from pretraining.plan import Plan
 from pretraining.settings import Settings
 from utils.errors import UserError
+from utils.manifest import differences
 
 # What must not change between the parts of one run: with it the sequence of batches or the model would change.
 _FIXED_SETTINGS = (
@@ -52,17 +53,18 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
     Raises:
         UserError: what differs would make another run of it.
     """
-    before, now = _flat(manifest_settings), _flat(json.loads(json.dumps(current)))  # as a manifest keeps them
-    tensor_parallel_size = before.pop(_REMOVED_SETTING, 1)
+    before = {**manifest_settings, "parallel": dict(manifest_settings.get("parallel", {}))}
+    tensor_parallel_size = before["parallel"].pop("tensor_parallel_size", 1)
     if tensor_parallel_size > 1:
         raise UserError(
             f"--out_dir={out_dir}: holds checkpoints of a run with {_REMOVED_SETTING}={tensor_parallel_size}. Tensor "
             "parallelism is no longer part of this toolkit, and the optimizer's state depends on it. Use another "
             "directory; to train on from these weights, give the checkpoint as --initial_checkpoint_dir."
         )
-    differences = {name: f"{name}: was {before.get(name)}, is {now.get(name)}" for name in sorted({*before, *now})
-                   if before.get(name) != now.get(name) and (name, now.get(name)) != ("precision", None)}  # fmt: skip
-    fixed = {name: text for name, text in differences.items() if name.startswith(_FIXED_SETTINGS)}
+    changed = differences(before, json.loads(json.dumps(current)))  # as a manifest keeps them
+    if current.get("precision") is None:
+        changed.pop("precision", None)
+    fixed = {name: text for name, text in changed.items() if name.startswith(_FIXED_SETTINGS)}
     if fixed:
         hashes = {"data": "data: another dataset, or another merge of it"}
         raise UserError(
@@ -70,12 +72,4 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
             f"{'; '.join(hashes.get(name, text) for name, text in fixed.items())}. Use another directory; to train on "
             "from these weights, give the checkpoint as --initial_checkpoint_dir."
         )
-    return list(differences.values())
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} as {"train.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    return list(changed.values())

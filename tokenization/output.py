@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from tokenization.job import CHUNK_PATTERN, SPLITS, Plan, UnitRecord
 from utils import console
 from utils.chunks import INDEX_NAME
 from utils.errors import UserError
-from utils.files import atomic_write, is_temporary, remove_temporaries, write_json
-from utils.manifest import MANIFEST_NAME, made_by, read_manifest, write_manifest
+from utils.files import atomic_write, remove_temporaries, write_json
+from utils.manifest import MANIFEST_NAME, claim, differences, made_by, read_manifest, some, write_manifest
 
 PLAN_NAME = "plan.json"
 PROGRESS_NAME = "progress.jsonl"
@@ -35,33 +34,17 @@ QUARANTINE_NAME = "quarantine.jsonl"
 
 def check_output_dir(output_dir: Path) -> None:
     """Refuse a directory with anything in it that this script did not write."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir={output_dir}: is a file. Give a directory that is new or empty.")
-    names = {name for name in os.listdir(output_dir) if not is_temporary(name)} if output_dir.exists() else set()
-    if PLAN_NAME in names:
-        ours = {PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, MANIFEST_NAME, *SPLITS}
-        foreign = [*sorted(names - ours), *_foreign_files_in_splits(output_dir)]
-    else:
-        foreign = sorted(names)
-    if foreign:
-        raise UserError(
-            f"--output_dir={output_dir}: holds what this script did not write ({_some(foreign)}); nothing was touched. "
-            "Give a directory that is new or empty."
+    begun = (output_dir / PLAN_NAME).exists()
+    claim(output_dir, "--output_dir", "tokens", {}, lambda path: begun and _is_ours(path))
+
+
+def _is_ours(path: str) -> bool:
+    folder, name = os.path.split(path)
+    if folder:
+        return folder.split(os.sep)[0] in SPLITS and bool(
+            CHUNK_PATTERN.fullmatch(name) or name in (INDEX_NAME, MANIFEST_NAME)
         )
-
-
-def _foreign_files_in_splits(output_dir: Path) -> Iterator[str]:
-    for split in SPLITS:
-        for root, _, names in os.walk(output_dir / split):
-            for name in sorted(names):
-                ours = CHUNK_PATTERN.fullmatch(name) or name in (INDEX_NAME, MANIFEST_NAME) or is_temporary(name)
-                if not ours:
-                    yield os.path.relpath(os.path.join(root, name), output_dir)
-
-
-def _some(names: list[str]) -> str:
-    """The first five of them."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return name in (PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, MANIFEST_NAME)
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
@@ -78,13 +61,14 @@ def was_begun_with(plan: Plan, output_dir: Path) -> bool:
     if not path.exists():
         return False
     try:
-        differences = [*_differences(json.loads(path.read_bytes()), _identity(plan))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        begun = json.loads(path.read_bytes())
+        changed = differences({group: begun[group] for group in _identity(plan)}, _identity(plan))
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error}). Remove {output_dir} and start over.") from error
-    if differences:
+    if changed:
         raise UserError(
             f"--output_dir={output_dir}: was begun with something else; nothing was touched. Give another "
-            "directory, or the same settings as before:\n  " + "\n  ".join(differences)
+            "directory, or the same settings as before:\n  " + "\n  ".join(changed.values())
         )
     return True
 
@@ -100,23 +84,6 @@ def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / PLAN_NAME, _identity(plan))
     return None
-
-
-def _differences(begun: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    for group in ("settings", "tokenizer"):
-        for key in sorted({*begun[group], *now[group]}):
-            before, after = begun[group].get(key), now[group].get(key)
-            if before != after:
-                yield f"{group}.{key}: was {before!r}, is {after!r}"
-    before = {entry["path"]: entry for entry in begun["inputs"]}
-    after = {entry["path"]: entry for entry in now["inputs"]}
-    for kind, paths in (
-        ("missing now", before.keys() - after.keys()),
-        ("new", after.keys() - before.keys()),
-        ("changed", {path for path in before.keys() & after.keys() if before[path] != after[path]}),
-    ):
-        if paths:
-            yield f"input files {kind}: {_some(sorted(paths))}"
 
 
 class ProgressFile:
@@ -212,7 +179,7 @@ def check_all_are_here(plan: Plan, records: dict[int, UnitRecord]) -> None:
     if missing:
         raise UserError(
             f"--output_dir={plan.job.output_dir}: the chunks of {len(missing)} units were written, but cannot be seen "
-            f"from this machine (units {_some(list(map(str, missing)))}). Give a directory that all nodes mount; the "
+            f"from this machine (units {some(list(map(str, missing)))}). Give a directory that all nodes mount; the "
             "same command does these units again."
         )
 

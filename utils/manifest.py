@@ -25,11 +25,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import checksum, write_json
+from utils.files import checksum, is_temporary, write_json
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -134,3 +135,59 @@ def damaged_files(directory: str | os.PathLike, entries: list[dict[str, Any]], c
         elif checksums and checksum(path) != entry.get("xxh3_128"):
             problems.append(f"{path}: checksum differs from the manifest's")
     return problems
+
+
+def differences(before: Any, now: Any, name: str = "") -> dict[str, str]:
+    """What differs between two sets of settings: {"train.min_lr": "train.min_lr: was 0.1, is 0.2"} and so on."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        prefix = f"{name}." if name else ""
+        parts = [differences(before.get(key), now.get(key), prefix + key) for key in sorted({*before, *now})]
+        return {changed: text for part in parts for changed, text in part.items()}
+    if isinstance(before, list) and isinstance(now, list) and all(isinstance(e, dict) for e in [*before, *now]):
+        was, is_now = ({entry.get("path"): entry for entry in entries} for entries in (before, now))
+        kinds = {"missing now": was.keys() - is_now.keys(), "new": is_now.keys() - was.keys()}
+        kinds["changed"] = {path for path in was.keys() & is_now.keys() if was[path] != is_now[path]}
+        changed = [f"{kind}: {some(sorted(map(str, paths)))}" for kind, paths in kinds.items() if paths]
+        return {name: f"{name} {'; '.join(changed)}"} if changed else {}
+    return {} if before == now else {name: f"{name}: was {before!r}, is {now!r}"}
+
+
+def some(names: list[str]) -> str:
+    """The first five of them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def claim(
+    directory: Path, flag: str, kind: str, identity: dict[str, Any], is_own: Callable[[str], bool] = lambda path: False
+) -> dict[str, Any] | None:
+    """Make sure that a step may fill `directory`: it is new, empty, or what the same command began or finished.
+
+    Args:
+        identity: the parts of the manifest that tell one result from another.
+        is_own: whether a file, named by its path below `directory`, belongs to an unfinished result of this step.
+
+    Returns:
+        The manifest of the finished result, or None while there is work to do.
+
+    Raises:
+        UserError: it is a file, holds the result of other settings, or anything else; nothing is touched.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{flag}={directory}: is a file. Give a directory that is new or empty.")
+    manifest = read_manifest(directory)
+    if manifest is not None and manifest["kind"] == kind:
+        if changed := differences({key: manifest.get(key) for key in identity}, identity):
+            raise UserError(
+                f"{flag}={directory}: was made with something else; nothing was touched. Give another directory, or the "
+                "same settings as before:\n  " + "\n  ".join(changed.values())
+            )
+        return manifest
+    found = (
+        os.path.relpath(os.path.join(root, name), directory) for root, _, names in os.walk(directory) for name in names
+    )
+    if foreign := sorted(path for path in found if not is_own(path) and not is_temporary(os.path.basename(path))):
+        raise UserError(
+            f"{flag}={directory}: holds what this command did not write ({some(foreign)}); nothing was touched. Give a "
+            "directory that is new or empty."
+        )
+    return None
