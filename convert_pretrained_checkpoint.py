@@ -24,9 +24,10 @@ from typing import Any, Literal
 
 from export.checkpoint_files import read_checkpoint_manifest
 from export.plan import ExportPlan
+from export.publishing import publishing, remove_interrupted
 from utils import cli, console
 from utils.errors import UserError
-from utils.files import publishing, remove_interrupted, write_json
+from utils.files import write_json
 from utils.manifest import as_input, claim, damaged_files, file_entry, made_by, write_manifest
 
 SCRIPT = "convert_pretrained_checkpoint.py"

@@ -34,6 +34,7 @@ from pretraining.checkpoint import (
     rename_final_to_its_step,
 )
 from pretraining.loggers import Follower, make_logger, progress_line
+from pretraining.metrics_writer import rewind_metrics
 from pretraining.model_config import litgpt_config_module, model_names
 from pretraining.plan import Plan, make_plan
 from pretraining.process_layout import micro_batches_per_step, shard_size
@@ -42,7 +43,7 @@ from pretraining.settings import STOP_NAME, Settings
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import held_lock
-from utils.metrics_file import read_metrics, rewind_metrics
+from utils.metrics_file import read_metrics
 from utils.ray_cluster import find_cluster, ray_session
 
 

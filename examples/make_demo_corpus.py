@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prose
 
+from export.publishing import publishing
 from utils import cli, console
 from utils.errors import Problems, UserError
-from utils.files import publishing, write_json
+from utils.files import write_json
 from utils.manifest import claim, damaged_files, file_entry, made_by, read_manifest, write_manifest
 
 SCRIPT = "make_demo_corpus.py"

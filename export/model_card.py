@@ -11,9 +11,8 @@ from typing import Any
 
 import jinja2
 
-from export.curves import draw_curves, series
+from export.curves import draw_curves, read_steps, series
 from utils.console import human_bytes, human_count
-from utils.metrics_file import read_steps
 
 CARD_NAME = "README.md"
 CURVES_NAME = "loss.png"

@@ -20,7 +20,7 @@ from typing import Any
 from pretraining.settings import LogSettings
 from utils import console
 from utils.errors import UserError
-from utils.metrics_file import METRICS_NAME, _whole_records
+from utils.metrics_file import METRICS_NAME, whole_records
 
 
 class Follower:
@@ -64,7 +64,7 @@ class Follower:
             return
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for record in _whole_records(whole.decode(errors="replace").splitlines(keepends=True)):
+        for record in whole_records(whole.decode(errors="replace").splitlines(keepends=True)):
             if record.get("step", 0) > self._last_step:
                 self._last_step = record["step"]
                 try:

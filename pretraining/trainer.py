@@ -25,6 +25,7 @@ from pretraining.checkpoint_content import checkpoint_manifest, write_configs
 from pretraining.checkpoint_loading import load_initial_weights, load_training_state
 from pretraining.checkpoint_writer import CheckpointWriter, shortage
 from pretraining.data import MicroBatch, Sequences, prefetch, rank_micro_batches
+from pretraining.metrics_writer import MetricsFile, rewind_metrics
 from pretraining.model import build_model, count_parameters, initialise, training_flops_per_token
 from pretraining.optimizer import (
     global_gradient_norm,
@@ -44,7 +45,6 @@ from utils import console
 from utils.errors import UserError
 from utils.files import remove_temporaries
 from utils.machine import available_cpus
-from utils.metrics_file import MetricsFile, rewind_metrics
 
 
 @dataclasses.dataclass

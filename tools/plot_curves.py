@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.curves import read_steps
 from utils import cli, console
 from utils.errors import Problems, UserError
-from utils.metrics_file import METRICS_NAME, read_steps
+from utils.metrics_file import METRICS_NAME
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

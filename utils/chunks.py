@@ -89,20 +89,17 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
         )
     try:
         raw = json.loads(path.read_bytes())
-        config = raw["config"]
+        config, listed = raw["config"], raw["chunks"]
         data_format = config["data_format"]
-        listed = raw["chunks"]
         if not isinstance(listed, list) or not isinstance(config, dict):
             raise TypeError("chunks is not a list or config is not an object")
+        kind, _, code = str(
+            data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else ""
+        ).partition(":")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({type(error).__name__}: {error}). Make the directory "
-            "again."
+            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({error!r}). Make the directory again."
         ) from error
-
-    kind, _, code = str(data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else "").partition(
-        ":"
-    )
     dtype = DTYPE_OF_CODE.get(int(code)) if code.isdecimal() else None
     if config.get("item_loader") != "TokensLoader" or kind != "no_header_tensor" or dtype is None:
         raise UserError(

@@ -11,9 +11,10 @@ import pytest
 from conftest import ROOT
 
 from pretraining.loggers import Follower, make_logger, progress_line
+from pretraining.metrics_writer import MetricsFile, rewind_metrics
 from pretraining.settings import LogSettings
 from utils.errors import UserError
-from utils.metrics_file import METRICS_NAME, MetricsFile, read_metrics, rewind_metrics
+from utils.metrics_file import METRICS_NAME, read_metrics
 
 RECORD = {"step": 3, "tokens": 768, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "tokens_per_s": 1234.0, "eta_s": 61.0}
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from export.curves import series, smoothed
+from export.curves import read_steps, series, smoothed
 from tools.plot_curves import read_run
 from utils.errors import UserError
-from utils.metrics_file import read_steps
 
 
 def write_run(directory: Path, num_steps: int = 200, **constant) -> Path:
