@@ -25,6 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from utils import cli, console  # first: it says how to install the packages if they are missing
+
+# isort: split
 import xxhash
 
 from tokenization.chunk_reader import verify
@@ -32,7 +35,6 @@ from tokenization.chunk_writer import make_index
 from tokenization.merge_plan import Plan, make_plan
 from tokenization.progress import Progress
 from tokenization.threads import submit_ahead
-from utils import cli, console
 from utils.chunks import INDEX_NAME, Chunk, read_index
 from utils.errors import Problems, UserError
 from utils.files import (

@@ -22,6 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from utils import cli, console  # first: it says how to install the packages if they are missing
+
+# isort: split
 from tokenization.job import Job, Plan, Unit, UnitRecord
 from tokenization.output import (
     ProgressFile,
@@ -34,7 +37,6 @@ from tokenization.output import (
 )
 from tokenization.progress import Progress
 from tokenization.workers import MAX_RETRIES, Workers
-from utils import cli, console
 from utils.errors import UserError, WorkerDied
 from utils.machine import available_cpus
 from utils.ray_cluster import find_cluster, ray_session

@@ -15,7 +15,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -64,12 +64,8 @@ class LocalWorkers(Workers):
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=serve, args=(theirs,), name="tokenize", daemon=True)
-        # Ctrl-C reaches the whole process group. The children inherit that it is blocked: the parent ends them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _deaf_to_ctrl_c():
             process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the pipe ends with the process
         worker = _Worker(process, ours)
         if self._tokenizer is not None:
@@ -127,6 +123,25 @@ class LocalWorkers(Workers):
         for worker in self._workers:
             worker.process.join()
             worker.pipe.close()
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start a child in here: Ctrl-C reaches the whole process group, but it is the parent that ends its children.
+
+    The child inherits the blocked signal. The parent's other threads take it all the same, and Python would raise
+    KeyboardInterrupt between the child's start and its first message: it is raised at the end of the block instead.
+    """
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, handler)
+    if pressed and callable(handler):
+        handler(*pressed[0])
 
 
 def serve(pipe: Connection) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import pickle
 import resource
+import signal
+import threading
 
 import pyarrow.parquet as pq
 import pytest
 
 from tokenization.job import Job, RowGroupRange, Unit
-from tokenization.local_workers import LocalWorkers, _as_message
+from tokenization.local_workers import LocalWorkers, _as_message, _deaf_to_ctrl_c
 from tokenization.parquet import CorruptRowGroup
 
 
@@ -76,3 +78,21 @@ def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_ctrl_c_while_a_process_starts_is_raised_after_it():
+    """Another thread takes the signal, as Arrow's do; Python would raise in the middle of the block."""
+    press, started = threading.Event(), False
+
+    def take() -> None:
+        press.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    thread = threading.Thread(target=take)
+    thread.start()  # before the block: it would inherit what is blocked there
+    with pytest.raises(KeyboardInterrupt), _deaf_to_ctrl_c():
+        press.set()
+        thread.join()
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # what a child inherits
+        started = True
+    assert started and signal.getsignal(signal.SIGINT) is signal.default_int_handler
