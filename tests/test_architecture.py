@@ -69,7 +69,8 @@ def test_imports_inside_a_steps_folder_stand_at_the_top(folder):
 
 
 # What is left, each with its reason beside it: an optional package, or a library of seconds that few calls need.
-MAX_INNER_IMPORTS = {"tokenization": 0, "pretraining": 0, "export": 0}
+# export: matplotlib, which an export without a metrics.jsonl beside its checkpoint does without.
+MAX_INNER_IMPORTS = {"tokenization": 0, "pretraining": 0, "export": 1}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
