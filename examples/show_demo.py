@@ -29,7 +29,8 @@ class Settings:
 
 
 def show_training(run_dir: Path) -> None:
-    from export.curves import draw_curves, read_steps
+    from export.curves import draw_curves
+    from export.run_metrics import read_steps
 
     records = read_steps(run_dir)
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]

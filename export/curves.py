@@ -15,27 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from utils.files import atomic_write
-from utils.metrics_file import read_metrics
 
 # Okabe and Ito's colours, which everybody can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
 
 Records = list[dict[str, Any]]
-
-
-def read_steps(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """What `read_metrics` gives, merged into one record per step and sorted by step.
-
-    The last record of a step wins, as a restarted run logs steps again. What only an earlier one has stays: a validation
-    may have a line of its own beside the step's.
-    """
-    by_step: dict[int, dict[str, Any]] = {}
-    for record in read_metrics(run_dir):
-        step = record.get("step")
-        if isinstance(step, int):
-            by_step[step] = {**by_step.get(step, {}), **record}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def series(records: Records, x: str, y: str) -> tuple[list[float], list[float]]:
@@ -66,7 +51,7 @@ def draw_curves(
     """Draw loss, validation loss, learning rate, gradient norm and throughput.
 
     Args:
-        runs: by name, what `read_steps` gives.
+        runs: by name, what `export.run_metrics.read_steps` gives.
         output: picture; its suffix tells the format.
         x: "step", "tokens", or "auto" for tokens if every run logged them.
         title: above the picture.

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from export.curves import draw_curves, read_steps, series
+from export.run_metrics import read_steps
 from utils.console import human_bytes, human_count
 
 CARD_NAME = "README.md"
@@ -90,6 +90,10 @@ def draw_run(checkpoint_dir: Path, last_step: int | None, path: Path) -> bool:
         for record in read_steps(checkpoint_dir.absolute().parent)
         if last_step is None or record["step"] <= last_step
     ]
+    if not metrics:
+        return False
+    from export.curves import draw_curves, series  # matplotlib: a second that many exports do without
+
     if not any(len(series(metrics, "step", key)[0]) > 1 for key in ("loss", "val_loss")):
         return False
     draw_curves({"": metrics}, path)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.curves import read_steps
+from export.run_metrics import read_steps
 from utils import cli, console
 from utils.errors import Problems, UserError
 from utils.metrics_file import METRICS_NAME

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from export.curves import read_steps, series, smoothed
+from export.curves import series, smoothed
+from export.run_metrics import read_steps
 from tools.plot_curves import read_run
 from utils.errors import UserError
 
