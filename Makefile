@@ -18,7 +18,7 @@ setup: $(READY)
 
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"PYTHON=$(PYTHON) is {v[0]}.{v[1]}; give one from 3.11 to 3.13: make PYTHON=python3.11")'
-	@echo "setting up $(VENV): $$(grep -c == requirements.txt) packages, some minutes"
+	@echo "setting up $(VENV): $$(grep -c == requirements.txt) packages, takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.txt
 	@touch $@
@@ -47,7 +47,7 @@ requirements:
 	poetry export --all-extras --all-groups --format requirements.txt --output requirements.txt
 
 clean:
-	@test ! -e "$(DEMO_DIR)" || test -e "$(DEMO_DIR)/parquet/manifest.json" || { echo "DEMO_DIR=$(DEMO_DIR) was not made by the demo; left alone"; exit 2; }
+	@test ! -e "$(DEMO_DIR)" || test -e "$(DEMO_DIR)/parquet/manifest.json" || { echo "DEMO_DIR=$(DEMO_DIR) was not made by the demo, so it is left alone"; exit 2; }
 	rm -rf "$(DEMO_DIR)"
 
 distclean: clean

@@ -2,8 +2,8 @@
 
     python benchmarks/litdata_baseline.py INPUT_DIR TOKENIZER_DIR OUTPUT_DIR NUM_WORKERS TIMES.jsonl
 
-After litgpt's own litgpt/data/prepare_starcoder.py: a worker takes a file, reads batches of rows, and yields the ids
-of one text at a time. What each file took goes to TIMES.jsonl, so that start-up can be told apart.
+It follows litgpt/data/prepare_starcoder.py: a worker takes a file, reads batches of rows, and yields the ids of one
+text at a time. How long each file took goes to TIMES.jsonl, so that start-up can be left out.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make demo`: every step on text that each Python installation brings, on two CPU processes.
+# `make demo`: every step, on text that comes with every Python installation, in two CPU processes.
 set -euo pipefail
 
 demo=${DEMO_DIR:-demo}

@@ -42,7 +42,7 @@ PRETOKENIZER_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# 40 MB hold enough words for 128,000 tokens; more text costs time and memory and moves few merges.
+# 40 MB hold enough words for 128,000 tokens; more text costs time and memory and changes few merges.
 TOKENIZER_SAMPLE_BYTES = 40_000_000
 
 PROSE_SUFFIXES = {".py", ".pyi", ".pyx", ".md", ".rst", ".txt", "METADATA"}
@@ -52,12 +52,14 @@ MAX_FILE_BYTES = 2_000_000
 
 MIN_ROW_GROUPS_PER_FILE = 4
 MAX_ROW_GROUP_ROWS = 1000  # FineWeb's
-# No date of the text is known, and a clock would make equal corpora differ.
+# The dates of the texts are not known, and a clock would make equal corpora differ.
 DATE = "2000-01-01T00:00:00Z"
 
 
 @dataclasses.dataclass
 class Settings:
+    """How much of which text, and where corpus and tokenizer go."""
+
     output_dir: str
     """Directory to make, for the parquet files."""
 
@@ -68,7 +70,7 @@ class Settings:
     """prose: documentation only, cleaned; up to about 50 MB. code: whole source files; up to about 400 MB."""
 
     num_files: int = 4
-    """Number of parquet files. They are of unlike size: the second is twice the first, the third three times, .."""
+    """Number of parquet files. The second is twice as large as the first, the third three times, and so on."""
 
     tokenizer_dir: str | None = None
     """Directory to make, for a tokenizer trained on the corpus. Default: train none."""
@@ -84,7 +86,7 @@ class SourceFile:
     path: str
     """Where it is on this machine; never written anywhere."""
     name: str
-    """stdlib/.. or site-packages/.., the same wherever the environment is."""
+    """stdlib/... or site-packages/..., the same wherever the environment is."""
     package: str
     """NAME@VERSION"""
     bytes: int
@@ -143,7 +145,7 @@ def list_source_files(suffixes: set[str]) -> list[SourceFile]:
 
 
 def _is_machine_made(name: str) -> bool:
-    """Files that tell of the machine, not of the package."""
+    """Files that describe the machine, not the package."""
     base = name.rsplit("/", 1)[-1]
     return base.startswith("_sysconfigdata") or base in ("RECORD", "direct_url.json") or "/__pycache__/" in name
 
@@ -192,9 +194,9 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
 
 
 def machine_paths() -> list[str]:
-    """Text with one of these speaks of this machine and stays out (packages that were built here may hold such).
+    """Text with one of these paths describes this machine and stays out; packages that were built here may hold some.
 
-    Whole paths only: documentation rightly speaks of /usr/local, which is many a Python's prefix.
+    Whole paths only: documentation rightly mentions /usr/local, which is the prefix of many Pythons.
     """
     candidates = {*(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")), str(Path.home())}
     return sorted(path for path in candidates if path.count("/") >= 2)
@@ -238,7 +240,7 @@ def write_parquet(path: Path, documents: list[Document], compression: str) -> No
             "file_path": [document.source.name for document in documents],
             "language": pa.array(["en"] * len(texts), pa.string()),
             "language_score": pa.array([1.0] * len(texts), pa.float64()),
-            # An estimate, as nothing has been tokenized yet: four bytes a token.
+            # An estimate, as nothing has been tokenized yet: four bytes per token.
             "token_count": pa.array([len(text.encode()) // 4 for text in texts], pa.int64()),
         }
     )
@@ -254,7 +256,7 @@ def make_corpus(settings: Settings, size_bytes: int) -> None:
     with publishing(final, "--output_dir") as temporary:
         for i, group in enumerate(split_by_weight(documents, settings.num_files)):
             names.append(f"{i:03d}_00000.parquet")
-            # Both that one meets in the wild.
+            # The two compressions that one meets in the wild.
             write_parquet(temporary / names[-1], group, compression="zstd" if i % 2 == 0 else "snappy")
         write_manifest(
             temporary,

@@ -1,7 +1,7 @@
 """Documentation text for people, out of Python source, package descriptions, reST and Markdown.
 
 A regular expression finds the triple-quoted strings: `ast` would parse 25,000 files for minutes. What is not
-prose (templates, tables of numbers, code in strings) is told apart by the words: English has "the" and "of" in it.
+prose (templates, tables of numbers, code in strings) is recognised by its words: English has "the" and "of" in it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CODE_LINE_STARTS = (">>>", "...  ", "In [", "$ ", "Traceback (", "% ", "+--", "
 
 
 class Repetition:
-    """Remembers paragraphs, so that text repeated from class to class and from file to file is told."""
+    """Remembers paragraphs, so that text repeated from class to class and from file to file is recognised."""
 
     def __init__(self):
         self._seen: set[bytes] = set()
@@ -58,7 +58,7 @@ def documents_of(name: str, content: str, repetition: Repetition) -> Iterator[st
     """The prose of one file, as documents of at most about MAX_DOCUMENT_CHARS characters.
 
     Args:
-        name: with '/', only its ending and its folders count.
+        name: with '/'; only its ending and its folders matter.
         content: of the file.
         repetition: of the whole corpus; the order of calls decides which of two equal paragraphs stays.
     """
@@ -161,11 +161,11 @@ def _is_code(paragraph: str) -> bool:
 
 
 def _without_code(text: str) -> str:
-    """The paragraphs that are no doctests, without headings that are left with nothing under them."""
+    """The paragraphs that are not doctests, without headings that are left with nothing under them."""
     kept: list[str] = []
     after_code = False
     for paragraph in text.split("\n\n"):
-        # The output of an example is often a paragraph of its own, indented or with no sentence in it.
+        # The output of an example is often a separate paragraph, indented or with no sentence in it.
         is_code = _is_code(paragraph) or (after_code and not is_prose(paragraph) and not paragraph[:1].isupper())
         if not is_code:
             if after_code and _is_heading(paragraph):
@@ -187,7 +187,7 @@ def _drop_headings(paragraphs: list[str]) -> None:
 
 
 def _is_mostly_known(text: str, repetition: Repetition) -> bool:
-    """Whether over 40% of the text stands in paragraphs that came before."""
+    """Whether over 40% of the text is in paragraphs that came before."""
     known = sum(len(paragraph) for paragraph in text.split("\n\n") if not repetition.is_new(paragraph))
     return known > 0.4 * len(text)
 

@@ -22,7 +22,7 @@ NEW_TOKENS = 40
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """Where the demo is."""
 
     demo_dir: str
     """Directory that `make demo` wrote."""
@@ -38,7 +38,7 @@ def show_training(run_dir: Path) -> None:
     if not losses or not validations:
         raise UserError(f"{run_dir}: no losses in metrics.jsonl. Run `make demo` to its end.")
     speeds = [record["tokens_per_s"] for record in records if record.get("tokens_per_s")]
-    console.result("loss (nats a token)        first        last")
+    console.result("loss (nats per token)      first        last")
     for name, values in (("  training", losses), ("  validation", validations)):
         first, last = values[0], values[-1]
         change = 100 * (last[1] / first[1] - 1)
@@ -93,7 +93,7 @@ def main(settings: Settings) -> None:
         f"source .venv/bin/activate\n"
         f"  litgpt chat {demo}/export\n"
         f"  litgpt generate {demo}/export --prompt 'Return a new'\n"
-        f"  lm_eval --model hf --model_args pretrained={demo}/export --tasks hellaswag --limit 20   # needs the network",
+        f"  lm_eval --model hf --model_args pretrained={demo}/export --tasks hellaswag --limit 20  # needs the network",
         what="try",
     )
 

@@ -5,8 +5,8 @@
 #   tail -f pretrain-JOBID.log
 #   ssh -L 8265:localhost:8265 FIRST_NODE               # dashboard: http://localhost:8265
 #
-# The checkout, its .venv (`make setup`) and WORK must lie on a file system that all nodes mount. What the settings mean
-# stands in pipeline.sh. Never run by us on a real Slurm; its logic is tested.
+# The checkout, its .venv (`make setup`) and WORK must be on a file system that all nodes mount. pipeline.sh explains
+# the settings. We have never run it on a real Slurm; its logic is tested.
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -25,15 +25,15 @@ export WORK=${WORK:-data/llama3-8b}
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
-# Who reaches Ray's ports runs code in its name, and nodes of a cluster are reached by every user of it: so every
-# connection needs a token. It lies in the home directory, readable by its owner alone, which the nodes share.
+# Whoever reaches Ray's ports can run code as its user, and every user of the cluster reaches its nodes: so every
+# connection needs a token. It is in the home directory, which the nodes share, and only its owner can read it.
 export RAY_AUTH_MODE=token
 umask 077
 ray get-auth-token --generate > /dev/null
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes%%$'\n'*}
-export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600 # seconds; imports from a shared file system take their time
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600 # seconds; imports from a shared file system are slow
 ulimit -n 65536 || true
 
 # Starts Ray on every node and the pipeline on the first one, and stops Ray on all of them when the pipeline ends.
@@ -44,7 +44,7 @@ srun --kill-on-bad-exit=1 ray symmetric-run --address "$head:6379" --min-nodes "
 pipeline=$!
 
 # Ten minutes before the time is up (--signal), or when an administrator drains the node, Slurm sends TERM to this shell:
-# the trainer then saves a checkpoint and ends, and this job goes back into the queue to go on from there.
+# the trainer then saves a checkpoint and ends, and this job goes back into the queue to continue from there.
 stopped=
 # shellcheck disable=SC2329 # called by the trap
 stop_early() {

@@ -18,7 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-# A shell starts what it puts into the background deaf to Ctrl-C, and the scripts that tests start would inherit that.
+# A shell lets what it starts in the background ignore Ctrl-C, and the scripts that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -91,7 +91,7 @@ def write_parquet(path: Path, texts: list[str | None], row_group_size: int = 20,
 
 @pytest.fixture(scope="session")
 def parquet_dir(tmp_path_factory, documents) -> Path:
-    """Three files of unlike size with several row groups, one of them in a sub-folder."""
+    """Three files of different sizes with several row groups, one of them in a sub-folder."""
     directory = tmp_path_factory.mktemp("parquet")
     thirds = len(documents) // 6
     write_parquet(directory / "000_00000.parquet", documents[:thirds])
@@ -133,7 +133,7 @@ def run_script():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 KiB; `mount -o remount,size=..` makes it larger."""
+    """A file system of 256 KiB; `mount -o remount,size=...` makes it larger."""
     directory = tmp_path / "small"
     directory.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", directory], capture_output=True)

@@ -1,4 +1,4 @@
-"""The layout that docs/design.md promises: arrows go one way, and no file grows out of hand."""
+"""The layout that docs/design.md promises: imports go one way, and no file grows out of hand."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_circle():
 
 @pytest.mark.parametrize("folder", STEP_FOLDERS)
 def test_imports_inside_a_steps_folder_stand_at_the_top(folder):
-    """The scripts import a folder within `main`, so its modules need no imports inside functions to keep --help quick."""
+    """The scripts import a folder within `main`, so --help is quick without imports inside its modules' functions."""
     inside = {
         f"{name_of(path)}:{node.lineno}"
         for path in (ROOT / folder).glob("*.py")

@@ -121,7 +121,8 @@ RAY_FIELDS = {
     "cluster": {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "suspend"},
     "head": {"rayStartParams", "template", "serviceType", "headService", "enableIngress"},
     "workers": {
-        "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template", "scaleStrategy",
+        "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template",
+        "scaleStrategy",
     },
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ def on_a_terminal(command: list, **variables: str) -> tuple[int, str]:
     while True:
         try:
             data = os.read(ours, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # how Linux says that the other end is closed
             data = b""
         if not data:
             break
@@ -238,24 +238,24 @@ def test_help_lists_settings_not_the_flags_of_sections(run_script):
     assert not {"--train", "--eval", "--log", "--optimizer", "--parallel", "--checkpoint"} & set(flags)
 
 
-def run_code(directory, code: str, **keywords) -> subprocess.CompletedProcess:
+def run_code(directory, code: str, *arguments: str, **keywords) -> subprocess.CompletedProcess:
     """A script of one setting, `size`, whose main is the code."""
     (directory / "small.py").write_text(
         "import dataclasses\nfrom utils import cli, console\n"
-        "@dataclasses.dataclass\nclass Settings:\n    'Settings.'\n    size: int = 1\n    'A size.'\n"
+        "@dataclasses.dataclass\nclass Settings:\n    'What is small.'\n    size: int = 1\n    'A size.'\n"
         f"def main(settings):\n    {code}\n"
         "cli.run(main, Settings, 'Small.')\n"
     )
     return subprocess.run(
-        [sys.executable, directory / "small.py"], text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        **keywords,
+        [sys.executable, directory / "small.py", *arguments],
+        text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)}, **keywords,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("say", ["console.say('a')", "print('a')"])
 def test_a_reader_who_left_ends_the_script_quietly(tmp_path, say):
     reader, writer = os.pipe()
-    os.close(reader)  # as after `.. | head -1`
+    os.close(reader)  # as after `... | head -1`
     process = run_code(tmp_path, say, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (process.returncode, process.stderr) == (141, "")
@@ -285,16 +285,7 @@ def test_a_package_that_the_work_misses_is_named_and_a_missing_part_is_our_error
 
 
 def test_our_own_error_leaves_with_1_a_traceback_and_the_command_that_goes_on(tmp_path):
-    (tmp_path / "broken.py").write_text(
-        "import dataclasses\nfrom utils import cli\n"
-        "@dataclasses.dataclass\nclass Settings:\n    'Settings.'\n    size: int = 1\n    'A size.'\n"
-        "def main(settings):\n    raise ZeroDivisionError('by mistake')\n"
-        "cli.run(main, Settings, 'Broken.')\n"
-    )
-    process = subprocess.run(
-        [sys.executable, tmp_path / "broken.py", "--size=3"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
-    )  # fmt: skip
+    process = run_code(tmp_path, "raise ZeroDivisionError('by mistake')", "--size=3", capture_output=True)
     assert process.returncode == 1
     assert "Traceback" in process.stderr and "ZeroDivisionError: by mistake" in process.stderr
-    assert "The same command goes on" in process.stderr and "broken.py --size=3" in process.stderr
+    assert "The same command goes on" in process.stderr and "small.py --size=3" in process.stderr

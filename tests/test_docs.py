@@ -74,7 +74,9 @@ RUN_BY = {
         "test_pipeline.py::test_the_model_loads_in_litgpt_and_transformers_alike_and_has_learnt"
     ),
     r"litgpt chat ": "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_chat",
-    r"litgpt evaluate |lm_eval ": "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_evaluate_and_lm_eval",
+    r"litgpt evaluate |lm_eval ": (
+        "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_evaluate_and_lm_eval"
+    ),
     r"litgpt finetune ": (
         "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_finetune_accepts_the_directory"
     ),

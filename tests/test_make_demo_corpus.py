@@ -1,4 +1,4 @@
-"""The demo's corpus and tokenizer: the same bytes everywhere, documentation that a person would call so, read by all."""
+"""The demo's corpus and tokenizer: the same bytes everywhere, real documentation, readable by every library."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_more_text_than_there_is_is_refused(tmp_path, run_script):
 
 
 def small_environment(directory: Path) -> Path:
-    """A virtual environment of its own with three packages; it imports everything else from this one."""
+    """A separate virtual environment with three packages; it imports everything else from this one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
     source = Path(sysconfig.get_path("purelib"))
     target = next(directory.glob("lib*/python*/site-packages"))

@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def cluster(tmp_path_factory):
-    """A cluster that `ray start` makes, with its dashboard, from a shell that knows no secrets; (address, log directory)."""
+    """(address, log directory) of a cluster with a dashboard, which `ray start` makes from a shell without secrets."""
     directory = Path("/tmp") / f"ray-secrets-{os.getpid()}"  # a Unix socket's path must be short
     port, dashboard = free_port(), free_port()
     env = {name: value for name, value in os.environ.items() if name not in SECRETS}

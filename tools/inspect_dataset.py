@@ -27,7 +27,7 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 @dataclasses.dataclass
 class Settings:
-    """Settings."""
+    """What to verify and show."""
 
     dataset_dir: str
     """Directory with index.json and chunks."""
@@ -111,7 +111,7 @@ def draw_lengths(lengths: np.ndarray, path: str) -> None:
 
 
 def show_samples(index: Index, lengths: np.ndarray, settings: Settings) -> None:
-    """Print some documents, decoded where a tokenizer is given."""
+    """Print some documents, decoded if a tokenizer is given."""
     decode = None
     if settings.tokenizer_dir is not None:
         from tokenizers import Tokenizer
@@ -140,8 +140,9 @@ def check_settings(settings: Settings) -> None:
         recorded = (manifest or {}).get("tokenizer")
         if tokenizer and recorded and recorded["sha256"] != tokenizer.sha256:
             problems.add(
-                f"--tokenizer_dir={settings.tokenizer_dir}: is not the tokenizer that made the dataset (its tokenizer.json "
-                f"has SHA-256 {tokenizer.sha256[:12]}.., the dataset's {recorded['sha256'][:12]}..). Give that one."
+                f"--tokenizer_dir={settings.tokenizer_dir}: is not the tokenizer that made the dataset (its "
+                f"tokenizer.json has SHA-256 {tokenizer.sha256[:12]}..., the dataset's was "
+                f"{recorded['sha256'][:12]}...). Give that one."
             )
     problems.raise_if_any()
 

@@ -10,9 +10,9 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cpus() -> int:
-    """Cores that this process may keep busy: those it may run on, and no more than its container's quota pays for."""
+    """Cores that this process may keep busy: those it may run on, and no more than its container's quota allows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Microseconds in each period; "max" or -1: no quota.
+    # Microseconds per period; "max" or -1: no quota.
     for quota_and_period in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, and v1
         try:
             quota, period = " ".join((_CGROUPS / name).read_text() for name in quota_and_period).split()

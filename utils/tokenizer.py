@@ -1,4 +1,4 @@
-"""What a tokenizer directory says of itself: identity, size, BOS and EOS."""
+"""What a tokenizer directory says about itself: identity, size, BOS and EOS."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
-    """A tokenizer directory in figures."""
+    """What the steps need to know of a tokenizer directory."""
 
     directory: Path
     sha256: str
     """Of tokenizer.json: two directories with the same hash give the same token ids."""
     vocab_size: int
-    """Highest token id plus one, added tokens included: the embedding needs at least so many rows."""
+    """Highest token id plus one, added tokens included: the embedding needs at least as many rows."""
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool
@@ -41,12 +41,7 @@ class TokenizerInfo:
 
     def record(self) -> dict[str, Any]:
         """What a manifest keeps."""
-        return {
-            "sha256": self.sha256,
-            "vocab_size": self.vocab_size,
-            "bos_id": self.bos_id,
-            "eos_id": self.eos_id,
-        }
+        return {key: getattr(self, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -59,32 +54,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _template_tokens(post_processor: dict[str, Any] | None) -> tuple[list[str], list[str]]:
+def _template_tokens(post_processor: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The special tokens that a post-processor of tokenizer.json puts before and after a single text."""
     before: list[str] = []
     after: list[str] = []
-    if not post_processor:
-        return before, after
-    if post_processor.get("type") == "Sequence":
-        for processor in post_processor.get("processors", []):
-            for into, found in zip((before, after), _template_tokens(processor)):
-                into.extend(found)
-    elif post_processor.get("type") == "TemplateProcessing":
-        seen_text = False
-        for piece in post_processor.get("single", []):
-            if "Sequence" in piece:
-                seen_text = True
-            elif "SpecialToken" in piece:
-                (after if seen_text else before).append(piece["SpecialToken"]["id"])
+    for processor in post_processor.get("processors", []):  # a Sequence
+        inner_before, inner_after = _template_tokens(processor)
+        before += inner_before
+        after += inner_after
+    tokens = before
+    for piece in post_processor.get("single", []):  # a TemplateProcessing
+        if "Sequence" in piece:
+            tokens = after
+        elif "SpecialToken" in piece:
+            tokens.append(piece["SpecialToken"]["id"])
     return before, after
 
 
 def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") -> TokenizerInfo:
     """Read `directory`/tokenizer.json and its neighbours.
 
-    BOS and EOS are named by tokenizer_config.json (or special_tokens_map.json), else given as ids by
-    generation_config.json or config.json. Whether they are added to a text is said by `add_bos_token` and
-    `add_eos_token` of tokenizer_config.json, else by the post-processor of tokenizer.json.
+    tokenizer_config.json (or special_tokens_map.json) names BOS and EOS; failing that, generation_config.json or
+    config.json has their ids. Whether they are added to a text is for `add_bos_token` and `add_eos_token` of
+    tokenizer_config.json to say, failing that for the post-processor of tokenizer.json.
 
     Raises:
         UserError: the directory is missing, or has no tokenizer.json.
@@ -100,7 +92,7 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
         remedy = "Give a tokenizer directory."
         if (directory / "tokenizer.model").is_file():
             remedy = (
-                "It has tokenizer.model only; make the other with transformers: "
+                "It has only tokenizer.model; make the other with transformers: "
                 f"AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')."
             )
         raise UserError(f"{flag}={directory}: no tokenizer.json in it. {remedy}")
@@ -109,30 +101,23 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
     try:
         tokenizer = json.loads(raw)
         vocabulary = tokenizer["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [[piece, score], ..]
+        if isinstance(vocabulary, list):  # Unigram: [[piece, score], ...]
             vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-        ids = {**vocabulary, **added}
+        ids = {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
         vocab_size = max(ids.values()) + 1
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tokenizer.json of Hugging Face tokenizers ({error!r}).") from error
 
     names = {**_read_json(directory / "special_tokens_map.json"), **_read_json(directory / "tokenizer_config.json")}
     numbers = {**_read_json(directory / "config.json"), **_read_json(directory / "generation_config.json")}
-    before, after = _template_tokens(tokenizer.get("post_processor"))
+    before, after = _template_tokens(tokenizer.get("post_processor") or {})
 
     def special_id(kind: str) -> int | None:
         name = names.get(f"{kind}_token")
-        if isinstance(name, dict):
-            name = name.get("content")
-        if name in ids:
-            return ids[name]
-        number = numbers.get(f"{kind}_token_id")
-        if isinstance(number, list):
-            number = number[0] if number else None
+        name = name.get("content") if isinstance(name, dict) else name
+        number = ids.get(name, numbers.get(f"{kind}_token_id"))
+        number = next(iter(number), None) if isinstance(number, list) else number
         return number if isinstance(number, int) and 0 <= number < vocab_size else None
-
-    bos_id, eos_id = special_id("bos"), special_id("eos")
 
     def adds(kind: str, token_id: int | None, template: list[str]) -> bool:
         if token_id is None:
@@ -140,6 +125,7 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
         stated = names.get(f"add_{kind}_token")
         return stated if isinstance(stated, bool) else token_id in [ids.get(token) for token in template]
 
+    bos_id, eos_id = special_id("bos"), special_id("eos")
     return TokenizerInfo(
         directory=directory,
         sha256=hashlib.sha256(raw).hexdigest(),

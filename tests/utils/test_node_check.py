@@ -1,4 +1,4 @@
-"""Before the work, nodes that differ are named: a real cluster of two nodes, one of which has another package version."""
+"""Before the work, nodes that differ are named: a real cluster of two, one of which has another package version."""
 
 from __future__ import annotations
 
