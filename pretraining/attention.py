@@ -29,6 +29,9 @@ from torch.nn.attention.varlen import varlen_attn
 # Room for documents of this length on average, before the list of offsets grows and a compiled model is compiled again.
 _MEAN_DOCUMENT_TOKENS = 128
 
+# More blocks compute fewer scores for nothing, but copy each key more often; four take 0.6 of the time of one.
+_BLOCKS_PER_WINDOW = 4
+
 
 def document_offsets(inputs: Tensor, *, bos_id: int | None = None, eos_id: int | None = None) -> Tensor:
     """Where the documents of a micro-batch start, for the thread that reads ahead.
@@ -120,26 +123,27 @@ class Masked(NamedTuple):
 
 
 class Band(NamedTuple):
-    """A window much shorter than the sequence: queries in blocks of a window, each with the keys of its own block and of
-    the block before it. That is T * 2 * window scores instead of T * T."""
+    """A window shorter than the sequence: queries in blocks of a quarter of it, each with the keys of its own block and
+    of the four blocks before it. That is T * 1.25 * window scores instead of T * T."""
 
     mask: Tensor
-    """As that of `Masked`, for each block; shape ((B or 1) * blocks, 1, window, 2 * window)."""
+    """As that of `Masked`, for each block; shape ((B or 1) * blocks, 1, block, 5 * block)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         batch, heads, tokens, head_size = q.shape
-        window = self.mask.size(2)
-        num_blocks = -(-tokens // window)
-        missing = num_blocks * window - tokens
+        block, keys = self.mask.shape[2:]
+        num_blocks = -(-tokens // block)
+        num_before = keys // block - 1
+        missing = num_blocks * block - tokens
 
-        def with_block_before(part: Tensor) -> Tensor:
-            blocks = F.pad(part, (0, 0, window, missing)).unflatten(2, (num_blocks + 1, window))
-            both = torch.cat((blocks[:, :, :-1], blocks[:, :, 1:]), dim=3)  # (B, groups, blocks, 2 * window, head_size)
-            return both.transpose(1, 2).flatten(0, 1)
+        def with_blocks_before(part: Tensor) -> Tensor:
+            blocks = F.pad(part, (0, 0, num_before * block, missing)).unflatten(2, (-1, block))
+            seen = torch.cat([blocks[:, :, i : i + num_blocks] for i in range(num_before + 1)], dim=3)
+            return seen.transpose(1, 2).flatten(0, 1)  # (B * blocks, groups, keys, head_size)
 
-        blocks = F.pad(q, (0, 0, 0, missing)).unflatten(2, (num_blocks, window)).transpose(1, 2).flatten(0, 1)
+        blocks = F.pad(q, (0, 0, 0, missing)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
         mask = self.mask if len(self.mask) == len(blocks) else self.mask.repeat(batch, 1, 1, 1)
-        y = Masked(mask).attend(blocks, with_block_before(k), with_block_before(v), scale, softcap)
+        y = Masked(mask).attend(blocks, with_blocks_before(k), with_blocks_before(v), scale, softcap)
         return y.unflatten(0, (batch, num_blocks)).transpose(1, 2).reshape(batch, heads, -1, head_size)[:, :, :tokens]
 
 
@@ -226,7 +230,7 @@ def _pattern(config: Any, x: Tensor, offsets: Tensor | None, window: int | None)
     first_keys = _first_keys(batch, tokens, offsets, window, x.device)
     if fused:
         return Flex(_flex_blocks(first_keys.expand(batch, -1).contiguous()))
-    if window is not None and 2 * window < tokens:
+    if window is not None and 3 * window < 2 * tokens:
         return Band(_band_mask(first_keys, window, x.dtype))
     queries = torch.arange(tokens, device=x.device)
     visible = (queries <= queries[:, None]) & (queries >= first_keys[..., None])
@@ -249,13 +253,15 @@ def _first_keys(batch: int, tokens: int, offsets: Tensor | None, window: int | N
 
 def _band_mask(first_keys: Tensor, window: int, dtype: torch.dtype) -> Tensor:
     tokens = first_keys.size(1)
-    num_blocks = -(-tokens // window)
-    queries = torch.arange(num_blocks * window, device=first_keys.device)
+    block = -(-window // _BLOCKS_PER_WINDOW)
+    num_blocks = -(-tokens // block)
+    queries = torch.arange(num_blocks * block, device=first_keys.device)
     # Queries beyond the end see themselves alone: a row of -inf would give NaN.
     first_keys = torch.cat((first_keys, queries[tokens:].expand(len(first_keys), -1)), dim=1)
-    queries = queries.view(num_blocks, window, 1)
-    keys = queries[:, :1] - window + torch.arange(2 * window, device=first_keys.device)  # (blocks, 1, 2 * window)
-    visible = (keys <= queries) & (keys >= first_keys.view(-1, num_blocks, window, 1))
+    queries = queries.view(num_blocks, block, 1)
+    before = _BLOCKS_PER_WINDOW * block
+    keys = queries[:, :1] - before + torch.arange(before + block, device=first_keys.device)  # (blocks, 1, 5 * block)
+    visible = (keys <= queries) & (keys >= first_keys.view(-1, num_blocks, block, 1))
     return _additive(visible, dtype).flatten(0, 1)[:, None]
 
 

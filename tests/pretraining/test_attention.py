@@ -136,7 +136,7 @@ def test_losses_and_gradients_are_litgpts(name):
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-@pytest.mark.parametrize(("window", "kind"), [(1, Band), (16, Band), (19, Band), (20, Masked), (39, Masked)])
+@pytest.mark.parametrize(("window", "kind"), [(1, Band), (4, Band), (26, Band), (27, Masked), (39, Masked)])
 def test_a_window_of_any_size_is_litgpts(name, window, kind):
     config = shrink(Config.from_name(name), sliding_window_size=window)
     assert type(attention_patterns(config, torch.zeros(1, TOKENS, 1))[0]) is kind
