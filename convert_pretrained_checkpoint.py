@@ -164,8 +164,8 @@ def check_space(plan: ExportPlan, settings: Settings) -> None:
     needed, free = sum(needed_bytes(plan, settings).values()), shutil.disk_usage(parent).free
     if needed > free:
         raise UserError(
-            f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are free. "
-            "Make room, give another disk, or leave a format out with --formats."
+            f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are "
+            "free. Make room, give another disk, or leave a format out with --formats."
         )
 
 
@@ -256,8 +256,9 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
     if not comparison.passed:
         raise UserError(
             f"{plan.checkpoint_dir}: litgpt and transformers do not agree on the exported model: logits differ by up "
-            f"to {comparison.max_abs_difference:.3g}, allowed are {comparison.tolerance:.3g}. Nothing was published. If "
-            "the weights hold NaN or infinity, take an earlier checkpoint; else please report this model_config.yaml."
+            f"to {comparison.max_abs_difference:.3g}, allowed are {comparison.tolerance:.3g}. Nothing was published. "
+            "If the weights hold NaN or infinity, take an earlier checkpoint; else please report "
+            "this model_config.yaml."
         )
     return record | {
         "tokens": comparison.num_tokens,

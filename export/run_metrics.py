@@ -11,8 +11,8 @@ from utils.metrics_file import read_metrics
 def read_steps(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """What `read_metrics` gives, merged into one record per step and sorted by step.
 
-    The last record of a step wins, as a restarted run logs steps again. What only an earlier one has stays: a validation
-    may have a line of its own beside the step's.
+    The last record of a step wins, as a restarted run logs steps again. What only an earlier one has stays: a
+    validation may have a line of its own beside the step's.
     """
     by_step: dict[int, dict[str, Any]] = {}
     for record in read_metrics(run_dir):

@@ -1,7 +1,7 @@
 """Which of a unit's documents the reference encodes too: from the whole unit, the risky ones first, a bounded share.
 
-At risk are documents with the text of an added token, with characters of rare scripts, and long ones. What the check costs
-is bounded by bytes: the reference is about a hundred times slower than gigatoken.
+At risk are documents with the text of an added token, with characters of rare scripts, and long ones. What the check
+costs is bounded by bytes: the reference is about a hundred times slower than gigatoken.
 """
 
 from __future__ import annotations

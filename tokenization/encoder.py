@@ -1,6 +1,7 @@
 """Text to token ids, straight from Arrow buffers, checked against Hugging Face `tokenizers`.
 
-gigatoken does the work where it gives the ids of `tokenizers`, the reference; an `EncoderChoice` says where it does not.
+gigatoken does the work where it gives the ids of `tokenizers`, the reference; an `EncoderChoice` says where it does
+not.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class PreparedTokenizer(NamedTuple):
     """What gigatoken loads."""
     choice: EncoderChoice = EncoderChoice("gigatoken")
     rates: tuple[float, float] = (0.0, 0.0)
-    """Bytes of English text per second on one core, as measured: gigatoken's, 0 where it does nothing, and tokenizers'."""
+    """Bytes of English text per second on one core, as measured: gigatoken's, 0 where it does nothing, and
+    tokenizers'."""
     renumbered: tuple[tuple[int, int], ...] = ()
     """Stored ids of added tokens to those that `tokenizers` gives them: it renumbers those that leave a gap."""
 
@@ -46,8 +48,8 @@ class PreparedTokenizer(NamedTuple):
 def fast_tokenizer_json(tokenizer_json: bytes, parse_special_tokens: bool) -> bytes:
     """tokenizer.json as gigatoken is to load it.
 
-    Without `parse_special_tokens` a literal "<|end_of_text|>" inside a text is to be ordinary text, as `tokenizers` has it
-    with `encode_special_tokens = True`: special tokens are no longer searched for, the other added tokens are.
+    Without `parse_special_tokens` a literal "<|end_of_text|>" inside a text is to be ordinary text, as `tokenizers`
+    has it with `encode_special_tokens = True`: special tokens are no longer searched for, the other added tokens are.
     """
     if parse_special_tokens:
         return tokenizer_json
@@ -67,7 +69,8 @@ class Encoder:
         parse_special_tokens: whether a special token's literal text becomes its id. Off: it is ordinary text.
         fast_json: what `fast_tokenizer_json` gives for the two, where that was worked out before: it takes a second for
             a large vocabulary.
-        choice: what gigatoken may do, as `encoder_check.prepare_tokenizer` found; None: whatever it can load, unchecked.
+        choice: what gigatoken may do, as `encoder_check.prepare_tokenizer` found; None: whatever it can load,
+        unchecked.
     """
 
     def __init__(

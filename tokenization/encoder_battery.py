@@ -80,9 +80,11 @@ NUM_SOUPS = 4000
 
 @functools.cache
 def code_points() -> tuple[list[int], list[int], frozenset[int]]:
-    """Those beyond ASCII, in three lists: singular ones, those that have thousands alike, and those without a character.
+    """Those beyond ASCII, in three lists: singular ones, those that have thousands alike, and those without a
+    character.
 
-    The last are what this Python's Unicode tables do not know. The encoders' tables are newer, and not of one version: a
+    The last are what this Python's Unicode tables do not know. The encoders' tables are newer, and not of one
+    version: a
     letter to one of them is nothing to the other, with consequences for the text around it. They are not worth testing.
     """
     singular, uniform, unknown = [], [], []
@@ -120,7 +122,8 @@ def marks_of_all_classes() -> tuple[str, ...]:
 
 @functools.cache
 def canonical_cases() -> list[tuple[str, frozenset[int]]]:
-    """Texts that canonical ordering and composition change, each with the code points that a difference is put down to."""
+    """Texts that canonical ordering and composition change, each with the code points that a difference is put down
+    to."""
     cases = []
     for point in itertools.chain(*code_points()[:2]):
         c = chr(point)
@@ -146,7 +149,8 @@ def shape(token: dict[str, Any]) -> tuple:
 
 
 def added_token_texts(tokens: list[dict[str, Any]]) -> Iterator[str]:
-    """Each added token in its neighborhoods: all of them for some tokens of each class, the nearest ones for the others."""
+    """Each added token in its neighborhoods: all of them for some tokens of each class, the nearest ones for the
+    others."""
     classes: dict[tuple, list[str]] = {}
     for token in tokens:
         classes.setdefault(shape(token), []).append(token["content"])

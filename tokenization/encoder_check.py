@@ -1,7 +1,7 @@
 """Before the work: gigatoken and Hugging Face `tokenizers` meet on texts made from the tokenizer itself.
 
-What differs decides what gigatoken may do. Nothing: it takes all. Certain code points or added tokens: documents with these
-go to `tokenizers`. Anything else: all of them do. See tokenization/encoder_choice.py for the decision, and
+What differs decides what gigatoken may do. Nothing: it takes all. Certain code points or added tokens: documents
+with these go to `tokenizers`. Anything else: all of them do. See tokenization/encoder_choice.py for the decision, and
 tokenization/encoder_battery.py for the texts.
 """
 
@@ -62,7 +62,8 @@ def prepare_tokenizer(tokenizer_json: bytes, parse_special_tokens: bool, flag: s
 
 
 def completed(tokenizer_json: bytes, flag: str) -> tuple[bytes, list[str]]:
-    """tokenizer.json as both encoders can use it: flags of added tokens that are left out are off, and there is no dropout.
+    """tokenizer.json as both encoders can use it: flags of added tokens that are left out are off, and there is no
+    dropout.
 
     Returns:
         the bytes as they were given where nothing had to change, and what the user should know.
@@ -266,8 +267,8 @@ def check_ids(prepared: PreparedTokenizer, separators: dict[str, int | None], vo
         for name, token_id in separators.items():
             if token_id == stored:
                 raise UserError(
-                    f"{flag}: its tokenizer.json stores id {stored} for the {name} token, and Hugging Face tokenizers gives "
-                    f"it {given}. Number the added tokens without a gap, as tokenizers does when it saves them."
+                    f"{flag}: its tokenizer.json stores id {stored} for the {name} token, and Hugging Face tokenizers "
+                    f"gives it {given}. Number the added tokens without a gap, as tokenizers does when it saves them."
                 )
         if given >= vocab_size:
             raise UserError(

@@ -1,7 +1,7 @@
 """Which encoder takes which document: a small value, decided once before the work and carried to every worker.
 
-gigatoken is some 50 times faster than Hugging Face `tokenizers`, whose ids are promised. Where the two were seen to differ
-(tokenization/encoder_check.py looks), the documents that could be touched go to `tokenizers` and the rest stay fast.
+gigatoken is some 50 times faster than Hugging Face `tokenizers`, whose ids are promised. Where the two were seen to
+differ (tokenization/encoder_check.py looks), the documents that could be touched go to `tokenizers` and the rest stay fast.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _character_class(code_points: tuple[tuple[int, int], ...]) -> str:
 def documents_with(texts: pa.Array, code_points: tuple[tuple[int, int], ...]) -> np.ndarray:
     """Rows of `texts` with one of `code_points` (sorted ranges beyond ASCII); a row may be named more than once.
 
-    English text costs 1% of gigatoken's time, since eight bytes at a time are seen to be ASCII. Where most of the text is
-    beyond ASCII a regular expression is quicker.
+    English text costs 1% of gigatoken's time, since eight bytes at a time are seen to be ASCII. Where most of the
+    text is beyond ASCII a regular expression is quicker.
     """
     table, leads = _lookup(code_points)
     offsets, data = arrow_text_buffers(texts)

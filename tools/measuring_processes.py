@@ -1,4 +1,4 @@
-"""The processes of check_cluster: Ray actors, one per device and pinned to their nodes, that meet in a process group."""
+"""The processes of check_cluster: Ray actors, one per device on its node, that meet in a process group."""
 
 from __future__ import annotations
 

@@ -178,8 +178,8 @@ def claim(
     if manifest is not None and manifest["kind"] == kind:
         if changed := differences({key: manifest.get(key) for key in identity}, identity):
             raise UserError(
-                f"{flag}={directory}: was made with something else; nothing was touched. Give another directory, or the "
-                "same settings as before:\n  " + "\n  ".join(changed.values())
+                f"{flag}={directory}: was made with something else; nothing was touched. Give another directory, or "
+                "the same settings as before:\n  " + "\n  ".join(changed.values())
             )
         return manifest
     found = (

@@ -1,7 +1,7 @@
 """Small tokenizers of every kind that a checkpoint may bring, made in a second each; nothing is downloaded.
 
-The byte-level ones share a vocabulary whose merges were learned without any pre-tokenizer: they cross every border that a
-pre-tokenizer can draw, so that an encoder that draws one elsewhere gives other ids.
+The byte-level ones share a vocabulary whose merges were learned without any pre-tokenizer: they cross every border
+that a pre-tokenizer can draw, so that an encoder that draws one elsewhere gives other ids.
 """
 
 from __future__ import annotations
