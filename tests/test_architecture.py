@@ -99,3 +99,9 @@ def test_nothing_is_left_out_of_the_rules():
     tracked = subprocess.run(["git", "ls-files", "*.py"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     folders = {name.partition("/")[0] for name in tracked.split() if "/" in name}
     assert folders == {*FOLDERS, "benchmarks", "examples", "tests"}
+
+
+def test_every_module_has_its_place_in_the_design():
+    design = (ROOT / "docs" / "design.md").read_text()
+    missing = [name_of(path) for path in MODULES if path.stem != "__init__" and f"`{path.stem}`" not in design]
+    assert not [name for name in missing if not name.startswith("tools.")]

@@ -1,7 +1,8 @@
 """Which encoder takes which document: a small value, decided once before the work and carried to every worker.
 
 gigatoken is some 50 times faster than Hugging Face `tokenizers`, whose ids are promised. Where the two were seen to
-differ (tokenization/encoder_check.py looks), the documents that could be touched go to `tokenizers` and the rest stay fast.
+differ (tokenization/encoder_check.py looks), the documents that could be touched go to `tokenizers`, and the rest stay
+fast.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What two scripts share, one concept a module."""
+"""What two steps share, one concept per module."""
