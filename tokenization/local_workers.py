@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -52,6 +53,8 @@ class LocalWorkers(Workers):
     ):
         # Not fork: Arrow's threads would not survive it.
         self._context = multiprocessing.get_context("spawn")
+        # The helper process of multiprocessing. Its start unblocks SIGINT, so it must not happen in _deaf_to_ctrl_c.
+        multiprocessing.resource_tracker.ensure_running()
         raise_open_file_limit(256 + 4 * num_workers)  # each process takes three descriptors here
         self._max_retries = max_retries
         self._deaths: dict[int, int] = {}

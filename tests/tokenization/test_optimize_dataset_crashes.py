@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,6 +124,12 @@ def local_workers(process: subprocess.Popen) -> list[psutil.Process]:
         children = psutil.Process(process.pid).children()
         return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     return []
+
+
+def blocks_ctrl_c(process: psutil.Process) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    blocked = int(re.search(r"SigBlk:\s+(\w+)", status)[1], 16)
+    return bool(blocked >> (signal.SIGINT - 1) & 1)
 
 
 @pytest.fixture(params=["cluster", "machine"])
@@ -268,6 +275,7 @@ def test_ctrl_c_stops_within_seconds_and_says_how_to_go_on(
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: finished_units(output) >= 2, process)
     workers = local_workers(process)
+    assert all(map(blocks_ctrl_c, workers))  # the parent ends them
     pressed = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=WAIT_S)
