@@ -156,7 +156,8 @@ def _differing_code_points(comparison: _Comparison, canonical: bool) -> tuple[tu
             alone = {battery.surroundings(point, singular): point for point in together[text]}
             blamed = {alone[one] for one in comparison.differing(alone)}
             if not blamed or len(found) > MAX_CODE_POINTS:
-                raise _NotAttributable(repr(text[:60]))
+                shortest = _shortest_differing(comparison, EncoderChoice("gigatoken"), text)
+                raise _NotAttributable(repr(shortest[:60]))
             found |= blamed
     if canonical:
         cases = dict(battery.canonical_cases())
