@@ -133,11 +133,16 @@ def choose_nodes(settings: Settings) -> tuple[str, int, set[str]]:
     room = {node["NodeID"]: int(node["Resources"].get(resource, 0)) for node in nodes}
     num_devices = settings.num_devices or (max(room.values()) if accelerator == "cuda" else 1)
     fitting = sorted(node for node, count in room.items() if count >= num_devices > 0)
+    if not any(room.values()):
+        raise UserError(
+            f"--accelerator={accelerator}: no node of the cluster has a {resource}. Start Ray on nodes that have some, or "
+            "give another accelerator."
+        )
     if len(fitting) < (settings.num_nodes or 1):
         raise UserError(
-            f"--num_nodes={settings.num_nodes} with --num_devices={settings.num_devices}: {len(fitting)} nodes of the "
-            f"cluster have {num_devices or 'any'} {resource}s (per node: {sorted(room.values(), reverse=True)}). Start "
-            "more, or ask for less."
+            f"--num_nodes={settings.num_nodes or 1} with --num_devices={num_devices}: "
+            f"{console.counted(len(fitting), 'node')} of the cluster have so many {resource}s (per node: "
+            f"{sorted(room.values(), reverse=True)}). Start more, or ask for less."
         )
     return accelerator, num_devices, set(fitting[: settings.num_nodes])
 

@@ -44,12 +44,12 @@ class Member:
         if job["gpus"]:  # each process sees all of its node's, as in training: NCCL finds its links by them
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job["gpus"])
             os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order, so that an index means one GPU
+        torch.set_num_threads(max(1, available_cpus() // job["processes_per_node"]))
         if job["gpus"]:
             device = torch.device("cuda", job["local_rank"])
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
-            torch.set_num_threads(max(1, available_cpus() // job["processes_per_node"]))
         dist.init_process_group(
             "nccl" if job["gpus"] else "gloo",
             init_method=job["meet_at"],

@@ -136,6 +136,13 @@ def test_a_slow_process_is_named_and_a_wrong_one_refused(cluster, tmp_path):
     assert [process["wrong"] != [] for process in report["processes"]] == [True, False]
 
 
+def test_a_cluster_that_is_too_small_is_said(cluster):
+    said = check(cluster, "--accelerator=cpu", "--num_nodes=3", code=2)
+    assert (
+        "error: --num_nodes=3 with --num_devices=1: 2 nodes of the cluster have so many CPUs (per node: [2, 2])" in said
+    )
+
+
 def test_a_process_that_dies_is_named(cluster):
     said = check(cluster, "--accelerator=cpu", multiply="deadly", code=2)
     assert said.count("error: ") == 1 and ", process 0: the process died while the devices were measured" in said
