@@ -113,11 +113,10 @@ class Masked(NamedTuple):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         if softcap is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=True)
-        # The queries of a group one below the other, so that k and v need not be repeated.
+        # The queries of a group stand one below the other, so that k and v need not be repeated.
         batch, groups, _, head_size = k.shape
-        scores = q.reshape(batch, groups, -1, head_size) @ k.mT * (scale / softcap)
-        scores = softcap * torch.tanh(scores)
-        scores = scores.view(*q.shape[:-1], -1) + self.mask
+        scores = torch.tanh((q * (scale / softcap)).reshape(batch, groups, -1, head_size) @ k.mT)
+        scores = torch.add(self.mask, scores.view(*q.shape[:-1], -1), alpha=softcap)
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         return (weights.view(batch, groups, -1, k.size(2)) @ v).view(q.shape)
 
