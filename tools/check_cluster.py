@@ -135,8 +135,8 @@ def choose_nodes(settings: Settings) -> tuple[str, int, set[str]]:
     fitting = sorted(node for node, count in room.items() if count >= num_devices > 0)
     if not any(room.values()):
         raise UserError(
-            f"--accelerator={accelerator}: no node of the cluster has a {resource}. Start Ray on nodes that have some, or "
-            "give another accelerator."
+            f"--accelerator={accelerator}: no node of the cluster has a {resource}. Start Ray on nodes that have some, "
+            "or give another accelerator."
         )
     if len(fitting) < (settings.num_nodes or 1):
         raise UserError(
