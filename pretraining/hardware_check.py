@@ -100,13 +100,17 @@ class HardwareReport:
         ]
 
 
-def check_hardware(node: str, index: str, processes_per_node: int, device: torch.device) -> None:
+def check_hardware(
+    node: str, index: str, processes_per_node: int, device: torch.device, multiply: Multiply = multiply_by_torch
+) -> None:
     """The short form before training: rank 0 names slow processes, and every rank refuses to train beside a wrong one.
 
+    Takes the arguments of `measure_hardware`, and leaves device memory and random numbers as they were.
+
     Raises:
-        UserError: a process computed something wrong.
+        UserError: a process computed something wrong; on all ranks.
     """
-    report = measure_hardware(node, index, processes_per_node, device, seconds=0.25)
+    report = measure_hardware(node, index, processes_per_node, device, 0.25, multiply)
     if dist.get_rank() == 0:
         for line in report.slow():
             console.warn(f"{line} Every step waits for the slowest.")

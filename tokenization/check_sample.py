@@ -14,8 +14,11 @@ import pyarrow.compute as pc
 
 from tokenization.encoder_choice import EncoderChoice, arrow_text_buffers
 
-MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 256 << 10  # of a unit
-CHECKED_SHARE = 1 / 4096
+# Of a unit: up to 3% of a small one's time, less than 1% of a large one's.
+MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 256 << 10
+SMALL_UNIT_SHARE, SMALL_UNIT_CHECKED_BYTES, LARGE_UNIT_SHARE = 1 / 2048, 16 << 10, 1 / 8192
+FIRST_SHARE = 0.25
+"""Of the unit's bytes to check, what its first batch may use however small it is."""
 LONGEST_CHECKED_BYTES = 1 << 20
 SPREAD_CANDIDATES, RARE_CANDIDATES = 12, 12
 MAX_LITERALS = 64
@@ -34,7 +37,8 @@ class CheckSample:
 
     def __init__(self, unit_bytes: int, choice: EncoderChoice, added_tokens: list[str]):
         self._unit_bytes = max(unit_bytes, 1)
-        self._budget = min(MAX_CHECKED_BYTES, max(MIN_CHECKED_BYTES, unit_bytes * CHECKED_SHARE))
+        share = max(min(unit_bytes * SMALL_UNIT_SHARE, SMALL_UNIT_CHECKED_BYTES), unit_bytes * LARGE_UNIT_SHARE)
+        self._budget = min(max(share, MIN_CHECKED_BYTES), MAX_CHECKED_BYTES)
         self._choice = choice
         words = sorted(text for text in added_tokens if text.strip())[:MAX_LITERALS]
         self._added_tokens = "|".join(map(re.escape, words))
@@ -53,20 +57,20 @@ class CheckSample:
         before = self._seen_bytes
         self._seen_bytes += int(document_bytes.sum())
         # The allowance grows with the text, so that the end of the unit is looked at as its beginning is.
-        grown = MIN_CHECKED_BYTES + self._budget * min(1.0, self._seen_bytes / self._unit_bytes)
-        allowance = min(self._budget, grown) - self._checked_bytes
-        if allowance < MIN_CHECKED_BYTES / 2 and before:
+        share_seen = min(1.0, self._seen_bytes / self._unit_bytes)
+        allowance = self._budget * max(FIRST_SHARE, share_seen) - self._checked_bytes
+        if allowance < MIN_CHECKED_BYTES * FIRST_SHARE and before:
             return []
-        candidates = np.concatenate([self._rare(offsets, data), _spread(len(texts))])
-        rows = []
+        chosen = []
         if not self._took_long_one and 2 * self._seen_bytes >= self._unit_bytes:
             self._took_long_one = True
-            fitting = np.where(document_bytes <= self._budget - self._checked_bytes, document_bytes, 0)
-            rows.append(int(fitting.argmax()))
-        rows += self._by_risk(texts, candidates)
-        chosen = []
-        for row in dict.fromkeys(rows):
-            if document_bytes[row] <= allowance or (row == rows[0] and self._took_long_one and not chosen):
+            left = min(self._budget / 2, self._budget - self._checked_bytes)
+            longest = int(np.where(document_bytes <= left, document_bytes, 0).argmax())
+            if document_bytes[longest] <= left:
+                chosen.append(longest)
+        candidates = np.concatenate([self._rare(offsets, data), _spread(len(texts))])
+        for row in self._by_risk(texts, candidates[document_bytes[candidates] <= allowance]):
+            if row not in chosen and document_bytes[row] <= allowance:
                 allowance -= document_bytes[row]
                 chosen.append(row)
         if not before and not chosen:

@@ -43,6 +43,7 @@ class Member:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else gloo may take the loopback, and find nobody
         if job["gpus"]:  # each process sees all of its node's, as in training: NCCL finds its links by them
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job["gpus"])
+            os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's order, so that an index means one GPU
         if job["gpus"]:
             device = torch.device("cuda", job["local_rank"])
             torch.cuda.set_device(device)

@@ -117,7 +117,7 @@ def test_a_run_that_is_made_longer_goes_on_from_its_end(finished, dataset, confi
     shutil.copytree(finished[0], out_dir)
     common = ("--config", config, "--dataset_path", dataset, "--out_dir", out_dir, "--address", ray_address)
     refused = run_script(SCRIPT, *common, "--seed=1", "--train.max_steps=8", check=False)
-    assert refused.returncode == 2 and "other settings (seed)" in refused.stderr
+    assert refused.returncode == 2 and "other settings: seed: was 42, is 1" in refused.stderr
     process = run_script(SCRIPT, *common, "--train.max_steps=8", env={"WANDB_API_KEY": ""})
     assert "steps 6 to 8" in process.stdout
     assert read_manifest(out_dir / "final")["content"]["step"] == 8
