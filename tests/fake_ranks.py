@@ -11,8 +11,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 import sys
-import time
+import types
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pretraining.memory import plan_memory
-from pretraining.model import build_model
+from pretraining.model import build_model, count_parameters
 from pretraining.model_config import resolve_model_config
 from pretraining.optimizer import make_optimizers
-from pretraining.parallelism import device_mesh, shard_model
+from pretraining.parallelism import device_mesh, local_shard, shard_model
+from pretraining.process_layout import micro_batches_per_step
 from pretraining.settings import Settings
+from utils.cli import parse_settings
 
 
 @contextlib.contextmanager
@@ -69,24 +72,18 @@ def counted_collectives():
             owner.__call__ = original
 
 
-def _local(value):
-    return value.to_local() if hasattr(value, "to_local") else value
-
-
-def measure(settings: Settings, accumulation: int = 2) -> dict[str, Any]:
+def measure(settings: Settings) -> dict[str, Any]:
+    """Two micro-batches, or one where the run accumulates none, and an optimizer step; figures of rank 0."""
     world_size, local_size = settings.num_nodes * settings.num_devices, settings.num_devices
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     config = dataclasses.asdict(resolve_model_config(settings))
     context = settings.train.max_seq_length or config["block_size"]
+    accumulation = min(2, micro_batches_per_step(settings, world_size))
+    # The tracker does not see into compiled blocks.
+    settings = dataclasses.replace(settings, parallel=dataclasses.replace(settings.parallel, compile=False))
 
-    class Plan:
-        model_config, context_tokens = config, context
-
-    mesh = device_mesh(settings, "cpu", world_size, local_size)
     model = build_model(config, settings, context)
-    eager = dataclasses.replace(settings, parallel=dataclasses.replace(settings.parallel, compile=False))
-    shard_model(model, mesh, eager)
-    started = time.perf_counter()
+    shard_model(model, device_mesh(settings, "cpu", world_size, local_size), settings)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.reset_parameters()
@@ -94,36 +91,36 @@ def measure(settings: Settings, accumulation: int = 2) -> dict[str, Any]:
         tokens = torch.zeros(settings.train.micro_batch_size, context, dtype=torch.int64)
         tracker = FSDPMemTracker(model, optimizers[0])
         tracker.track_inputs((tokens,))
-        with tracker, counted_collectives() as (counts, num_bytes):
+        with tracker, counted_collectives() as (calls, num_bytes):
             for micro_step in range(accumulation):
                 last = micro_step + 1 == accumulation
                 model.set_requires_gradient_sync(last or settings.parallel.reduce_every_micro_batch)
                 tracker.reset_mod_stats()
                 _, objective = model(tokens, tokens)
                 objective.backward()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        peak_bytes = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
         for optimizer in optimizers:
             optimizer.step()
-        states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
-        optimizer_bytes = sum(_local(value).numel() * _local(value).element_size() for value in states)
-    peak = {str(key).rpartition(".")[2]: value for key, value in peak.items()} | {"optimizer": optimizer_bytes}
-    peak["Total"] += optimizer_bytes
-    plan = plan_memory(eager, Plan, world_size, local_size)
+        states = [
+            local_shard(value)
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+        ]
+    plan = plan_memory(
+        settings, types.SimpleNamespace(model_config=config, context_tokens=context), world_size, local_size
+    )
     return {
-        "collectives": dict(counts),
+        "calls": dict(calls),
         "bytes": dict(num_bytes),
-        "peak": peak,
-        "plan": {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)} | {"total": plan.total},
-        "s": time.perf_counter() - started,
+        "accumulation": accumulation,
+        "block_parameters": sum(parameter.numel() for parameter in model.transformer.h.parameters()),
+        "parameters": count_parameters(model),
+        "layers": config["n_layer"],
+        "peak_bytes": peak_bytes + sum(state.numel() * state.element_size() for state in states),
+        "planned_bytes": plan.total,
     }
 
 
 if __name__ == "__main__":
-    from utils.cli import parse_settings
-
-    settings = parse_settings(Settings, "", sys.argv[1:])
-    r = measure(settings)
-    for k, v in r.items():
-        if isinstance(v, dict):
-            v = {a: (round(b / 1e9, 2) if b > 1e6 else b) for a, b in v.items()}
-        print(k, v)
+    print(json.dumps(measure(parse_settings(Settings, "", sys.argv[1:]))))
