@@ -49,7 +49,7 @@ def loss_contestants(chunk_tokens: int) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from pretraining.output_loss import next_token_loss
+    from pretraining.loss import next_token_loss
 
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens, chunking_method=None)
     return {

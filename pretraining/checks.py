@@ -44,8 +44,6 @@ def check_numbers(settings: Settings, problems: Problems) -> None:
         )
     if train.min_lr > settings.optimizer.lr and train.lr_schedule != "constant":
         problems.add(f"--train.min_lr={train.min_lr}: above the peak --optimizer.lr={settings.optimizer.lr}. Lower it.")
-    if parallel.loss == "fused" and train.z_loss:
-        problems.add("--parallel.loss=fused: has no z-loss. Use --parallel.loss=chunked, or --train.z_loss=0.")
     if settings.num_devices and all_positive:  # they divide by these numbers
         world_size = settings.num_nodes * settings.num_devices
         problems.collect(micro_batches_per_step, settings, world_size)

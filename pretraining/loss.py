@@ -1,89 +1,151 @@
-"""Next-token cross entropy from hidden states, with as little of the logits in memory as possible.
+"""Next-token cross entropy from hidden states, with the logits of only a few tokens in memory at a time.
 
-The logits of a micro-batch of 4 sequences of 8,192 tokens and 128,256 entries are 8.4 GB in bfloat16, and twice that in
-float32 inside the softmax; a model of 8 billion parameters on 32 GPUs needs less for everything else together.
+The logits of a micro-batch of 4 sequences of 8,192 tokens over 128,256 entries take 8.4 GB in bfloat16 and twice that
+in float32 inside the softmax; everything else that a model of 8 billion parameters needs on each of 32 GPUs is smaller.
+
+The loss is a sum over tokens, so the gradient of a chunk's logits is known as soon as the chunk's softmax is: the
+forward pass computes both gradients beside the loss, and the backward pass only scales them. That is three matrix
+products per chunk (logits, gradient of the hidden states, gradient of the weight) where recomputing the logits in the
+backward pass takes four, and no logits outlive their chunk.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
-# Below this size the logits cost less than the bookkeeping that avoids them.
-_SMALL_LOGITS_BYTES = 16 << 20
+from torch import Tensor
 
 
-def choose_loss(
-    wanted: str, *, num_tokens: int, vocab_size: int, z_loss: float, softcap: float | None, float32: bool
-) -> str:
-    """The loss that "auto" stands for; the others are returned as they are.
+class OutputLayer(torch.nn.Linear):
+    """The output layer, with the loss as its forward pass.
 
-    torch's fused function returns only the loss: it has neither the log-partition function that z-loss needs nor a cap
-    on the logits. And it returns the loss in the type of the hidden states: two or three digits in bfloat16.
-
-    Args:
-        float32: whether the hidden states are.
+    Because the weight is used nowhere else, FSDP2 can shard this module by itself: its weight is gathered while the
+    blocks still compute, and its gradient is reduced while they compute backward. Parameters have nn.Linear's names.
     """
-    if wanted != "auto":
-        return wanted
-    if num_tokens * vocab_size * 4 <= _SMALL_LOGITS_BYTES:
-        return "full"
-    return "chunked" if z_loss or softcap or not float32 else "fused"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        chunk_tokens: int = 1024,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The logits, without targets; with them, what `next_token_loss` returns."""
+        if targets is None:
+            return super().forward(hidden)
+        return next_token_loss(
+            hidden, self.weight, self.bias, targets, chunk_tokens=chunk_tokens, z_loss=z_loss, softcap=softcap
+        )
 
 
 def next_token_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
     *,
-    how: str,
     chunk_tokens: int,
     z_loss: float = 0.0,
     softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy in nats, summed over tokens, and what is to be minimised.
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy in nats, summed over tokens, and the objective to be minimised.
+
+    Gradients are summed over the chunks in float32, scaled by the incoming gradient, and rounded once to the type of
+    their tensor. There can be one backward pass per forward pass. Without gradients (validation) only the loss is
+    computed, by the same operations.
 
     Args:
         hidden: shape (N, width), the output of the last norm.
-        weight: of the output layer, shape (vocabulary, width).
+        weight: of the output layer, shape (vocabulary, width), of the type of `hidden`.
         bias: shape (vocabulary,), or None.
         targets: int64, shape (N,).
-        how: "full", "fused" or "chunked".
-        chunk_tokens: rows whose logits are held at once, unless "full".
+        chunk_tokens: rows whose logits are held at once.
         z_loss: weight of the squared log-partition function (PaLM, arXiv:2204.02311, section 5).
-        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None: off.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); None: off.
 
     Returns:
-        Two float32 scalars: cross entropy, without gradient, and cross entropy + z_loss * sum of squares, to minimise.
+        Two float32 scalars: the cross entropy, without gradient; and the cross entropy + z_loss * the sum of squares of
+        the log-partition function, to be minimised.
     """
-    if how == "fused":
-        if z_loss or softcap:
-            raise ValueError("the fused loss has neither z-loss nor soft-capping")
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=min(chunk_tokens, len(targets)), chunking_method=None
-        )
-        loss = F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="sum", options=options)
-        return loss.detach().float(), loss.float()
+    return _NextTokenLoss.apply(hidden, weight, bias, targets, chunk_tokens, z_loss, softcap, torch.is_grad_enabled())
 
-    def of_rows(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = F.linear(hidden, weight, bias).float()
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        if not z_loss:
-            return F.cross_entropy(logits, targets, reduction="sum"), None
-        partition = logits.logsumexp(dim=-1)
-        entropy = partition - logits.gather(1, targets[:, None])[:, 0]
-        return entropy.sum(), partition.square().sum()
 
-    if how == "full":
-        entropy, squares = of_rows(hidden, targets)
-    else:
-        parts = [
-            checkpoint(of_rows, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-            for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+class _NextTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk_tokens, z_loss, softcap, grad_enabled):
+        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        # Sums are in float32. So are the products on a CPU: few have units for bfloat16, and without them a product
+        # takes 20 to 50 times as long. On a GPU factors stay in bfloat16 and the units add up in float32.
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        factor_dtype = hidden.dtype if hidden.is_cuda else sum_dtype
+        gradients = [
+            torch.zeros_like(tensor, dtype=sum_dtype) if needed else None
+            for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
         ]
-        entropy = sum(part[0] for part in parts)
-        squares = sum(part[1] for part in parts) if z_loss else None
-    return entropy.detach(), (entropy + z_loss * squares if z_loss else entropy)
+        hidden_gradient, weight_gradient, bias_gradient = gradients
+        weight = weight.to(factor_dtype)
+        entropy, squares = hidden.new_zeros(2, dtype=sum_dtype)
+        # One buffer for all chunks: on a CPU fresh memory costs as much as a pass over it.
+        buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=sum_dtype)
+
+        for first in range(0, len(hidden), chunk_tokens):
+            rows = hidden[first : first + chunk_tokens].to(factor_dtype)
+            target = targets[first : first + chunk_tokens, None]
+            logits = _multiply(rows, weight.T, out=buffer[: len(rows)])
+            if bias is not None:
+                logits += bias
+            if softcap:
+                slope = 1 - logits.div_(softcap).tanh_().square() if any(wanted) else None
+                logits *= softcap
+            largest = logits.amax(dim=1, keepdim=True)
+            target_logit = logits.gather(1, target)
+            exponentials = logits.sub_(largest).exp_()
+            denominator = exponentials.sum(dim=1, keepdim=True)
+            log_partition = largest + denominator.log()
+            entropy += (log_partition - target_logit).sum()
+            if z_loss:
+                squares += log_partition.square().sum()
+            if not any(wanted):
+                continue
+
+            # softmax * (1 + 2 z log_partition) - one_hot(target), in the memory of the logits.
+            scale = (1 + 2 * z_loss * log_partition) / denominator
+            logits_gradient = exponentials.mul_(scale).scatter_add_(1, target, torch.full_like(scale, -1.0))
+            if softcap:
+                logits_gradient *= slope
+            if bias_gradient is not None:
+                bias_gradient += logits_gradient.sum(dim=0)
+            logits_gradient = logits_gradient.to(factor_dtype)
+            if hidden_gradient is not None:
+                _multiply(logits_gradient, weight, out=hidden_gradient[first : first + chunk_tokens])
+            if weight_gradient is not None:
+                _multiply_add(weight_gradient, logits_gradient.T, rows)
+
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(entropy)
+        return entropy, entropy + z_loss * squares
+
+    @staticmethod
+    def backward(ctx, _, incoming):
+        # In place, because the weight's gradient is large; autograd notices a second backward pass by it and raises.
+        gradients = [
+            None if gradient is None else gradient.mul_(incoming).to(ctx.dtype) for gradient in ctx.saved_tensors
+        ]
+        return *gradients, None, None, None, None, None
+
+
+def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+    """The matrix product, added up and returned in out's type."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _multiply_add(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, added up in total's type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pretraining.loss import choose_loss
 from pretraining.model import build_model, count_parameters
 from pretraining.parallelism import checkpoint_activations, local_shard
 from pretraining.plan import Plan
@@ -97,19 +96,12 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
 def _logit_bytes(settings: Settings, plan: Plan) -> int:
     vocabulary = plan.model_config["padded_vocab_size"]
     tokens = settings.train.micro_batch_size * plan.context_tokens
-    how = choose_loss(
-        settings.parallel.loss,
-        num_tokens=tokens,
-        vocab_size=vocabulary,
-        z_loss=settings.train.z_loss,
-        softcap=plan.model_config["final_logit_softcapping"],
-        float32=settings.precision == "32-true",
-    )
-    rows = tokens if how == "full" else min(tokens, settings.parallel.loss_chunk_tokens)
-    held = 2 * rows * vocabulary * 4  # the logits, and their softmax or its gradient
-    if how == "fused":  # torch computes the gradients of hidden states and output layer in the forward pass
-        held += (tokens + vocabulary) * plan.model_config["n_embd"] * 4
-    return held
+    rows = min(tokens, settings.parallel.loss_chunk_tokens)
+    computes_in_bf16 = settings.precision != "32-true"
+    # One buffer for the logits in float32, and their gradient in the type of the products.
+    held = rows * vocabulary * (4 + 2 * computes_in_bf16)
+    # Gradients of the hidden states and of the weight are summed in float32; while they are rounded they exist twice.
+    return held + (tokens + vocabulary) * plan.model_config["n_embd"] * (4 + 2 * computes_in_bf16)
 
 
 def _activation_bytes(settings: Settings, plan: Plan) -> int:

@@ -11,7 +11,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from pretraining.loss import choose_loss, next_token_loss
+from pretraining.loss import OutputLayer
 from pretraining.parallelism import fill_local_shard, local_shard
 from pretraining.settings import Settings
 
@@ -21,7 +21,8 @@ class PretrainGPT(GPT):
 
     def __init__(self, config: Config, settings: Settings):
         super().__init__(config)
-        self._parallel, self._z_loss = settings.parallel, settings.train.z_loss
+        self.lm_head = OutputLayer(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+        self._chunk_tokens, self._z_loss = settings.parallel.loss_chunk_tokens, settings.train.z_loss
 
     def hidden_states(self, inputs: torch.Tensor) -> torch.Tensor:
         """GPT.forward up to the output layer: inputs (B, T) -> (B, T, n_embd)."""
@@ -39,26 +40,11 @@ class PretrainGPT(GPT):
         return self.transformer.ln_f(x)
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (B, T) -> cross entropy and objective, both summed over tokens; see loss.next_token_loss.
-
-        The loss is computed in here because only inside the forward pass has FSDP2 gathered lm_head's weight.
-        """
-        num_tokens = inputs.numel()
-        x = self.hidden_states(inputs).view(num_tokens, -1)
-        return next_token_loss(
-            x,
-            self.lm_head.weight,
-            self.lm_head.bias,
-            targets.reshape(-1),
-            how=choose_loss(
-                self._parallel.loss,
-                num_tokens=num_tokens,
-                vocab_size=self.lm_head.weight.size(0),
-                z_loss=self._z_loss,
-                softcap=self.config.final_logit_softcapping,
-                float32=x.dtype == torch.float32,
-            ),
-            chunk_tokens=self._parallel.loss_chunk_tokens,
+        """Inputs and targets (B, T) -> cross entropy and objective, both summed: see `loss.next_token_loss`."""
+        return self.lm_head(
+            self.hidden_states(inputs).flatten(0, 1),
+            targets.flatten(),
+            chunk_tokens=self._chunk_tokens,
             z_loss=self._z_loss,
             softcap=self.config.final_logit_softcapping,
         )

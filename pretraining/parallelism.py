@@ -70,8 +70,12 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
         if parallel.compile:
             block.compile()
         fully_shard(block, **sharding)
-    # The backward pass needs the root's own weights (embedding, last norm, output layer) again at once.
-    fully_shard(model, **{**sharding, "reshard_after_forward": False})
+    # The output layer's backward pass needs no weight, and the backward pass of the whole begins with the last norm.
+    sharding["reshard_after_forward"] = False
+    if model.lm_head.weight is not model.transformer.wte.weight:
+        # By itself: gathered while the blocks still compute, and reduced while they compute backward.
+        fully_shard(model.lm_head, **sharding)
+    fully_shard(model, **sharding)
 
 
 def checkpoint_activations(block: torch.nn.Module, how: str) -> None:

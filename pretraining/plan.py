@@ -143,11 +143,6 @@ def _check_context(settings: Settings, config: Any, problems: Problems) -> int:
             f"--train.max_seq_length={context}: the model's block_size is {config.block_size}. Give at most that, or "
             "raise model_config.block_size."
         )
-    if settings.parallel.loss == "fused" and config.final_logit_softcapping:
-        problems.add(
-            f"--parallel.loss=fused: has no soft-capping of logits, which {config.name} needs. Use "
-            "--parallel.loss=chunked."
-        )
     return context
 
 

@@ -130,12 +130,8 @@ class ParallelSettings:
     product."""
     compile: bool = False
     """torch.compile each block."""
-    loss: Literal["auto", "full", "fused", "chunked"] = "auto"
-    """full: logits of the whole micro-batch; fused: torch's linear_cross_entropy, which rounds the loss to the type of
-    the computation; chunked: chunk by chunk, in float32, recomputed in the backward pass. auto: full for small logits,
-    else fused in float32, and chunked in bfloat16, with z-loss or with soft-capping."""
     loss_chunk_tokens: int = 1024
-    """Tokens whose logits are held at once by the fused and the chunked loss."""
+    """Tokens whose logits are held at once."""
     cpu_threads: int | None = None
     """Threads of a CPU process (null: cores of the machine divided by its processes)."""
 

@@ -18,8 +18,7 @@ SAME_RESULT = {
     "reduce_often": {"parallel__reduce_every_micro_batch": "true"},
     "recompute_full": {"parallel__activation_checkpointing": "full"},
     "recompute_selective": {"parallel__activation_checkpointing": "selective"},
-    "loss_fused": {"parallel__loss": "fused", "parallel__loss_chunk_tokens": 24},
-    "loss_chunked": {"parallel__loss": "chunked", "parallel__loss_chunk_tokens": 24},
+    "loss_chunks": {"parallel__loss_chunk_tokens": 24},
     "saved_at_once": {"checkpoint__asynchronous": "false"},
 }
 OTHER_RESULT = {

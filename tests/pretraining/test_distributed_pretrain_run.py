@@ -324,7 +324,6 @@ def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, data
         (["--train.max_steps=0"], "must be above 0"),
         (["--train.micro_batch_size=0", "--parallel.shard_size=0", "--num_nodes=0"], "--num_nodes=0"),
         (["--train.max_seq_length=-1"], "--train.max_seq_length=-1: must be above 0"),
-        (["--parallel.loss=fused", "--model_config.final_logit_softcapping=30"], "no soft-capping of logits"),
         (["--parallel.tensor_parallel_size=1"], "parallel.tensor_parallel_size"),  # was a setting once
         (["--parallel.sharding=hybrid", "--parallel.shard_size=3"], "--parallel.shard_size=3: copies of so many"),
     ],
