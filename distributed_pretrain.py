@@ -24,6 +24,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from utils import cli, console  # first: it says how to install the packages if they are missing
+
+# isort: split
 from export.hf_config import export_problems
 from pretraining.checkpoint import (
     FINAL_NAME,
@@ -40,7 +43,6 @@ from pretraining.plan import Plan, make_plan
 from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.run_identity import check_same_run, result_settings
 from pretraining.settings import STOP_NAME, Settings
-from utils import cli, console
 from utils.errors import UserError
 from utils.files import held_lock
 from utils.metrics_file import read_metrics
