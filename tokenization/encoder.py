@@ -26,6 +26,14 @@ __all__ = ["Encoder", "EncodingMismatch", "PreparedTokenizer", "arrow_text_buffe
 MAX_CACHE_BYTES = 256 << 20
 
 
+# `tokenizers` takes some 46 times a document's size in memory, and cutting a document can change its ids.
+MAX_REFERENCE_BYTES = 64 << 20
+
+
+class DocumentTooLarge(Exception):
+    """A document that only `tokenizers` may encode, and that would take gigabytes there."""
+
+
 class EncodingMismatch(Exception):
     """The fast encoder and the reference disagree: nothing encoded with it may be kept."""
 
@@ -121,15 +129,18 @@ class Encoder:
 
         Returns:
             token ids, shape (tokens,), and offsets of the documents into them, shape (n + 1,), int64.
+
+        Raises:
+            DocumentTooLarge: one is too long for `tokenizers`, and gigatoken may not encode it.
         """
         if self._fast is None:
-            return self.encode_reference(texts.to_pylist())
+            return self._encode_by_reference(texts)
         if not self._choice.has_triggers:
             return self._encode_fast(texts)
         by_reference = self._choice.needs_reference(texts)
         if not by_reference.any():
             return self._encode_fast(texts)
-        slow_ids, slow_ends = self.encode_reference(texts.filter(pa.array(by_reference)).to_pylist())
+        slow_ids, slow_ends = self._encode_by_reference(texts.filter(pa.array(by_reference)))
         if by_reference.all():
             return slow_ids, slow_ends
         fast_ids, fast_ends = self._encode_fast(texts.filter(pa.array(~by_reference)))
@@ -140,6 +151,18 @@ class Encoder:
         is_slow = np.repeat(by_reference, lengths)
         ids[is_slow], ids[~is_slow] = slow_ids, fast_ids[: fast_ends[-1]]
         return ids, ends
+
+    def _encode_by_reference(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        document_bytes = np.diff(arrow_text_buffers(texts)[0])
+        row = int(document_bytes.argmax()) if len(texts) else 0
+        if len(texts) and document_bytes[row] > MAX_REFERENCE_BYTES:
+            size = int(document_bytes[row])
+            raise DocumentTooLarge(
+                f"a document of {size / 1e6:,.0f} MB, which only Hugging Face tokenizers may encode, would take it "
+                f"about {46 * size / 1e9:,.0f} GB of memory; at most {MAX_REFERENCE_BYTES / 1e6:,.0f} MB are allowed. "
+                f"It begins with {texts[row].as_py()[:80]!r}"
+            )
+        return self.encode_reference(texts.to_pylist())
 
     def _encode_fast(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         offsets, data = arrow_text_buffers(texts)

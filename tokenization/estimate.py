@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from tokenization.encoder import Encoder
+from tokenization.encoder import DocumentTooLarge, Encoder
 from tokenization.encoder_check import load_tokenizer
 from tokenization.job import Plan, Unit
 from tokenization.parquet import CorruptRowGroup, stream_texts
@@ -23,20 +23,28 @@ def print_estimates(plan: Plan, output_dir: str, num_workers: int | None) -> Non
     """Tokens, disk, cores and time."""
     prepared = load_tokenizer(plan)
     encoder = Encoder(prepared.tokenizer_json, plan.job.parse_special_tokens, prepared.fast_json, prepared.choice)
-    sampled_bytes = sampled_tokens = sampled_documents = 0
-    seconds = 0.0
-    for texts in sample_texts(plan):
+    sampled_documents = sampled_unit_rows = 0
+    unit_tokens = unit_seconds = 0.0
+    for unit, texts, rows in sample_texts(plan):
         start = time.perf_counter()
-        ids, _ = encoder.encode(texts)
-        seconds += time.perf_counter() - start
-        sampled_bytes += texts.nbytes
-        sampled_tokens += len(ids) + len(texts)
+        try:
+            ids, _ = encoder.encode(texts)
+        except DocumentTooLarge as error:
+            console.warn(f"{plan.job.paths[unit.ranges[0].file_index]}: {error}; the run would stop there")
+            continue
+        # By rows, and not by the footer's bytes: these are encoded, and a repeated text takes a few bits there.
+        share = unit.rows / rows
+        unit_seconds += share * (time.perf_counter() - start)
+        unit_tokens += share * (len(ids) + len(texts))
+        sampled_unit_rows += unit.rows
         sampled_documents += len(texts)
-    tokens = plan.text_bytes * sampled_tokens / max(sampled_bytes, 1)
+    rows = sum(unit.rows if unit.max_rows is None else unit.max_rows for unit in plan.units)
+    scale = rows / max(sampled_unit_rows, 1)
+    tokens = scale * unit_tokens
     disk_bytes = tokens * np.dtype(plan.job.dtype).itemsize
     cores = num_workers or available_cpus()
     # The sample is encoded with a cold cache, and encoding is about half of the work: the two about cancel.
-    estimated_s = plan.text_bytes * seconds / max(sampled_bytes, 1) / cores
+    estimated_s = scale * unit_seconds / cores
     console.result(
         f"estimate from {sampled_documents:,} documents: {console.human_count(tokens)} tokens, "
         f"{console.human_bytes(disk_bytes)} on disk ({console.human_bytes(free_bytes(output_dir))} free), "
@@ -44,26 +52,27 @@ def print_estimates(plan: Plan, output_dir: str, num_workers: int | None) -> Non
     )
 
 
-def sample_texts(plan: Plan) -> Iterator[pa.Array]:
-    """A batch of text from the beginning of each of a few units, spread over the input."""
+def sample_texts(plan: Plan) -> Iterator[tuple[Unit, pa.Array, int]]:
+    """A batch of text from the beginning of each of a few units, spread over the input, and the rows read for it."""
     for unit in plan.units[:: max(1, len(plan.units) // SAMPLED_UNITS)][:SAMPLED_UNITS]:
         try:
-            texts = first_texts(plan, unit)
+            texts, rows = first_texts(plan, unit)
         except CorruptRowGroup as error:
             path = plan.job.paths[error.file_index]
             console.warn(f"{path}, row group {error.row_group}: {error.reason}; the run would stop there")
             continue
         if texts is not None:
-            yield texts
+            yield unit, texts, rows
 
 
-def first_texts(plan: Plan, unit: Unit) -> pa.Array | None:
-    """The first batch with text in the unit's first row group, without nulls."""
-    job, piece = plan.job, unit.ranges[0]
+def first_texts(plan: Plan, unit: Unit) -> tuple[pa.Array | None, int]:
+    """The first batch with text in the unit's first row group, without nulls, and the number of rows up to its end."""
+    job, piece, rows = plan.job, unit.ranges[0], 0
     for texts in stream_texts(
         job.input_dir, job.paths[piece.file_index], piece.file_index, [piece.first], job.text_column
     ):
+        rows += len(texts)
         texts = texts.drop_null()
         if texts.nbytes:
-            return texts
-    return None
+            return texts, rows
+    return None, rows

@@ -40,6 +40,17 @@ class Unit:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputStamp:
+    """What an input file was when the work was planned."""
+
+    bytes: int
+    mtime_ns: int | None
+    """None: not known, as for remote files."""
+    fingerprint: str
+    """Of its footer."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What all units of a run have in common."""
 
@@ -63,6 +74,8 @@ class Job:
     """Shuffle the documents inside a unit; None: keep their order."""
     quarantine: bool
     """Leave out row groups that cannot be read, instead of failing."""
+    stamps: tuple[InputStamp, ...] = ()
+    """Of each of `paths`; empty: files are taken as they are found."""
 
 
 @dataclasses.dataclass(frozen=True)

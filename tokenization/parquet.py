@@ -1,8 +1,4 @@
-"""The parquet files of a dataset: finds them, reads their footers, streams their text.
-
-They are at a local path, or at a URL that pyarrow (`s3://`, `gs://`, `abfs://`, `hdfs://`, `hf://datasets/...`) or
-fsspec reads.
-"""
+"""The parquet files of a dataset: reads their footers, streams their text. input_files finds them."""
 
 from __future__ import annotations
 
@@ -11,19 +7,31 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from tokenization.encoder_choice import arrow_text_buffers
+from tokenization.input_files import FileEntry, list_parquet_files, local_stamp, open_input
+from tokenization.job import InputStamp
 from tokenization.threads import submit_ahead
 from utils.errors import UserError
+
+__all__ = ["FileEntry", "Footer", "list_parquet_files", "open_input", "read_footer", "read_footers", "stream_texts"]
 
 FOOTER_THREADS = 32
 # Text per batch. Large enough that the cost per batch vanishes, small enough for the processor's caches.
 BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 1 << 16
 READ_BUFFER_BYTES = 4 << 20
+# The footer says what is encoded. A row of a dictionary takes a few bits there and can be of any length here, so
+# batches start with a row, grow as fast as this, and end early where the text is longer than the footer suggests.
+BATCH_GROWTH = 8
+MAX_BATCH_BYTES = 8 << 20
+# What one read may decode if each of its rows were as long as the whole dictionary page.
+MAX_DECODED_BYTES = 512 << 20
 
 
 class CorruptRowGroup(Exception):
@@ -42,15 +50,6 @@ def is_input_failure(error: Exception) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileEntry:
-    """A file of the input directory."""
-
-    path: str
-    """Relative to the input directory, with '/'."""
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Footer:
     """What planning needs from a parquet file's footer."""
 
@@ -62,59 +61,6 @@ class Footer:
     """Changes when a row group's rows, size or place in the file changes; 16 hexadecimal digits."""
 
 
-@functools.cache
-def open_input(url: str) -> tuple[Any, str]:
-    """The pyarrow file system of `url`, and the path in it.
-
-    Raises:
-        UserError: no file system for such a URL, or it does not answer.
-    """
-    if "://" not in url:
-        return pafs.LocalFileSystem(), url
-    try:
-        return pafs.FileSystem.from_uri(url)
-    except Exception as pyarrow_error:
-        try:
-            return pafs.FileSystem.from_uri(f"fsspec+{url}")
-        except Exception as error:
-            raise UserError(
-                f"--input_dir={url}: neither pyarrow ({pyarrow_error}) nor fsspec ({error}) opens this URL. "
-                "Give a local path, or a URL of a file system that one of them knows."
-            ) from error
-
-
-def list_parquet_files(url: str) -> list[FileEntry]:
-    """All *.parquet files at and below `url`, sorted by path; hidden ones (., _) are left out.
-
-    Raises:
-        UserError: nothing there, or no parquet file in it.
-    """
-    filesystem, base = open_input(url)
-    base = base.rstrip("/")
-    try:
-        info = filesystem.get_file_info(base)
-        if info.type == pafs.FileType.File:
-            return [FileEntry(info.base_name, info.size)]
-        found = filesystem.get_file_info(pafs.FileSelector(base, recursive=True, allow_not_found=True))
-    except OSError as error:
-        raise UserError(
-            f"--input_dir={url}: cannot be listed ({error}). Check the path and the credentials."
-        ) from error
-    entries = []
-    for file in found:
-        path = file.path[len(base) :].lstrip("/")
-        hidden = any(part.startswith((".", "_")) for part in path.split("/"))
-        if file.type == pafs.FileType.File and path.endswith(".parquet") and not hidden:
-            entries.append(FileEntry(path, file.size))
-    if not entries:
-        what = "no such directory" if info.type == pafs.FileType.NotFound and not found else "no *.parquet file in it"
-        raise UserError(
-            f"--input_dir={url}: {what}. Give the directory of the parquet files, for example made by "
-            "`python examples/make_demo_corpus.py` or `hf download HuggingFaceFW/fineweb --repo-type dataset`."
-        )
-    return sorted(entries, key=lambda entry: entry.path)
-
-
 def _member(url: str, path: str) -> tuple[Any, str]:
     filesystem, base = open_input(url)
     base = base.rstrip("/")
@@ -123,10 +69,14 @@ def _member(url: str, path: str) -> tuple[Any, str]:
 
 def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
     """Raises ValueError saying what is wrong with the file, UserError when it could not be read at all."""
+    if entry.fault:
+        raise ValueError(entry.fault)
     filesystem, path = _member(url, entry.path)
     try:
         with filesystem.open_input_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
+            if text_column in schema.names and _has_signed_footer(file, metadata):
+                _check_not_encrypted(parquet, text_column)
     except (OSError, pa.ArrowException) as error:
         if is_input_failure(error):
             raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
@@ -137,15 +87,38 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
         raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
 
     column = leaf_index(metadata, text_column)
-    rows, text_bytes, places = [], [], []
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    text_bytes = tuple(group.column(column).total_uncompressed_size for group in groups)
+    return Footer(tuple(group.num_rows for group in groups), text_bytes, _fingerprint(metadata, column))
+
+
+def _fingerprint(metadata: Any, column: int) -> str:
+    places = []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         chunk = group.column(column)
-        rows.append(group.num_rows)
-        text_bytes.append(chunk.total_uncompressed_size)
         places.append((group.num_rows, chunk.total_compressed_size, chunk.data_page_offset))
-    fingerprint = xxhash.xxh3_64_hexdigest(repr(places).encode())
-    return Footer(tuple(rows), tuple(text_bytes), fingerprint)
+    return xxhash.xxh3_64_hexdigest(repr(places).encode())
+
+
+def _has_signed_footer(file: Any, metadata: Any) -> bool:
+    """Whether columns may be encrypted: a plain footer of such a file is followed by its signature, and no other is.
+
+    To ask the metadata itself for an encrypted column ends the process: Arrow's exception is caught nowhere.
+    """
+    file.seek(file.size() - 8)
+    return int.from_bytes(file.read(4), "little") != metadata.serialized_size
+
+
+def _check_not_encrypted(parquet: pq.ParquetFile, text_column: str) -> None:
+    """Raises ValueError where a reader without keys is refused: before it reads a page, if the column is encrypted."""
+    for group in range(parquet.metadata.num_row_groups):
+        try:
+            next(parquet.iter_batches(1, [group], [text_column], use_threads=False), None)
+        except OSError as error:
+            if "crypt" not in str(error):
+                raise
+            raise ValueError(f"column {text_column!r} is encrypted ({error})") from error
 
 
 def leaf_index(metadata: Any, column: str) -> int:
@@ -176,12 +149,18 @@ def read_footers(
 
 
 def stream_texts(
-    url: str, path: str, file_index: int, row_groups: Sequence[int], text_column: str
+    url: str,
+    path: str,
+    file_index: int,
+    row_groups: Sequence[int],
+    text_column: str,
+    stamp: InputStamp | None = None,
 ) -> Iterator[pa.Array]:
     """The text column of some row groups, a few MB at a time, in bounded memory.
 
     Args:
         file_index: only named in errors.
+        stamp: what the file was when the work was planned; None: whatever it is.
 
     Yields:
         arrays of string or large_string; rows in the order of the file.
@@ -189,6 +168,7 @@ def stream_texts(
     Raises:
         CorruptRowGroup: a page cannot be decoded.
         OSError: the file could not be read.
+        UserError: the file is not the one that was planned, or was replaced meanwhile.
     """
     filesystem, full_path = _member(url, path)
     group, rows = row_groups[0], 0
@@ -200,25 +180,117 @@ def stream_texts(
                 source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True
             ) as parquet,
         ):
+            check_stamp(url, path, stamp, source, parquet, text_column)
             column = leaf_index(parquet.metadata, text_column)
             for group in row_groups:
-                metadata = parquet.metadata.row_group(group)
-                rows = metadata.num_rows
-                if rows == 0:
-                    continue
-                row_bytes = max(1, metadata.column(column).total_uncompressed_size // rows)
-                batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes))
-                for batch in parquet.iter_batches(batch_rows, [group], [text_column], use_threads=False):
-                    texts = _as_plain_text(batch.column(0))
-                    texts.validate(full=True)  # parquet readers do not check whether text is UTF-8
-                    yield texts
+                rows = parquet.metadata.row_group(group).num_rows
+                if rows:
+                    yield from _stream_row_group(parquet, group, column, text_column)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        check_stamp(url, path, stamp)
         if is_input_failure(error):
             raise
         raise CorruptRowGroup(file_index, group, rows, f"{type(error).__name__}: {error}") from error
+    check_stamp(url, path, stamp)
 
 
-def _as_plain_text(column: pa.Array) -> pa.Array:
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return column
-    return column.cast(pa.large_string())
+def check_stamp(
+    url: str,
+    path: str,
+    stamp: InputStamp | None,
+    source: Any = None,
+    parquet: pq.ParquetFile | None = None,
+    text_column: str = "",
+) -> None:
+    """Compare a file with what it was when the work was planned: its size and time and, where it is open, its footer.
+
+    The time of a remote file is not compared: stores report it in several ways.
+    """
+    if stamp is None:
+        return
+    filesystem, full_path = _member(url, path)
+    size, mtime_ns = local_stamp(filesystem, full_path) or (filesystem.get_file_info(full_path).size, None)
+    same = size == stamp.bytes and (mtime_ns is None or mtime_ns == stamp.mtime_ns)
+    if same and parquet is not None:
+        names, metadata = parquet.schema_arrow.names, parquet.metadata
+        # An encrypted column would end the process; a signed footer that was planned has been looked at.
+        same = text_column in names and (not _has_signed_footer(source, metadata) or _is_readable(parquet, text_column))
+        same = same and _fingerprint(metadata, leaf_index(metadata, text_column)) == stamp.fingerprint
+    if not same:
+        raise UserError(
+            f"--input_dir={url}: {path} was replaced or changed while this command ran, so what was made of it belongs "
+            "to no file. Nothing of it was kept. Leave the input alone while it is read: put the file back as it was "
+            "and run the same command again, or begin again with another --output_dir."
+        )
+
+
+def _is_readable(parquet: pq.ParquetFile, text_column: str) -> bool:
+    try:
+        _check_not_encrypted(parquet, text_column)
+    except ValueError:
+        return False
+    return True
+
+
+def _stream_row_group(parquet: pq.ParquetFile, group: int, column: int, text_column: str) -> Iterator[pa.Array]:
+    metadata = parquet.metadata.row_group(group)
+    chunk = metadata.column(column)
+    row_bytes = max(1, chunk.total_uncompressed_size // metadata.num_rows)
+    batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes))
+    dictionary_bytes = chunk.data_page_offset - chunk.dictionary_page_offset if chunk.dictionary_page_offset else 0
+    most_rows = min(batch_rows, max(1, MAX_DECODED_BYTES // max(dictionary_bytes, 1)))
+    read_rows = 1
+    held: list[pa.Array] = []
+    held_rows = held_bytes = 0
+    for batch in parquet.iter_batches(read_rows, [group], [text_column], use_threads=False):
+        read_bytes = 0
+        for texts in _as_plain_text(batch.column(0)):
+            texts.validate(full=True)  # parquet readers do not check whether text is UTF-8
+            held.append(texts)
+            held_rows += len(texts)
+            held_bytes += texts.nbytes
+            read_bytes += texts.nbytes
+            if held_rows >= batch_rows or held_bytes >= MAX_BATCH_BYTES:
+                yield _joined(held)
+                held_rows = held_bytes = 0
+        read_rows = min(read_rows * BATCH_GROWTH, most_rows)
+        fitting = MAX_BATCH_BYTES * batch.num_rows // max(read_bytes, 1)
+        # The reader asks for its batch size before every batch.
+        parquet.reader.set_batch_size(max(1, min(read_rows, batch_rows - held_rows, fitting)))
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[pa.Array]) -> pa.Array:
+    """One array of all of them; empties the list, so that nothing is held twice."""
+    texts = held[0] if len(held) == 1 else pa.concat_arrays(held)
+    held.clear()
+    return texts
+
+
+def _as_plain_text(column: pa.Array) -> Iterator[pa.Array]:
+    """The column as arrays of string or large_string, each of a bounded size or of one row."""
+    if pa.types.is_dictionary(column.type):
+        values = column.dictionary
+        if pa.types.is_string_view(values.type):
+            column = pa.DictionaryArray.from_arrays(column.indices, values.cast(pa.large_string()))
+            values = column.dictionary
+        value_bytes = np.append(pc.binary_length(values).fill_null(0).to_numpy(zero_copy_only=False), 0)
+        indices = column.indices.cast(pa.int64()).fill_null(len(values)).to_numpy(zero_copy_only=False)
+        for piece in _pieces(column, value_bytes[indices]):
+            yield piece.dictionary_decode()
+        return
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_string())
+    yield from _pieces(column, np.diff(arrow_text_buffers(column)[0]))
+
+
+def _pieces(column: pa.Array, row_bytes: np.ndarray) -> Iterator[pa.Array]:
+    """Slices of at most MAX_BATCH_BYTES, or of one row that is longer."""
+    ends = np.cumsum(row_bytes, dtype=np.int64)
+    first = 0
+    while first < len(column):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + MAX_BATCH_BYTES, side="right")))
+        yield column.slice(first, last - first)
+        first = last

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
-from tokenization.job import HASH_RANGE, Job, Plan, Unit
+from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit
 from tokenization.output import check_output_dir
 from tokenization.parquet import FileEntry, list_parquet_files, read_footers
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
@@ -43,6 +43,7 @@ def make_plan(settings: Any) -> Plan:
     if entries and not units and not problems.found:
         problems.add(f"--input_dir={settings.input_dir}: no rows in its {len(entries)} files. Give files with text.")
 
+    times = {entry.path: entry.mtime_ns for entry in entries}
     dtype = dtype_for_vocabulary(tokenizer.vocab_size) if tokenizer else "int32"
     chunk_tokens = settings.chunk_tokens or default_chunk_tokens(input_bytes)
     if chunk_tokens > largest_chunk_tokens(dtype):
@@ -72,6 +73,7 @@ def make_plan(settings: Any) -> Plan:
         tokenizer_sha256=tokenizer.sha256,
         val_threshold=round(settings.val_fraction * HASH_RANGE),
         quarantine=settings.on_bad_file == "quarantine",
+        stamps=tuple(InputStamp(entry["bytes"], times[entry["path"]], entry["fingerprint"]) for entry in inputs),
         **{key: shaping[key] for key in JOB_SETTINGS},
     )
     identity = {"settings": shaping, "tokenizer": tokenizer.record(), "inputs": inputs}

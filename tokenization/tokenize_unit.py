@@ -23,9 +23,10 @@ import xxhash
 
 from tokenization.check_sample import CheckSample
 from tokenization.chunk_writer import ChunkWriter
-from tokenization.encoder import Encoder, PreparedTokenizer, arrow_text_buffers
+from tokenization.encoder import DocumentTooLarge, Encoder, PreparedTokenizer, arrow_text_buffers
 from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
-from tokenization.parquet import CorruptRowGroup, stream_texts
+from tokenization.parquet import CorruptRowGroup, check_stamp, stream_texts
+from utils.errors import UserError
 
 
 def text_hashes(texts: pa.Array) -> np.ndarray:
@@ -72,6 +73,7 @@ def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRe
         CorruptRowGroup: a page cannot be decoded, and `job.quarantine` is off.
         EncodingMismatch: the encoder does not agree with `tokenizers`.
         OSError: from writing, for example when the disk is full.
+        UserError: an input file was replaced meanwhile, or a document is too large to encode.
     """
     excluded: dict[tuple[int, int], CorruptRowGroup] = {}
     while True:
@@ -118,13 +120,19 @@ def _tokenize_once(
     sample = CheckSample(unit.text_bytes, encoder.choice, encoder.added_tokens)
     watch, cpu_begin = _Stopwatch(), time.process_time()
 
-    for texts in _texts_of(job, unit, excluded, record):
+    for path, texts in _texts_of(job, unit, excluded, record):
         watch.lap("read")
         hashes = text_hashes(texts)
         is_val = hashes < np.uint64(job.val_threshold) if job.val_threshold < HASH_RANGE else np.ones(len(texts), bool)
         record.min_hash = min(record.min_hash, int(hashes.min()))
         watch.lap("hash")
-        ids, ends = encoder.encode(texts)
+        try:
+            ids, ends = encoder.encode(texts)
+        except DocumentTooLarge as error:
+            raise UserError(
+                f"--input_dir={job.input_dir}: {path}: {error}. Split the document into several rows or remove it, or "
+                "give a --tokenizer_dir that gigatoken supports."
+            ) from error
         watch.lap("encode")
         if encoder.backend == "gigatoken":
             record.checked_documents += encoder.check(texts, ids, ends, sample.rows(texts))
@@ -160,19 +168,18 @@ def _tokenize_once(
 
 def _texts_of(
     job: Job, unit: Unit, excluded: dict[tuple[int, int], CorruptRowGroup], record: UnitRecord
-) -> Iterator[pa.Array]:
-    """The unit's non-empty texts, batch by batch; counts what is skipped."""
+) -> Iterator[tuple[str, pa.Array]]:
+    """The unit's non-empty texts, batch by batch, each with the path of its file; counts what is skipped."""
+    # Rows of a bad row group do not count against the limit: good ones of the same unit take their place.
     rows_left = unit.rows if unit.max_rows is None else unit.max_rows
     for piece in unit.ranges:
         i, groups = piece.file_index, range(piece.first, piece.last)
-        rows_left -= sum(excluded[i, group].rows for group in groups if (i, group) in excluded)
         readable = [group for group in groups if (i, group) not in excluded]
         if not readable:
             continue
-        for texts in stream_texts(job.input_dir, job.paths[i], i, readable, job.text_column):
-            texts = texts[: max(rows_left, 0)]
-            if not len(texts):
-                return
+        stamp = job.stamps[i] if job.stamps else None
+        for texts in stream_texts(job.input_dir, job.paths[i], i, readable, job.text_column, stamp):
+            texts = texts[:rows_left]
             rows_left -= len(texts)
             record.skipped_null += texts.null_count
             if texts.null_count:
@@ -182,7 +189,10 @@ def _texts_of(
             if not is_text.all():
                 texts = texts.filter(pa.array(is_text))
             if len(texts):
-                yield texts
+                yield job.paths[i], texts
+            if not rows_left:
+                check_stamp(job.input_dir, job.paths[i], stamp)
+                return
 
 
 # One encoder per worker process: its cache of pretokens is what makes the next unit fast.
