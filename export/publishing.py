@@ -27,8 +27,11 @@ def remove_interrupted(final: Path, flag: str) -> None:
 def publishing(final: Path, flag: str) -> Iterator[Path]:
     """A new directory to fill, which takes the name `final` when the block ends without an error.
 
-    `final` is new or empty. See `remove_interrupted` for the error.
+    Raises:
+        UserError: `final` is not empty, or another process is filling it.
     """
+    if final.is_dir() and any(final.iterdir()):
+        raise UserError(f"{flag}={final}: is not empty. Give a directory that is new or empty.")
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_interrupted(final, flag)
     temporary = temporary_sibling(final)

@@ -7,6 +7,7 @@ checkpoint is complete. A failure on any process leaves no checkpoint, and `Chec
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import threading
@@ -28,6 +29,9 @@ from utils.console import human_bytes
 from utils.errors import UserError
 from utils.files import fsync_directory, remove_temporaries, temporary_sibling
 from utils.manifest import damaged_files, file_entry, write_manifest
+
+# A slow file system is no reason to give a save up; a process that died is noticed by Ray, not by this.
+_GROUP_TIMEOUT = datetime.timedelta(hours=6)
 
 
 def shortage(directory: Path, needed_bytes: int) -> str | None:
@@ -64,7 +68,7 @@ class CheckpointWriter:
         self.out_dir, self.model, self.optimizers = out_dir, model, optimizers
         self._write_extras, self._make_manifest, self._settings = write_extras, make_manifest, settings
         # The writing thread has its own group to talk to its peers: collectives of the training loop run meanwhile.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
         self._rank = dist.get_rank()
         self._staged: Any = None  # the copy in main memory, reused
         self._thread: threading.Thread | None = None
@@ -140,6 +144,15 @@ class CheckpointWriter:
             console.warn(f"{message} Training goes on (--checkpoint.on_error=continue).")
 
     def _write(self, temporary: Path, name: str, state: dict, primitives: dict[str, Any]) -> None:
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a new thread begins with device 0, which belongs to another process
+        try:
+            self._write_with_peers(temporary, name, state, primitives)
+        except BaseException as error:  # a peer is gone or did not answer in time; uncaught, nobody would hear of it
+            self.error = f"{self.out_dir / name} could not be written: {_reason(error)}"
+
+    def _write_with_peers(self, temporary: Path, name: str, state: dict, primitives: dict[str, Any]) -> None:
         # A step of its own: saving is collective, and a process that failed before it would leave the others waiting.
         failures, _ = self._on_all(lambda: (temporary / WEIGHTS_NAME).mkdir(parents=True, exist_ok=True))
         entries: list[dict[str, Any]] = []
@@ -172,7 +185,10 @@ class CheckpointWriter:
     def _write_shard(self, temporary: Path, state: dict) -> dict[str, Any] | None:
         """This process's part; returns the entry of its file for the manifest."""
         weights = temporary / WEIGHTS_NAME
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(weights, sync_files=True), process_group=self._group)
+        # Without copying ahead: where CUDA exists that would wait for the training stream every 10 MB, though the state
+        # is in main memory (torch/distributed/checkpoint/filesystem.py, _OverlappingCpuLoader).
+        writer = dcp.FileSystemWriter(weights, sync_files=True, per_thread_copy_ahead=0)
+        dcp.save(state, storage_writer=writer, process_group=self._group)
         # A process whose pieces are all held by others as well writes no file.
         name = f"{WEIGHTS_NAME}/__{self._rank}_0.distcp"
         return file_entry(temporary, name) if (temporary / name).is_file() else None

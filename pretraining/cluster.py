@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from utils import console
 from utils.errors import UserError
 from utils.node_check import check_nodes, probe_in
 
+# Settings of these libraries reach the workers on a joined cluster only if they are handed on.
+FORWARDED_PREFIXES = ("NCCL_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "CUDA_", "GLOO_", "FI_")
 CHECKED_PACKAGES = ("torch", "lightning", "litgpt", "litdata", "ray", "numpy", "xxhash")
 
 
@@ -90,6 +92,25 @@ def _start_worker(job: dict[str, Any]) -> None:
     train_worker(**job)
 
 
+def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the driver's shell that workers get; never a secret, since Ray's dashboard shows them."""
+    secret = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(FORWARDED_PREFIXES) and not any(word in name for word in secret)
+    }
+
+
+def placement_of(num_nodes: int, num_devices: int, room: list[int]) -> str:
+    """Ray's placement strategy. SPREAD would deal one process at a time over spare nodes too, and fill none of them.
+
+    Args:
+        room: processes that each node of the cluster can take.
+    """
+    return "PACK" if num_nodes == 1 or max(room) == num_devices else "SPREAD"
+
+
 def fit(settings: Settings, plan: Plan) -> None:
     """Start the workers by Ray Train, wait for them, and start them again after a failure as often as allowed.
 
@@ -100,19 +121,22 @@ def fit(settings: Settings, plan: Plan) -> None:
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         # The driver is on the only node: it would go with it. SIGTERM is the notice then.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    resource = resource_of(settings.accelerator)
+    room = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
     trainer = _Trainer(
         _start_worker,
         train_loop_config={"settings": settings, "plan": plan, "verbosity": console.VERBOSITY},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_nodes * settings.num_devices,
             use_gpu=settings.accelerator == "cuda",
-            resources_per_worker={resource_of(settings.accelerator): 1},
-            placement_strategy="PACK" if settings.num_nodes == 1 else "SPREAD",
+            resources_per_worker={resource: 1},
+            placement_strategy=placement_of(settings.num_nodes, settings.num_devices, room),
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
             storage_path=str(Path(settings.out_dir) / RAY_NAME),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            worker_runtime_env={"env_vars": forwarded} if (forwarded := forwarded_environment(os.environ)) else None,
             logging_config=ray.train.LoggingConfig(log_level="INFO" if console.VERBOSITY >= 2 else "ERROR"),
         ),
     )

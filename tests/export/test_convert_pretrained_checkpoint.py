@@ -299,10 +299,10 @@ def test_an_existing_directory_is_never_mixed_into(checkpoint, exported, tmp_pat
     (target := tmp_path / "mine").mkdir()
     (target / "thesis.txt").write_text("three years of work")
     process = run_export(checkpoint, target)
-    assert process.returncode == 2 and "exists" in process.stderr
+    assert process.returncode == 2 and "did not write (thesis.txt)" in process.stderr
     assert [path.name for path in target.iterdir()] == ["thesis.txt"]
     process = run_export(checkpoint, exported, "--dtype=bfloat16")
-    assert process.returncode == 2 and "other settings (--dtype: 'same', now 'bfloat16')" in process.stderr
+    assert process.returncode == 2 and "settings.dtype: was 'same', is 'bfloat16'" in process.stderr
 
 
 def in_process_refusal_at(checkpoint: Path, target: Path) -> str:
@@ -513,12 +513,12 @@ def test_killed_at_any_moment(checkpoint, exported, tmp_path, when):
 
 
 def test_another_exports_temporaries_stay(tmp_path):
-    from convert_pretrained_checkpoint import remove_interrupted
+    from export.publishing import remove_interrupted
 
     own, others = ".tmp-model[1]-0123456789ab", {".tmp-model[1]-bf16-0123456789ab", ".tmp-model1-0123456789ab"}
     for name in (own, *others):
         (tmp_path / name).mkdir()
-    remove_interrupted(tmp_path / "model[1]")
+    remove_interrupted(tmp_path / "model[1]", "export_dir")
     assert {path.name for path in tmp_path.iterdir()} == others
 
 

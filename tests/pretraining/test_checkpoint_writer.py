@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.filesystem as filesystem
 from tiny_runs import TINY_MODEL
 
 from pretraining.checkpoint import FINAL_NAME, list_checkpoints, rename_final_to_its_step
@@ -70,6 +73,51 @@ def test_a_file_that_another_process_wrote_and_nobody_sees_here_is_a_failed_save
     with pytest.raises(RuntimeError, match=r"__1_0\.distcp: missing.*all nodes share"):
         writer._publish(temporary, "step-00000001", [elsewhere], {"step": 1})
     assert not (tmp_path / "step-00000001").exists()
+
+
+def test_writing_what_is_in_main_memory_waits_for_no_device(tmp_path, monkeypatch):
+    """Where CUDA exists, torch's default writer waits for the device's stream again and again."""
+    waits = []
+
+    class Stream:
+        def synchronize(self):
+            waits.append(1)
+
+        def wait_stream(self, other):
+            pass
+
+    class Device:
+        stream_of_all = Stream()
+
+        def current_stream(self):
+            return self.stream_of_all
+
+        def stream(self, stream):
+            return contextlib.nullcontext()
+
+    writer = make_writer(tmp_path)
+    save(writer, 1)  # makes the optimizer's state, which would ask a device for its capabilities
+    monkeypatch.setattr(filesystem, "_get_device_module", lambda kind: Device())
+    monkeypatch.setattr(filesystem, "_get_available_device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    writer._write(
+        tmp_path / ".tmp-step-00000002-0123456789ab", "step-00000002", {"weight": torch.zeros(8)}, {"step": 2}
+    )
+    assert writer.error is None and not waits
+    dcp.save({"weight": torch.zeros(8)}, storage_writer=dcp.FileSystemWriter(tmp_path / "default"))
+    assert waits  # so the test would see them
+
+
+def test_a_peer_that_is_gone_is_a_failed_save(tmp_path, monkeypatch):
+    writer = make_writer(tmp_path)
+
+    def closed(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "all_gather_object", closed)
+    writer.save("step-00000001", {"step": 1}, asynchronous=True)
+    writer.wait()
+    assert "Connection closed by peer" in writer.error and not (tmp_path / "step-00000001").exists()
 
 
 def test_a_directory_that_cannot_be_made_is_a_failed_save(tmp_path):
