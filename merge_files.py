@@ -41,6 +41,7 @@ from utils.files import (
     atomic_write,
     checksum,
     fsync_directory,
+    held_lock,
     remove_temporaries,
     temporary_sibling,
     write_json,
@@ -278,6 +279,23 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
 
 
 def main(settings: Settings) -> None:
+    target = Path(settings.target_dir)
+    if settings.dry_run or not Path(settings.source_dir).is_dir():
+        merge(settings)
+        return
+    is_new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with held_lock(target) as mine:  # before anything is read there: what another run writes now would be missed
+            if not mine:
+                raise UserError(f"--target_dir={target}: another merge_files.py writes there. Wait for it or end it.")
+            merge(settings)
+    finally:
+        if is_new and not any(target.iterdir()):  # refused
+            target.rmdir()
+
+
+def merge(settings: Settings) -> None:
     source, target = Path(settings.source_dir), Path(settings.target_dir)
     published = finished_manifest(settings)
     if published is not None:

@@ -38,6 +38,7 @@ from tokenization.output import (
 from tokenization.progress import Progress
 from tokenization.workers import MAX_RETRIES, Workers
 from utils.errors import UserError, WorkerDied
+from utils.files import held_lock
 from utils.machine import available_cpus
 from utils.ray_cluster import find_cluster, ray_session
 
@@ -312,12 +313,22 @@ def main(settings: Settings) -> None:
         print_estimates(plan, settings.output_dir, settings.num_workers)
         console.say("nothing was written; leave --dry_run out to begin")
         return
-    manifest = open_output(plan, output_dir)
-    if manifest is not None:
-        console.result(f"{output_dir}: finished already, nothing to do")
-        say_next(settings)
-        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with held_lock(output_dir) as mine:  # before anything is read there: what another run writes now would be missed
+        if not mine:
+            raise UserError(
+                f"--output_dir={output_dir}: another optimize_dataset.py writes there. Wait for it or end it."
+            )
+        if open_output(plan, output_dir) is not None:
+            console.result(f"{output_dir}: finished already, nothing to do")
+        else:
+            records, manifest = tokenize_and_publish(plan, settings)
+            report(records, manifest, time.monotonic() - start)
+    say_next(settings)
 
+
+def tokenize_and_publish(plan: Plan, settings: Settings) -> tuple[dict[int, UnitRecord], dict[str, Any]]:
+    output_dir = Path(settings.output_dir)
     with ProgressFile(output_dir) as progress_file:
         records = tokenize(plan, settings, progress_file)
         check_nothing_lost(plan, records)
@@ -326,9 +337,7 @@ def main(settings: Settings) -> None:
                 f"--val_fraction={settings.val_fraction}: every document became validation data. Give more documents, "
                 "or a smaller fraction, and a new --output_dir."
             )
-        manifest = publish(plan, records, output_dir)
-    report(records, manifest, time.monotonic() - start)
-    say_next(settings)
+        return records, publish(plan, records, output_dir)
 
 
 if __name__ == "__main__":

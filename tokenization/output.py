@@ -42,7 +42,7 @@ def _is_ours(path: str) -> bool:
     folder, name = os.path.split(path)
     if folder:
         return folder.split(os.sep)[0] in SPLITS and bool(
-            CHUNK_PATTERN.fullmatch(name) or name in (INDEX_NAME, MANIFEST_NAME)
+            CHUNK_PATTERN.fullmatch(name) or name in (INDEX_NAME, MANIFEST_NAME, "")
         )
     return name in (PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, MANIFEST_NAME)
 

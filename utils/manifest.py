@@ -25,7 +25,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -164,7 +164,8 @@ def claim(
 
     Args:
         identity: the parts of the manifest that tell one result from another.
-        is_own: whether a file, named by its path below `directory`, belongs to an unfinished result of this step.
+        is_own: whether a file, or an empty directory with a "/" at its end, belongs to an unfinished result of this
+            step; named by its path below `directory`.
 
     Returns:
         The manifest of the finished result, or None while there is work to do.
@@ -182,12 +183,18 @@ def claim(
                 "the same settings as before:\n  " + "\n  ".join(changed.values())
             )
         return manifest
-    found = (
-        os.path.relpath(os.path.join(root, name), directory) for root, _, names in os.walk(directory) for name in names
-    )
-    if foreign := sorted(path for path in found if not is_own(path) and not is_temporary(os.path.basename(path))):
+    foreign = [path for path in _contents(directory) if not is_own(path) and not is_temporary(Path(path).name)]
+    if foreign:
         raise UserError(
-            f"{flag}={directory}: holds what this command did not write ({some(foreign)}); nothing was touched. Give a "
+            f"{flag}={directory}: holds what this command did not write ({some(sorted(foreign))}); nothing was touched. Give a "
             "directory that is new or empty."
         )
     return None
+
+
+def _contents(directory: Path) -> Iterator[str]:
+    for root, folders, names in os.walk(directory):
+        below = os.path.relpath(root, directory)
+        yield from (os.path.normpath(os.path.join(below, name)) for name in names)
+        if not folders and not names and below != ".":
+            yield f"{below}/"

@@ -14,6 +14,7 @@ from token_folders import make_folder, make_split_manifest
 
 from tokenization.chunk_reader import read_documents
 from utils.chunks import read_index
+from utils.files import held_lock
 from utils.manifest import damaged_files, read_manifest
 
 
@@ -261,7 +262,7 @@ def test_the_other_split_is_not_taken_for_merged_already(run_script, source, tmp
     other = tmp_path / "OUT" / "val"
     make_folder(other / "0", {"chunk-0000000-0.bin": [4]}, split="val")
     make_split_manifest(other)
-    assert "other split" in merge(run_script, other, tmp_path / "DATA", code=2).stderr
+    assert "split: was 'train', is 'val'" in merge(run_script, other, tmp_path / "DATA", code=2).stderr
 
 
 def test_tokens_are_compared_with_the_file_where_index_and_manifest_agree(run_script, tmp_path):
@@ -287,3 +288,18 @@ def test_what_is_not_merged_yet_is_told_how(tmp_path):
     make_folder(tmp_path / "train" / "0", {"chunk-0000000-0.bin": [5, 6]})
     with pytest.raises(UserError, match=r"not merged yet: .*\(0\)\. Merge them: python merge_files.py --source_dir="):
         read_index(tmp_path / "train", "--dataset_path")
+
+
+def test_a_second_merge_into_the_same_target_is_refused_before_it_looks(run_script, source, tmp_path):
+    (target := tmp_path / "target").mkdir()
+    with held_lock(target) as mine:
+        assert mine
+        process = merge(run_script, source, target, code=2)
+    assert "another merge_files.py writes there" in process.stderr and not list(target.iterdir())
+    merge(run_script, source, target)
+
+
+def test_what_is_refused_leaves_no_directory(run_script, source, tmp_path):
+    (source / "0" / "chunk-0000010-0.bin").unlink()
+    merge(run_script, source, tmp_path / "deep" / "target", code=2)
+    assert not (tmp_path / "deep" / "target").exists()

@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT, write_parquet
 
 from tokenization.chunk_reader import read_document_offsets
+from utils.files import held_lock
 
 WAIT_S = 120
 
@@ -382,3 +383,17 @@ def test_extreme_shapes_stay_below_a_gigabyte(tokenizer_dir, documents, tmp_path
     records = [json.loads(line) for line in (tmp_path / "out" / "progress.jsonl").read_text().splitlines()]
     assert sum(record["train"]["documents"] + record["val"]["documents"] for record in records) == 1_003_002
     assert max(record["peak_bytes"] for record in records) < 1_000_000_000
+
+
+def test_a_second_run_is_refused_before_it_writes_its_plan(run_script, tmp_path, parquet_dir, tokenizer_dir):
+    (output := tmp_path / "OUT").mkdir()
+    with held_lock(output) as mine:
+        assert mine
+        second = run_script(
+            "optimize_dataset.py",
+            *(f"--input_dir={parquet_dir}", f"--tokenizer_dir={tokenizer_dir}", f"--output_dir={output}"),
+            "--address=local",
+            check=False,
+        )
+    assert second.returncode == 2 and "another optimize_dataset.py writes there" in second.stderr
+    assert not list(output.iterdir())
