@@ -186,8 +186,8 @@ def claim(
     foreign = [path for path in _contents(directory) if not is_own(path) and not is_temporary(Path(path).name)]
     if foreign:
         raise UserError(
-            f"{flag}={directory}: holds what this command did not write ({some(sorted(foreign))}); nothing was touched. Give a "
-            "directory that is new or empty."
+            f"{flag}={directory}: holds what this command did not write ({some(sorted(foreign))}); nothing was "
+            "touched. Give a directory that is new or empty."
         )
     return None
 
