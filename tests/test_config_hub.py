@@ -72,7 +72,7 @@ def test_dry_run_plans_it_on_80_gb(path, dataset, tmp_path, run_script):
     memory = re.search(r"memory per process\s+([\d.]+) (GB|MB)", process.stdout)
     gigabytes = float(memory[1]) / (1000 if memory[2] == "MB" else 1)
     assert gigabytes < 76
-    stated = re.search(r"Expected memory a GPU: ([\d.]+) GB", path.read_text())
+    stated = re.search(r"Expected memory per GPU: ([\d.]+) GB", path.read_text())
     if stated:
         assert gigabytes == pytest.approx(float(stated[1]), abs=0.11)
     else:

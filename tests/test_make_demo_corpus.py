@@ -92,9 +92,9 @@ def test_same_command_again_has_nothing_to_do(made, run_script):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--size=3MB"], "size_bytes is 2000000, asked for 3000000"),
-        (["--size=2MB", "--source=code", "--num_files=2"], "source is prose, asked for code; num_files is 4"),
-        (["--size=2MB", "--vocab_size=1000"], "vocab_size is 8192, asked for 1000"),
+        (["--size=3MB"], "settings.size_bytes: was 2000000, is 3000000"),
+        (["--size=2MB", "--source=code", "--num_files=2"], "settings.source: was 'prose', is 'code'"),
+        (["--size=2MB", "--vocab_size=1000"], "settings.vocab_size: was 8192, is 1000"),
     ],
 )
 def test_other_settings_over_an_existing_output_are_refused(made, run_script, flags, message):
@@ -111,7 +111,7 @@ def test_foreign_directory_is_refused_and_left_alone(tmp_path, run_script):
     (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
     process = run_script(SCRIPT, f"--output_dir={tmp_path / 'mine'}", check=False)
     assert process.returncode == 2
-    assert f"--output_dir={tmp_path / 'mine'}" in process.stderr and "another name" in process.stderr
+    assert f"--output_dir={tmp_path / 'mine'}" in process.stderr and "new or empty" in process.stderr
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
