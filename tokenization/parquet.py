@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,7 +171,7 @@ def stream_texts(
         UserError: the file is not the one that was planned, or was replaced meanwhile.
     """
     filesystem, full_path = _member(url, path)
-    group, rows = row_groups[0], 0
+    group, rows, decoded = row_groups[0], 0, 0
     try:
         # A read buffer instead of pre_buffer: a row group of a million rows must not be held as a whole.
         with (
@@ -185,7 +185,7 @@ def stream_texts(
             for group in row_groups:
                 rows = parquet.metadata.row_group(group).num_rows
                 if rows:
-                    yield from _stream_row_group(parquet, group, column, text_column)
+                    decoded = yield from _stream_row_group(parquet, group, column, text_column, decoded)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         check_stamp(url, path, stamp)
         if is_input_failure(error):
@@ -202,10 +202,7 @@ def check_stamp(
     parquet: pq.ParquetFile | None = None,
     text_column: str = "",
 ) -> None:
-    """Compare a file with what it was when the work was planned: its size and time and, where it is open, its footer.
-
-    The time of a remote file is not compared: stores report it in several ways.
-    """
+    """Compare a file with what was planned: size, time (not a remote one's) and, where it is open, its footer."""
     if stamp is None:
         return
     filesystem, full_path = _member(url, path)
@@ -232,16 +229,20 @@ def _is_readable(parquet: pq.ParquetFile, text_column: str) -> bool:
     return True
 
 
-def _stream_row_group(parquet: pq.ParquetFile, group: int, column: int, text_column: str) -> Iterator[pa.Array]:
+def _stream_row_group(
+    parquet: pq.ParquetFile, group: int, column: int, text_column: str, decoded: int
+) -> Generator[pa.Array, None, int]:
+    """`decoded`: bytes per row of the row group before, 0 for the first; returns this one's."""
     metadata = parquet.metadata.row_group(group)
     chunk = metadata.column(column)
     row_bytes = max(1, chunk.total_uncompressed_size // metadata.num_rows)
     batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes))
     dictionary_bytes = chunk.data_page_offset - chunk.dictionary_page_offset if chunk.dictionary_page_offset else 0
     most_rows = min(batch_rows, max(1, MAX_DECODED_BYTES // max(dictionary_bytes, 1)))
-    read_rows = 1
+    # A row group that is encoded like the last one, and was no longer when decoded, needs no careful start.
+    read_rows = most_rows if 0 < decoded <= 2 * row_bytes else 1
     held: list[pa.Array] = []
-    held_rows = held_bytes = 0
+    held_rows = held_bytes = total_bytes = 0
     for batch in parquet.iter_batches(read_rows, [group], [text_column], use_threads=False):
         read_bytes = 0
         for texts in _as_plain_text(batch.column(0)):
@@ -253,12 +254,14 @@ def _stream_row_group(parquet: pq.ParquetFile, group: int, column: int, text_col
             if held_rows >= batch_rows or held_bytes >= MAX_BATCH_BYTES:
                 yield _joined(held)
                 held_rows = held_bytes = 0
+        total_bytes += read_bytes
         read_rows = min(read_rows * BATCH_GROWTH, most_rows)
         fitting = MAX_BATCH_BYTES * batch.num_rows // max(read_bytes, 1)
         # The reader asks for its batch size before every batch.
         parquet.reader.set_batch_size(max(1, min(read_rows, batch_rows - held_rows, fitting)))
     if held:
         yield _joined(held)
+    return max(1, total_bytes // metadata.num_rows)
 
 
 def _joined(held: list[pa.Array]) -> pa.Array:
