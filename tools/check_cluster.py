@@ -17,15 +17,11 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import write_json
-
-if TYPE_CHECKING:
-    from pretraining.hardware_check import HardwareReport, Multiply
-    from pretraining.node_facts import NodeFacts
 
 CHECKED_PACKAGES = ("torch", "ray", "lightning", "litgpt")
 
@@ -55,7 +51,7 @@ class Settings:
     """JSON file for everything that was found; null: none."""
 
 
-def main(settings: Settings, multiply: Multiply | None = None) -> None:
+def main(settings: Settings, multiply: Callable | None = None) -> None:
     """`multiply` is for tests: a matrix product that is slow or wrong in some process."""
     check_settings(settings)
     from utils.ray_cluster import find_cluster, ray_session
@@ -63,8 +59,8 @@ def main(settings: Settings, multiply: Multiply | None = None) -> None:
     if settings.out_dir is not None:
         settings = dataclasses.replace(settings, out_dir=os.path.abspath(settings.out_dir))
     with ray_session(find_cluster(settings.address)):
-        report = check_cluster(settings, multiply)
-    if wrong := report.wrong():
+        wrong = check_cluster(settings, multiply)
+    if wrong:
         raise UserError(wrong)
 
 
@@ -84,13 +80,14 @@ def check_settings(settings: Settings) -> None:
         raise UserError(problems)
 
 
-def check_cluster(settings: Settings, multiply: Multiply | None) -> HardwareReport:
-    """Check, print, and write --output; Ray is connected.
+def check_cluster(settings: Settings, multiply: Callable | None) -> list[str]:
+    """Check, print, and write --output; Ray is connected. Returns a paragraph for everything that came out wrong.
 
     Raises:
         UserError: a node cannot train at all, or its processes do not find each other.
     """
     from pretraining.node_facts import check_nodes_for_training
+    from tools.cluster_tables import print_nodes, print_processes
     from tools.measuring_processes import measure_together
     from utils.node_check import check_nodes, probe_in
 
@@ -101,7 +98,7 @@ def check_cluster(settings: Settings, multiply: Multiply | None) -> HardwareRepo
     facts = check_nodes_for_training(nodes, accelerator, num_devices, settings.out_dir, settings.compile)
     print_nodes(facts)
     report = measure_together(nodes, accelerator, num_devices, settings.seconds, multiply)
-    slow = report.slow(settings.slow_percent / 100)
+    slow, wrong = report.slow(settings.slow_percent / 100), report.wrong()
     print_processes(report)
     for line in slow:
         console.warn(f"{line} Training would wait for it at every step.")
@@ -110,15 +107,15 @@ def check_cluster(settings: Settings, multiply: Multiply | None) -> HardwareRepo
             "nodes": [dataclasses.asdict(node) for node in facts],
             **dataclasses.asdict(report),
             "slow": slow,
-            "wrong": report.wrong(),
+            "wrong": wrong,
         }
         write_json(settings.output, found)
     verdict = f"{console.counted(len(slow), 'figure')} far below the median" if slow else "all right"
     console.result(
         f"\nchecked {console.counted(len(report.processes), 'device')} of {console.counted(len(nodes), 'node')} in "
-        f"{console.human_seconds(time.monotonic() - started)}: " + ("WRONG RESULTS" if report.wrong() else verdict)
+        f"{console.human_seconds(time.monotonic() - started)}: " + ("WRONG RESULTS" if wrong else verdict)
     )
-    return report
+    return wrong
 
 
 def choose_nodes(settings: Settings) -> tuple[str, int, set[str]]:
@@ -145,55 +142,6 @@ def choose_nodes(settings: Settings) -> tuple[str, int, set[str]]:
             f"{sorted(room.values(), reverse=True)}). Start more, or ask for less."
         )
     return accelerator, num_devices, set(fitting[: settings.num_nodes])
-
-
-# --- what a person reads ----------------------------------------------------------------------------------------------
-
-
-def print_nodes(nodes: list[NodeFacts]) -> None:
-    columns: dict[str, Callable[[NodeFacts], str]] = {
-        "node": lambda facts: facts.node,
-        "driver": lambda facts: facts.driver or "none",
-        "CUDA": lambda facts: facts.cuda or "none",
-        "cuDNN": lambda facts: facts.cudnn or "none",
-        "NCCL": lambda facts: facts.nccl or "none",
-        "GPUs": lambda facts: str(facts.num_gpus),
-        "compiler": lambda facts: os.path.basename(facts.compiler) if facts.compiler else "none",
-        "Python.h": lambda facts: "yes" if facts.python_h else "no",
-        "free memory": lambda facts: console.human_bytes(facts.free_memory_bytes),
-        "writes": lambda facts: f"{console.human_bytes(facts.write_bytes_s)}/s" if facts.write_bytes_s else "-",
-    }
-    print_table(list(columns), [[cell(node) for cell in columns.values()] for node in nodes])
-
-
-def print_processes(report: HardwareReport) -> None:
-    figures = {"tflop_s": "TFLOP/s", "memory_gb_s": "memory GB/s", "all_reduce_gb_s": "all-reduce in node GB/s"}
-    if report.processes[0].free_memory_gb is not None:
-        figures["free_memory_gb"] = "free GB"
-    medians = {figure: report.median(figure) for figure in figures}
-    rows = []
-    for process in report.processes:
-        row = [process.node, process.index, process.device]
-        for figure, median in medians.items():
-            value = getattr(process, figure)
-            row += ["-", "-"] if median is None else [f"{value:,.4g}", f"{value / median - 1:+.1%}"]
-        rows.append([*row, "WRONG" if process.wrong else "right"])
-    middle = ["median", "", ""]
-    for median in medians.values():
-        middle += ["-", ""] if median is None else [f"{median:,.4g}", ""]
-    heads = [head for name in figures.values() for head in (name, "vs median")]
-    console.result("")
-    print_table(["node", "index", "device", *heads, "results"], [*rows, [*middle, ""]])
-    if report.all_reduce_gb_s is not None:
-        console.result(f"all-reduce over all nodes: {report.all_reduce_gb_s:,.4g} GB/s")
-
-
-def print_table(heads: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell; the first is text, the others stand on the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows)]
-    for row in (heads, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        console.result("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":
