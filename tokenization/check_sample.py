@@ -16,14 +16,14 @@ from tokenization.encoder_choice import EncoderChoice, arrow_text_buffers
 
 # Of a unit: up to 3% of a small one's time, less than 1% of a large one's.
 MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 256 << 10
-SMALL_UNIT_SHARE, SMALL_UNIT_CHECKED_BYTES, LARGE_UNIT_SHARE = 1 / 2048, 16 << 10, 1 / 8192
+SMALL_UNIT_SHARE, SMALL_UNIT_CHECKED_BYTES, LARGE_UNIT_SHARE = 1 / 4096, 16 << 10, 1 / 8192
 FIRST_SHARE = 0.25
 """Of the unit's bytes to check, what its first batch may use however small it is."""
 LONGEST_CHECKED_BYTES = 1 << 20
 SPREAD_CANDIDATES, RARE_CANDIDATES = 12, 12
 MAX_LITERALS = 64
 # One byte in so many is looked at for its script: a prime, so that no layout of the text keeps in step with it.
-SCRIPT_STRIDE = 61
+SCRIPT_STRIDE = 251
 
 
 class CheckSample:
