@@ -244,7 +244,7 @@ def _copy_to_host(value: Any, previous: Any) -> Any:
     """A copy in main memory of the tensors of a state dict, into the tensors of `previous` where they fit.
 
     Fresh memory costs a page fault every 4 KiB; reusing it makes the copy several times faster. torch's own stager does
-    the same, but took 1.5 to 2 times as long on two CPU processes, and training waits for it.
+    the same, but took up to twice as long on two CPU processes, and training waits for it.
     """
     if isinstance(value, dict):
         before = previous if isinstance(previous, dict) else {}
