@@ -27,7 +27,7 @@ from export.plan import ExportPlan
 from export.publishing import publishing, remove_interrupted
 from utils import cli, console
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import free_bytes, write_json
 from utils.manifest import as_input, claim, damaged_files, file_entry, made_by, write_manifest
 
 SCRIPT = "convert_pretrained_checkpoint.py"
@@ -160,8 +160,7 @@ def needed_bytes(plan: ExportPlan, settings: Settings) -> dict[str, int]:
 
 def check_space(plan: ExportPlan, settings: Settings) -> None:
     """Raises UserError when the disk cannot hold the export, now instead of in the middle."""
-    parent = next(path for path in Path(settings.export_dir).absolute().parents if path.is_dir())
-    needed, free = sum(needed_bytes(plan, settings).values()), shutil.disk_usage(parent).free
+    needed, free = sum(needed_bytes(plan, settings).values()), free_bytes(Path(settings.export_dir).absolute().parent)
     if needed > free:
         raise UserError(
             f"export_dir={settings.export_dir}: needs {console.human_bytes(needed)}, {console.human_bytes(free)} are "

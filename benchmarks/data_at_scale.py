@@ -84,7 +84,8 @@ def make_small_files(directory: Path, count: int, document_bytes: int = 2_000) -
 
 
 def plan_files(directory: str) -> str:
-    from tokenization.parquet import list_parquet_files, read_footers
+    from tokenization.input_files import list_parquet_files
+    from tokenization.parquet import read_footers
     from tokenization.units import UnitPacker, default_unit_bytes
 
     entries = list_parquet_files(directory)
@@ -145,7 +146,8 @@ def publish_fineweb(progress: str, files: int) -> str:
 
 
 def read_large_footer(path: Path) -> str:
-    from tokenization.parquet import FileEntry, read_footer
+    from tokenization.input_files import FileEntry
+    from tokenization.parquet import read_footer
 
     footer = read_footer(str(path.parent), FileEntry(path.name, 0), "text")
     return f"{len(footer.rows):,} row groups"

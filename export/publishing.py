@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils import console
 from utils.errors import UserError
 from utils.files import TEMPORARY_PREFIX, fsync_directory, held_lock, temporary_sibling
 
@@ -20,6 +21,7 @@ def remove_interrupted(final: Path, flag: str) -> None:
         with held_lock(left) as is_free:
             if not is_free:
                 raise UserError(f"{flag}={final}: another process is making it in {left}. Wait for it.")
+            console.detail(f"removing {left}, left by an interrupted run")
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 from pretraining.memory import MemoryPlan, plan_memory
 from pretraining.plan import Plan
@@ -13,6 +11,7 @@ from pretraining.settings import Settings
 from utils import console
 from utils.console import human_bytes, human_count
 from utils.errors import UserError
+from utils.files import free_bytes
 
 
 def print_dry_run(settings: Settings, plan: Plan) -> None:
@@ -70,8 +69,7 @@ def _num_checkpoints(settings: Settings, plan: Plan) -> int:
 
 def _problems(settings: Settings, memory: MemoryPlan, disk_bytes: int) -> list[str]:
     problems = []
-    out_dir = Path(settings.out_dir).absolute()
-    free = shutil.disk_usage(next(path for path in (out_dir, *out_dir.parents) if path.exists())).free
+    free = free_bytes(settings.out_dir)
     if disk_bytes > free:
         problems.append(
             f"--out_dir={settings.out_dir}: {human_bytes(free)} free, checkpoints need {human_bytes(disk_bytes)}. "

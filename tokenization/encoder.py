@@ -19,8 +19,6 @@ from tokenizers import Tokenizer
 
 from tokenization.encoder_choice import EncoderChoice, arrow_text_buffers
 
-__all__ = ["Encoder", "EncodingMismatch", "PreparedTokenizer", "arrow_text_buffers", "fast_tokenizer_json"]
-
 # gigatoken 0.10 remembers every pretoken that it has seen, without bound: about 30 MB per million tokens of random
 # words. A fresh encoder forgets; natural text fills this in about a GB of new words.
 MAX_CACHE_BYTES = 256 << 20

@@ -12,8 +12,8 @@ from tokenization.encoder import DocumentTooLarge, Encoder
 from tokenization.encoder_check import load_tokenizer
 from tokenization.job import Plan, Unit
 from tokenization.parquet import CorruptRowGroup, stream_texts
-from tokenization.plan import free_bytes
 from utils import console
+from utils.files import free_bytes
 from utils.machine import available_cpus
 
 SAMPLED_UNITS = 8

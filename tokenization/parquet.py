@@ -14,12 +14,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from tokenization.encoder_choice import arrow_text_buffers
-from tokenization.input_files import FileEntry, list_parquet_files, local_stamp, open_input
+from tokenization.input_files import FileEntry, local_stamp, open_input
 from tokenization.job import InputStamp
 from tokenization.threads import submit_ahead
 from utils.errors import UserError
-
-__all__ = ["FileEntry", "Footer", "list_parquet_files", "open_input", "read_footer", "read_footers", "stream_texts"]
 
 FOOTER_THREADS = 32
 # Text per batch. Large enough that the cost per batch vanishes, small enough for the processor's caches.

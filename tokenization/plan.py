@@ -6,19 +6,20 @@ import collections
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
+from tokenization.input_files import FileEntry, list_parquet_files
 from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit
 from tokenization.output import check_output_dir
-from tokenization.parquet import FileEntry, list_parquet_files, read_footers
+from tokenization.parquet import read_footers
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
 from utils import console
 from utils.errors import Problems, UserError
+from utils.files import free_bytes
 from utils.tokenizer import read_tokenizer_info
 
 MAX_FILES_NAMED = 20  # with one fault; where there are more, a few stand for all
@@ -156,14 +157,6 @@ def separators(settings: Any, tokenizer: Any, problems: Problems) -> tuple[int |
             f"other. Give {remedy or 'a tokenizer that names a bos_token or eos_token in tokenizer_config.json'}."
         )
     return chosen["bos"], chosen["eos"]
-
-
-def free_bytes(directory: str) -> int:
-    """Free disk space where `directory` is, or will be made."""
-    path = Path(directory).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def check_disk_space(plan: Plan, output_dir: str, done_bytes: int) -> None:

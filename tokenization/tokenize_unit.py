@@ -23,7 +23,8 @@ import xxhash
 
 from tokenization.check_sample import CheckSample
 from tokenization.chunk_writer import ChunkWriter
-from tokenization.encoder import DocumentTooLarge, Encoder, PreparedTokenizer, arrow_text_buffers
+from tokenization.encoder import DocumentTooLarge, Encoder, PreparedTokenizer
+from tokenization.encoder_choice import arrow_text_buffers
 from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
 from tokenization.parquet import CorruptRowGroup, check_stamp, stream_texts
 from utils.errors import UserError

@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pretraining.cluster import forwarded_environment
 from pretraining.hardware_check import HardwareReport, Multiply, measure_hardware, multiply_by_torch
 from pretraining.node_facts import interface_of, node_name
 from utils.errors import UserError
 from utils.machine import available_cpus
 
-# Variables of this shell that reach the processes, as they would if the nodes' own shells had them.
-PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "FI_")
 _START_TIMEOUT_S = 90.0
 _MEASURE_TIMEOUT_S = 180.0
 _GRACE_S = 5.0  # after the first failure, for the others, of which one may say more
@@ -86,7 +85,7 @@ def measure_together(
         address, port, _ = found[0]
         shared = {
             "meet_at": f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
-            "environment": {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)},
+            "environment": forwarded_environment(os.environ),
             "world_size": len(members),
             "processes_per_node": num_devices,
             "seconds": seconds,

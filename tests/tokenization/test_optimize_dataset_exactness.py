@@ -14,8 +14,9 @@ from conftest import write_parquet
 
 from tokenization.chunk_reader import read_documents
 from tokenization.encoder import Encoder
+from tokenization.input_files import FileEntry
 from tokenization.job import Unit
-from tokenization.parquet import FileEntry, Footer, read_footer
+from tokenization.parquet import Footer, read_footer
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
 from utils.chunks import read_index
 from utils.manifest import read_manifest

@@ -17,9 +17,9 @@ import pytest
 from conftest import write_parquet
 from test_optimize_dataset import decoded, user_error
 
-from tokenization.input_files import list_parquet_files
+from tokenization.input_files import FileEntry, list_parquet_files
 from tokenization.job import InputStamp
-from tokenization.parquet import FileEntry, read_footer, stream_texts
+from tokenization.parquet import read_footer, stream_texts
 from utils.errors import UserError
 from utils.manifest import read_manifest
 
