@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pretraining.attention import fastest_kernels
 from pretraining.checkpoint import FINAL_NAME, find_newest_good, step_name
 from pretraining.checkpoint_content import checkpoint_manifest, write_configs
 from pretraining.checkpoint_loading import load_initial_weights, load_training_state
@@ -143,12 +144,13 @@ class Trainer:
     def run(self) -> None:
         """Train from `step` to the plan's last step, or until something asks to stop."""
         train, evaluation = self.settings.train, self.settings.eval
-        if self.step == 0 and evaluation.initial_validation:
-            self._log({"step": 0, "tokens": 0, **self._validate()})
         positions = rank_micro_batches(range(self.step, self.plan.total_steps), train, self.rank, self.world_size)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
         profile_steps = self.settings.profile_steps if self.rank == 0 else 0
-        with contextlib.closing(batches), profiled(profile_steps, self.out_dir / "profile") as step_profiler:
+        profiler = profiled(profile_steps, self.out_dir / "profile")
+        with fastest_kernels(self.device), contextlib.closing(batches), profiler as step_profiler:
+            if self.step == 0 and evaluation.initial_validation:
+                self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.step < self.plan.total_steps:
                 started = time.perf_counter()
                 result = self._train_step(batches)
