@@ -12,6 +12,7 @@ from typing import Any
 from pretraining.checkpoint import WEIGHTS_NAME
 from pretraining.checks import check_numbers
 from pretraining.data_order import interleave
+from pretraining.documents import Separator, separator_of
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
 from pretraining.settings import Settings
@@ -41,6 +42,8 @@ class Plan:
     decay_steps: int
     bits_per_nat: float | None
     """Bits per byte of text for a loss of one nat per token; None: bytes unknown."""
+    separators: list[Separator] | None
+    """Per dataset, the token between its documents; None: documents are not masked from one another."""
     tokenizer: dict[str, Any] | None
     """TokenizerInfo.record() of the dataset."""
     data_identity: list[str]
@@ -83,6 +86,7 @@ def make_plan(settings: Settings) -> Plan:
     located = problems.collect(data_directories, settings)
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
     _check_vocabulary(settings, config, manifests, problems)
+    separators = _separators(settings, config, train, manifests, problems)
     if config is not None and context < config.block_size:
         console.say(
             f"context: trained on {context:,} tokens; the exported model will claim {config.block_size:,}, "
@@ -123,6 +127,7 @@ def make_plan(settings: Settings) -> Plan:
         warmup_steps=min(warmup, total),
         decay_steps=math.ceil(settings.train.lr_decay_fraction * total),
         bits_per_nat=_bits_per_nat(val, located[1]),
+        separators=separators,
         tokenizer=next(
             (manifest["tokenizer"] for manifest in manifests if manifest and manifest.get("tokenizer")), None
         ),
@@ -193,6 +198,20 @@ def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems
             f"{max(sizes)} tokens. Set model_config.padded_vocab_size to at least {max(sizes)}, or use the model's own "
             "tokenizer."
         )
+
+
+def _separators(
+    settings: Settings, config: Any, train: list[Index | None], manifests: list, problems: Problems
+) -> list[Separator] | None:
+    if not settings.train.document_masking:
+        return None
+    if config is not None and config.latent_attention:
+        problems.add(
+            f"--train.document_masking=true: not possible for {config.name}, whose latent attention is litgpt's own "
+            "and takes no mask of documents. Leave it out, or choose another model."
+        )
+    present = [(index.directory, manifest) for index, manifest in zip(train, manifests) if index is not None]
+    return [problems.collect(separator_of, directory, manifest) for directory, manifest in present]
 
 
 def _check_out_dir(settings: Settings, problems: Problems) -> None:

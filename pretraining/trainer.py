@@ -93,7 +93,7 @@ class Trainer:
         self.learning_rate = make_schedule(settings, plan)
 
         directories = [Path(path) for path in plan.train_directories]
-        self.sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, settings.seed)
+        self.sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, settings.seed, plan.separators)
         self.validation = Validation(self.wrapped, settings, plan, self.device)
         flops_per_token = training_flops_per_token(
             self.model.config, self.num_parameters, plan.context_tokens, settings.train.tie_embeddings
@@ -192,10 +192,9 @@ class Trainer:
             batch = next(batches)
             wait_s += time.perf_counter() - waited
             digest += batch.digest
-            tokens = batch.tokens.to(self.device, non_blocking=True)
             accumulate = micro_step + 1 < self.accumulation and not self.settings.parallel.reduce_every_micro_batch
             with self.fabric.no_backward_sync(self.wrapped, enabled=accumulate):
-                micro_entropy, objective = self.wrapped(tokens[:, :-1], tokens[:, 1:])
+                micro_entropy, objective = self.wrapped(*batch.to(self.device))
                 self.fabric.backward(objective * scale)
             entropy += micro_entropy
         return self._update(entropy, digest, wait_s)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretraining.data import Sequences, rank_positions
+from pretraining.data import Sequences, rank_positions, read_micro_batch
 from pretraining.plan import Plan
 from pretraining.settings import Settings
 
@@ -25,7 +25,7 @@ class Validation:
     def __init__(self, model: torch.nn.Module, settings: Settings, plan: Plan, device: torch.device):
         self._model, self._device, self._bits_per_nat = model, device, plan.bits_per_nat
         directories = [Path(path) for path in plan.val_directories]
-        self._sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, seed=0)
+        self._sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, 0, plan.separators)
         count = min(plan.val_blocks, settings.eval.max_iters * settings.train.global_batch_size)
         size, world_size = settings.train.micro_batch_size, dist.get_world_size()
         mine = rank_positions(0, count, dist.get_rank(), world_size)
@@ -40,9 +40,10 @@ class Validation:
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # cross entropy, tokens
         for positions in self._micro_batches:
             counts = float(len(positions) > 0)
-            tokens = self._sequences.read(positions if counts else np.zeros(1, np.int64)).to(self._device)
-            entropy, _ = self._model(tokens[:, :-1], tokens[:, 1:])
-            sums += counts * torch.stack([entropy.double(), torch.full_like(sums[0], tokens[:, 1:].numel())])
+            batch = read_micro_batch(self._sequences, positions if counts else np.zeros(1, np.int64), pin_memory=False)
+            inputs, targets, offsets = batch.to(self._device)
+            entropy, _ = self._model(inputs, targets, offsets)
+            sums += counts * torch.stack([entropy.double(), torch.full_like(sums[0], targets.numel())])
         dist.all_reduce(sums)
         self._model.train()
         loss = (sums[0] / sums[1]).item()
