@@ -17,8 +17,9 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from utils import cli, console  # first: it says how to install the packages if 
 
 # isort: split
 from tokenization.job import Job, Plan, Unit, UnitRecord
+from tokenization.missing_chunks import LostChunk, missing_of_output, put_back
 from tokenization.output import (
     ProgressFile,
     check_all_are_here,
@@ -38,8 +40,9 @@ from tokenization.output import (
 from tokenization.progress import Progress
 from tokenization.workers import MAX_RETRIES, Workers
 from utils.errors import UserError, WorkerDied
-from utils.files import held_lock
+from utils.files import held_lock, remove_temporaries, temporary_sibling
 from utils.machine import available_cpus
+from utils.manifest import some
 from utils.ray_cluster import find_cluster, ray_session
 
 
@@ -121,15 +124,14 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
             workers = None
             if left:
                 workers = stack.enter_context(start_workers(plan, settings))
-                run_units(plan, plan.job, left, workers, progress_file)
+                run_units(plan, plan.job, left, workers, progress_file.append)
                 records = progress_file.finished()
             check_all_are_here(plan, records)
             again, val_threshold = units_to_redo_for_validation(plan, records)
             if again:
                 workers = workers or stack.enter_context(start_workers(plan, settings))
-                run_units(
-                    plan, dataclasses.replace(plan.job, val_threshold=val_threshold), again, workers, progress_file
-                )
+                job = dataclasses.replace(plan.job, val_threshold=val_threshold)
+                run_units(plan, job, again, workers, progress_file.append)
                 records = progress_file.finished()
     except BaseException:
         # What other workers were writing must not fill the disk until the next run.
@@ -163,8 +165,8 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
             yield ray_workers
 
 
-def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progress_file: ProgressFile) -> None:
-    """Tokenize `units`, largest first; append a record for each as it is finished."""
+def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, keep: Callable[[UnitRecord], None]) -> None:
+    """Tokenize `units`, largest first; `keep` the record of each as it is finished."""
     queue = collections.deque(sorted(units, key=lambda unit: (-unit.text_bytes, unit.index)))
     left = len(queue)
     documents = tokens = 0
@@ -178,7 +180,7 @@ def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progres
             for unit, outcome in sorted(workers.finished(), key=lambda done: isinstance(done[1], Exception)):
                 left -= 1
                 record = record_or_user_error(outcome, plan)
-                progress_file.append(record)
+                keep(record)
                 documents += record.documents
                 tokens += record.tokens
                 busy_s += sum(record.seconds.values())
@@ -236,18 +238,49 @@ def units_to_redo_for_validation(plan: Plan, records: dict[int, UnitRecord]) -> 
     Raises:
         UserError: there is no document at all.
     """
-    if any(record.min_hash < plan.job.val_threshold for record in records.values()):
-        return [], plan.job.val_threshold
+    threshold = final_val_threshold(plan, records)
+    if threshold == plan.job.val_threshold:
+        return [], threshold
     if not any(record.documents for record in records.values()):
         raise UserError(f"--input_dir: no document with text in column {plan.job.text_column!r}. Give files with text.")
-    smallest = min(record.min_hash for record in records.values())
     # A run that was interrupted here may have done some of them again already.
     again = [
         unit
         for unit in plan.units
-        if records[unit.index].min_hash == smallest and not records[unit.index].val.documents
+        if records[unit.index].min_hash < threshold and not records[unit.index].val.documents
     ]
-    return again, smallest + 1
+    return again, threshold
+
+
+def final_val_threshold(plan: Plan, records: dict[int, UnitRecord]) -> int:
+    """The planned threshold, or the one with which the document with the smallest hash is validation data."""
+    smallest = min((record.min_hash for record in records.values()), default=0)
+    return max(plan.job.val_threshold, smallest + 1)
+
+
+def make_lost_again(plan: Plan, settings: Settings, lost: list[LostChunk], records: dict[int, UnitRecord]) -> None:
+    """Tokenize the units of lost chunks of a finished output again, beside it, and take from them what is missing."""
+    output_dir = Path(settings.output_dir)
+    numbers = {chunk.unit for chunk in lost}
+    console.say(
+        f"missing: {console.counted(len(lost), 'chunk')} of the finished output "
+        f"({some([str(chunk.path.relative_to(output_dir)) for chunk in lost])}); tokenizing "
+        f"{console.counted(len(numbers), 'unit')} again"
+    )
+    remove_temporaries(output_dir)
+    scratch = temporary_sibling(output_dir.absolute() / "again")
+    scratch.mkdir()
+    threshold = final_val_threshold(plan, records)
+    job = dataclasses.replace(plan.job, output_dir=str(scratch), val_threshold=threshold)
+    try:
+        with start_workers(plan, settings) as workers:
+            units = [unit for unit in plan.units if unit.index in numbers]
+            run_units(plan, job, units, workers, lambda record: put_back(record, scratch, lost))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    console.result(
+        f"{output_dir}: {console.counted(len(lost), 'missing chunk')} made again, with the checksums of before"
+    )
 
 
 def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: float) -> None:
@@ -319,12 +352,34 @@ def main(settings: Settings) -> None:
             raise UserError(
                 f"--output_dir={output_dir}: another optimize_dataset.py writes there. Wait for it or end it."
             )
-        if open_output(plan, output_dir) is not None:
-            console.result(f"{output_dir}: finished already, nothing to do")
-        else:
+        if open_output(plan, output_dir) is None or not keep_finished(plan, settings):
             records, manifest = tokenize_and_publish(plan, settings)
             report(records, manifest, time.monotonic() - start)
     say_next(settings)
+
+
+def keep_finished(plan: Plan, settings: Settings) -> bool:
+    """Look for what a finished output has lost since, and make that again.
+
+    Returns:
+        False where it takes the whole work: what tells which chunks there were is lost too.
+    """
+    output_dir = Path(settings.output_dir)
+    unread, lost = missing_of_output(output_dir)
+    if not unread and not lost:
+        console.result(f"{output_dir}: finished already, nothing to do")
+        return True
+    with ProgressFile(output_dir) as progress_file:
+        records = progress_file.recorded()
+    if unread:
+        if len(records) < len(plan.units):
+            return False
+        publish(plan, records, output_dir)
+        console.result(f"{output_dir}: made again: {some([str(path.relative_to(output_dir)) for path in unread])}")
+        _, lost = missing_of_output(output_dir, may_be_moved=False)  # a move leaves indexes and manifests
+    if lost:
+        make_lost_again(plan, settings, lost, records)
+    return True
 
 
 def tokenize_and_publish(plan: Plan, settings: Settings) -> tuple[dict[int, UnitRecord], dict[str, Any]]:
