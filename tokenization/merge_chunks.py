@@ -171,11 +171,11 @@ def how_to_get_back(lines: list[str], manifest: dict[str, Any] | None, settings:
     what = f"{console.counted(len(lines), 'chunk')} missing or damaged: {some(lines)}. "
     target = moved_to(source)
     if target is not None and target != Path(settings.target_dir).absolute():
-        what += f"--mode=move took chunks from there to {target}: use that dataset, or "
+        what += f"--mode=move took chunks from there to {target}: use that dataset if it has them. "
     if manifest is None:
         return what + "Bring the files back, or make the folder again."
-    if any("content differs" in line or "holds" in line for line in lines):
-        what += "Delete the damaged files. "
+    if not all(line.endswith(": missing") for line in lines):
+        what += "Delete the damaged files: step 1 compares sizes alone. "
     return what + (
         f"To make them again, run this, then this command again:\n  {optimize_command(source, manifest['settings'])}"
     )
