@@ -31,7 +31,7 @@ from tokenization.gather import gather_small
 from tokenization.merge_chunks import collect_chunks
 from tokenization.merge_plan import Plan, make_plan
 from tokenization.merge_restore import restore_missing
-from tokenization.missing_chunks import recorded_chunks, write_moved
+from tokenization.missing_chunks import moved_to, recorded_chunks, write_moved
 from utils.chunks import INDEX_NAME, Chunk
 from utils.errors import UserError
 from utils.files import checksum, fsync_directory, held_lock, remove_temporaries, write_json
@@ -265,7 +265,12 @@ def merge(settings: Settings) -> None:
 
     if target.is_dir() and not in_place:
         remove_temporaries(target)
-    chunks = collect_chunks(plan, settings)
+    try:
+        chunks = collect_chunks(plan, settings)
+    except UserError:
+        if moved_to(source) in (None, target.absolute()) and not any(source.rglob("*.bin")):
+            write_moved(source, None)  # step 1 must not take them for moved
+        raise
     manifest = publish(plan, chunks, target)
     if settings.mode == "move":
         remove_sources(source, target, manifest)

@@ -1,6 +1,7 @@
 """What is missing of a published directory of chunks, and what makes it again.
 
-OUT/train/moved.json      where merge_files.py --mode=move took the chunks, so that nobody takes them for lost
+OUT/train/moved.json      where merge_files.py --mode=move took the chunks, so that nobody takes them for lost; null where
+                          they are lost there too
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def _without_moved(split_dir: Path, found: list[LostChunk], num_chunks: int, may
     if not found:
         return []
     target = moved_to(split_dir)
-    if target is None and may_be_moved and len(found) == num_chunks > 1:
+    is_noted = (split_dir / MOVED_NAME).exists()
+    if may_be_moved and not is_noted and len(found) == num_chunks > 1:
         why = "if merge_files.py --mode=move took them, all is well"
     elif target is not None and _manifest_or_none(target) is None:
         why = f"merge_files.py --mode=move took them to {target}, where they are not now"
@@ -123,13 +125,14 @@ def recorded_chunks(dataset: dict[str, Any], target: Path | None = None) -> dict
 def moved_to(split_dir: Path) -> Path | None:
     """The dataset that --mode=move took the chunks of OUT/train or OUT/val to."""
     try:
-        return Path(json.loads((split_dir / MOVED_NAME).read_bytes())["target_dir"])
+        target = json.loads((split_dir / MOVED_NAME).read_bytes())["target_dir"]
+        return None if target is None else Path(target)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_moved(split_dir: Path, target: Path) -> None:
-    write_json(split_dir / MOVED_NAME, {"target_dir": os.path.abspath(target)})
+def write_moved(split_dir: Path, target: Path | None) -> None:
+    write_json(split_dir / MOVED_NAME, {"target_dir": None if target is None else os.path.abspath(target)})
 
 
 def put_back(record: UnitRecord, scratch: Path, lost: list[LostChunk]) -> None:

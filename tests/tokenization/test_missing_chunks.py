@@ -260,6 +260,21 @@ def test_after_a_move_only_what_the_dataset_lost_is_made_again(work, noted):
         assert work.data(split) == before and not work.chunks()
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_dataset_that_was_moved_there_and_deleted_is_made_again(work, noted):
+    work.merge("train", "--mode=move")
+    work.merge("val", "--mode=move")
+    before, train = work.data("val"), work.data("train")
+    shutil.rmtree(work.directory / "DATA" / "val")
+    if not noted:
+        (work.out / "val" / "moved.json").unlink()
+    said = work.merge("val", code=2).stderr
+    assert "made again" in work.advised(said).stdout
+    assert all(name.startswith("val/") for name in work.chunks())
+    work.merge("val", "--mode=move")
+    assert work.data("val") == before and work.data("train") == train and not work.chunks()
+
+
 def test_another_source_is_not_taken_for_the_one_that_was_merged(work):
     work.merge("val")
     name = read_index(work.directory / "DATA" / "val", "test").chunks[0].name
