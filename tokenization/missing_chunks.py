@@ -1,7 +1,7 @@
 """What is missing of a published directory of chunks, and what makes it again.
 
-OUT/train/moved.json      where merge_files.py --mode=move took the chunks, so that nobody takes them for lost; null where
-                          they are lost there too
+OUT/train/moved.json      where merge_files.py --mode=move took the chunks, so that nobody takes them for lost; null
+                          where they are lost there too
 """
 
 from __future__ import annotations
