@@ -70,8 +70,10 @@ def plan_layout(settings: Settings) -> Plan:
     if plan.manifest is None or plan.chunk_tokens is None or settings.mode == "index":
         return plan
     published = read_manifest(target)
-    names = [entry["name"] for entry in published["files"]] if published else target.is_dir() and os.listdir(target)
-    begun = set(names or [])
+    if published is not None:
+        begun = {entry["name"] for entry in published["files"]}
+    else:
+        begun = set(os.listdir(target)) if target.is_dir() else set()
     gathered = dataclasses.replace(plan, parts=gather_small(plan.parts, plan.chunk_tokens))
     single, joined = ({part.chunk.name for part in layout.parts} for layout in (plan, gathered))
     if begun & (single - joined):  # by an earlier version, or with --gather=false
