@@ -143,7 +143,7 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
 @contextlib.contextmanager
 def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
     """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
-    from tokenization.encoder_check import load_tokenizer
+    from tokenization.prepared_tokenizer import load_tokenizer
 
     cluster = find_cluster(settings.address)
     if cluster is None:

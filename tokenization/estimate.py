@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder import DocumentTooLarge, Encoder
-from tokenization.encoder_check import load_tokenizer
 from tokenization.job import Plan, Unit
 from tokenization.parquet import CorruptRowGroup, stream_texts
+from tokenization.prepared_tokenizer import load_tokenizer
 from utils import console
 from utils.files import free_bytes
 from utils.machine import available_cpus
