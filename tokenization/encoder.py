@@ -97,6 +97,8 @@ class Encoder:
         self._reference.no_padding()
         self._reference.no_truncation()
         self._choice = choice or EncoderChoice("gigatoken")
+        self.reference_documents = 0
+        """How many `encode` has given to `tokenizers` so far."""
         self.load_error = ""
         """Why gigatoken cannot load this tokenizer, where it cannot."""
         self._fast = self._load_fast() if self._choice.backend == "gigatoken" else None
@@ -165,6 +167,7 @@ class Encoder:
                 f"about {46 * size / 1e9:,.0f} GB of memory; at most {MAX_REFERENCE_BYTES / 1e6:,.0f} MB are allowed. "
                 f"It begins with {texts[row].as_py()[:80]!r}"
             )
+        self.reference_documents += len(texts)
         return self.encode_reference(texts.to_pylist())
 
     def _encode_fast(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:

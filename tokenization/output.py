@@ -89,8 +89,8 @@ def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
 class ProgressFile:
     """progress.jsonl: a line for each finished unit, written when its chunks are on disk. Locked while in use."""
 
-    def __init__(self, output_dir: Path):
-        self._output_dir = output_dir
+    def __init__(self, output_dir: Path, num_units: int):
+        self._output_dir, self._units = output_dir, range(num_units)
         self._file = open(output_dir / PROGRESS_NAME, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +123,8 @@ class ProgressFile:
                 record = UnitRecord.from_json(json.loads(line, object_pairs_hook=_with_shared_keys))
             except (ValueError, KeyError, TypeError):
                 continue
-            records[record.unit] = record
+            if record.unit in self._units:  # another one is no unit of this plan
+                records[record.unit] = record
         self._file.truncate(good_bytes)
         return {
             unit: record
