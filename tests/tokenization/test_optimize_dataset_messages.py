@@ -156,6 +156,18 @@ def test_next_commands_can_be_pasted_and_one_document_is_not_documents(documents
     ).stdout.replace("'--source_dir=", "--source_dir='")
 
 
+def test_a_full_disk_in_the_merge_names_the_file(documents, tokenizer_dir, tmp_path, small_disk, run_script):
+    write_parquet(tmp_path / "in" / "a.parquet", 3 * documents)
+    run_script("optimize_dataset.py", *arguments(tmp_path / "in", tokenizer_dir, tmp_path / "out"))
+    target = small_disk / "train"
+    process = run_script(
+        "merge_files.py", f"--source_dir={tmp_path / 'out' / 'train'}", f"--target_dir={target}", check=False
+    )
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert f"error: {target}/chunk-0000000-0.bin: No space left on device" in process.stderr
+    assert not target.exists() or os.listdir(target) == []
+
+
 def test_a_document_too_large_for_the_only_encoder(tmp_path, documents, run_script):
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(kinds.KINDS["no pattern"]()))
