@@ -43,10 +43,9 @@ class CorruptRowGroup(Exception):
 def is_input_failure(error: Exception) -> bool:
     """Whether reading failed, and not whether what was read is wrong: another try may succeed, so nothing may be
     quarantined. pyarrow sets errno for errors of the operating system, and only describes those of object stores."""
-    if isinstance(error, MemoryError):  # Arrow's own is one too
-        return True
     remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
-    return isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
+    failed = isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
+    return failed or isinstance(error, MemoryError)  # as Arrow's own is
 
 
 @dataclasses.dataclass(frozen=True)
