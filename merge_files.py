@@ -21,6 +21,7 @@ import glob
 import hashlib
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from utils import cli, console  # first: it says how to install the packages if they are missing
@@ -184,7 +185,8 @@ def remove_sources(source: Path, target: Path, manifest: dict[str, Any]) -> None
 def say_result(manifest: dict[str, Any], target: Path) -> None:
     content = manifest["content"]
     chunks = console.counted(content["chunks"], "chunk")
-    console.result(f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {chunks}")
+    documents, tokens = console.counted(content["documents"], "document"), console.counted(content["tokens"], "token")
+    console.result(f"{target}: {documents}, {tokens} in {chunks}")
     say_unread(manifest)
 
 
@@ -193,13 +195,14 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
     if manifest["split"] == "val":
         config = "llama3-8b" if glob.glob("/dev/nvidia[0-9]*") else "demo-cpu"
         console.next_command(
-            f"python distributed_pretrain.py --config config_hub/{config}.yaml --dataset_path={target.parent} "
-            "--tokenizer_dir=CKPT --out_dir=OUT_DIR",
+            f"python distributed_pretrain.py --config config_hub/{config}.yaml "
+            f"--dataset_path={quote(str(target.parent))} --tokenizer_dir=CKPT --out_dir=OUT_DIR",
             "next, with this or a config of your own, and the tokenizer of step 1 as CKPT",
         )
     elif manifest["split"] == "train" and settings.mode != "index":
         console.next_command(
-            f"python merge_files.py --source_dir={source.parent / 'val'} --target_dir={target.parent / 'val'}"
+            f"python merge_files.py --source_dir={quote(str(source.parent / 'val'))} "
+            f"--target_dir={quote(str(target.parent / 'val'))}"
         )
 
 

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from typing import Any, Literal
 from utils import cli, console  # first: it says how to install the packages if they are missing
 
 # isort: split
-from tokenization.job import Job, Plan, Unit, UnitRecord
+from tokenization.job import SPLITS, Job, Plan, Unit, UnitRecord
 from tokenization.missing_chunks import LostChunk, missing_of_output, put_back
 from tokenization.output import (
     ProgressFile,
@@ -145,7 +146,7 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
 @contextlib.contextmanager
 def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
     """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
-    from tokenization.encoder_check import load_tokenizer
+    from tokenization.prepared_tokenizer import load_tokenizer
 
     cluster = find_cluster(settings.address)
     if cluster is None:
@@ -219,6 +220,11 @@ def record_or_user_error(outcome: UnitRecord | Exception, plan: Plan) -> UnitRec
         message = f"{output_dir}: cannot be written ({outcome})."
     elif isinstance(outcome, OSError):
         message = f"reading or writing failed on a node ({type(outcome).__name__}: {outcome}). Then {go_on}"
+    elif isinstance(outcome, MemoryError):
+        message = (
+            f"a worker process ran out of memory ({outcome or type(outcome).__name__}). Lower --num_workers or "
+            f"--unit_bytes, or raise the limit that `ulimit -v` or the container sets; {go_on}"
+        )
     elif isinstance(outcome, WorkerDied):
         message = (
             f"a worker process died {MAX_RETRIES + 1} times on the same unit, most likely because it ran out of memory "
@@ -288,7 +294,7 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     for split in ("train", "val"):
         part = content[split]
         console.result(
-            f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
+            f"{split}: {console.counted(part['documents'], 'document')}, {console.counted(part['tokens'], 'token')}, "
             f"{console.human_bytes(part['text_bytes'])} of text, {console.counted(part['chunks'], 'chunk')}"
         )
     null, empty = content["skipped_null"], content["skipped_empty"]
@@ -304,13 +310,15 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     tokens = sum(record.tokens for record in records.values())
     slowest = max(records.values(), key=lambda record: sum(record.seconds.values()))
     backends, checked = sorted({record.encoder for record in records.values()}), content["checked_documents"]
+    by_reference = sum(record.reference_documents for record in records.values() if record.encoder == "gigatoken")
     console.say(
         f"speed: {console.human_count(tokens / busy_s)} tokens/s per core, {console.human_seconds(elapsed_s)} in all; "
         + ", ".join(f"{phase} {100 * seconds / busy_s:.0f}%" for phase, seconds in phases.most_common())
     )
     console.say(
         f"encoder: {', '.join(backends)}"
-        + (f"; {checked:,} documents encoded by tokenizers too, all equal" if checked else "")
+        + (f", but tokenizers for {console.counted(by_reference, 'document')}" if by_reference else "")
+        + (f"; {console.counted(checked, 'document')} encoded by tokenizers too, all equal" if checked else "")
     )
     shares = ", ".join(
         f"{folder}: {100 * count / max(tokens, 1):.0f}%" for folder, count in sorted(tokens_of_folder.items())
@@ -325,9 +333,9 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
 def say_next(settings: Settings) -> None:
     out = settings.output_dir.rstrip("/")
     data = os.path.join(os.path.dirname(out), "merged" if os.path.basename(out) == "dataset" else "dataset")
+    command = "python merge_files.py --source_dir={} --target_dir={}".format
     console.next_command(
-        f"python merge_files.py --source_dir={out}/train --target_dir={data}/train\n"
-        f"  python merge_files.py --source_dir={out}/val --target_dir={data}/val"
+        "\n  ".join(command(*(shlex.quote(f"{place}/{split}") for place in (out, data))) for split in SPLITS)
     )
 
 
@@ -369,7 +377,7 @@ def keep_finished(plan: Plan, settings: Settings) -> bool:
     if not unread and not lost:
         console.result(f"{output_dir}: finished already, nothing to do")
         return True
-    with ProgressFile(output_dir) as progress_file:
+    with ProgressFile(output_dir, len(plan.units)) as progress_file:
         records = progress_file.recorded()
     if unread:
         if len(records) < len(plan.units):
@@ -384,7 +392,7 @@ def keep_finished(plan: Plan, settings: Settings) -> bool:
 
 def tokenize_and_publish(plan: Plan, settings: Settings) -> tuple[dict[int, UnitRecord], dict[str, Any]]:
     output_dir = Path(settings.output_dir)
-    with ProgressFile(output_dir) as progress_file:
+    with ProgressFile(output_dir, len(plan.units)) as progress_file:
         records = tokenize(plan, settings, progress_file)
         check_nothing_lost(plan, records)
         if not any(record.train.documents for record in records.values()):

@@ -93,8 +93,8 @@ def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
 class ProgressFile:
     """progress.jsonl: a line for each finished unit, written when its chunks are on disk. Locked while in use."""
 
-    def __init__(self, output_dir: Path):
-        self._output_dir = output_dir
+    def __init__(self, output_dir: Path, num_units: int):
+        self._output_dir, self._units = output_dir, range(num_units)
         self._file = open(output_dir / PROGRESS_NAME, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +127,8 @@ class ProgressFile:
                 record = UnitRecord.from_json(json.loads(line, object_pairs_hook=_with_shared_keys))
             except (ValueError, KeyError, TypeError):
                 continue
-            records[record.unit] = record
+            if record.unit in self._units:  # another one is no unit of this plan
+                records[record.unit] = record
         if self._file.seek(0, os.SEEK_END) > good_bytes:
             self._file.truncate(good_bytes)
         return records
