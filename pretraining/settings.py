@@ -60,6 +60,12 @@ class TrainSettings:
     """Weight of the mean squared log-partition function, which keeps logits small; 1e-4 is usual (0: off)."""
     tie_embeddings: bool = False
     """Whether the output layer shares the embedding's weights."""
+    spike_sigma: float | None = None
+    """A step whose loss or gradient norm is more than so many standard deviations above the mean of the last 128 good
+    steps updates nothing; 6 is usual (null: off)."""
+    max_spikes: int | None = None
+    """Bad steps in a row (spikes, or not finite) after which the run goes back to the checkpoint before the first of
+    them, and never reads what they read (null: it only skips them)."""
     max_nonfinite_steps: int = 10
     """Steps in a row with a loss or gradient norm that is not finite, after which the run stops. Such a step
     updates nothing."""
