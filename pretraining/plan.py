@@ -12,6 +12,7 @@ from typing import Any
 from pretraining.checkpoint import WEIGHTS_NAME
 from pretraining.checks import check_numbers
 from pretraining.data_order import interleave
+from pretraining.dataset_index import check_index_agrees
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
 from pretraining.settings import Settings
@@ -159,6 +160,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
         for split, indexes in (("train", train), ("val", val)):
             index = problems.collect(read_index, directory / split, "--dataset_path")
             manifest = problems.collect(read_manifest, directory / split, "dataset") if index else None
+            if index is not None and manifest is not None:
+                problems.collect(check_index_agrees, index, manifest)
             indexes.append(index)
             if split == "train":
                 manifests.append(manifest)

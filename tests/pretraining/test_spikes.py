@@ -173,7 +173,9 @@ def test_the_run_goes_back_and_is_the_one_that_never_had_that_text(tmp_path, dat
 def test_spikes_are_skipped_where_the_run_is_not_to_go_back(tmp_path, dataset):
     skipped = run_settings(tmp_path, dataset, "skipped", train__max_spikes="null", train__max_steps=210)
     run_ranks([skipped], 2, tmp_path / "job")
-    assert [r["step"] for r in metrics_of(skipped.out_dir) if r["step"] > 100 and r["loss"] > 6.5] == [s + 1 for s in POISONED]
+    assert [r["step"] for r in metrics_of(skipped.out_dir) if r["step"] > 100 and r["loss"] > 6.5] == [
+        s + 1 for s in POISONED
+    ]
     assert metrics_of(skipped.out_dir)[-1]["spike_steps"] == len(POISONED)
     assert "step 201 updates nothing: loss" in (tmp_path / "job" / "rank-0.log").read_text()
 
