@@ -58,13 +58,17 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
         "mesh": mesh["shard"] if parallel.sharding == "full" else mesh,
         "reshard_after_forward": parallel.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if settings.precision == "bf16-mixed" else None,
+            param_dtype=torch.bfloat16 if settings.precision in ("bf16-mixed", "float8-mixed") else None,
             reduce_dtype=torch.float32 if settings.precision != "32-true" else None,
             # The table of rotary positions must stay in float32: bfloat16 cannot tell position 8,191 from 8,192.
             cast_forward_inputs=False,
         ),
     }
     for block in model.transformer.h:
+        if settings.precision == "float8-mixed":
+            from pretraining.float8 import convert_block  # torchao is an extra
+
+            convert_block(block, mesh.device_type, parallel.compile)
         if parallel.activation_checkpointing != "none":
             checkpoint_activations(block, parallel.activation_checkpointing)
         if parallel.compile:
@@ -122,8 +126,19 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This process's piece of a tensor, sharing its memory and detached from the graph."""
-    tensor = tensor.detach()
+    tensor = plain(tensor.detach())
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without the wrapper by which torchao makes FSDP2 gather it in float8, sharing its memory.
+
+    Checkpoints hold plain tensors: they need no torchao to be read, and can be taken up in any precision.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not hasattr(local, "fsdp_pre_all_gather"):
+        return tensor
+    return DTensor(local._tensor, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else local._tensor
 
 
 def fill_local_shard(parameter: torch.Tensor, read_rows: Callable[[int, int], torch.Tensor]) -> None:

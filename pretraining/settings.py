@@ -185,9 +185,9 @@ class Settings:
     on this machine, else one for this run)."""
     accelerator: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=PLACE)
     """auto: cuda where the cluster has GPUs."""
-    precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
-    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on
-    cpu)."""
+    precision: Literal["bf16-mixed", "float8-mixed", "bf16-true", "32-true"] | None = None
+    """bf16-mixed: weights and optimizer in float32, computation in bfloat16; float8-mixed: the same, with the blocks'
+    matrix products in float8 (null: bf16-mixed on cuda, 32-true on cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
     max_failures: int = field(default=0, metadata=PLACE)

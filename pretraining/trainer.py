@@ -33,6 +33,7 @@ from pretraining.optimizer import (
     make_schedule,
     scale_gradients,
     set_learning_rate,
+    update_scales,
 )
 from pretraining.parallelism import launch_fabric
 from pretraining.plan import Plan
@@ -130,6 +131,7 @@ class Trainer:
             load_initial_weights(self.settings.initial_checkpoint_dir, self.model)
         else:
             initialise(self.model, self.model.config, self.settings.seed)
+        update_scales(self.model, self.settings)
 
     def _check_space(self) -> None:
         """Raises UserError on every process when not even one checkpoint fits."""
@@ -225,6 +227,7 @@ class Trainer:
                 scale_gradients(self.parameters, norm, self.settings.train.max_norm)
             for optimizer in self.optimizers:
                 optimizer.step()
+            update_scales(self.model, self.settings)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, verdict, sums)
