@@ -7,6 +7,7 @@ what its manifest says may have been trained on: the error names the steps.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 from pretraining.checkpoint import list_checkpoints
 from pretraining.data_order import SequenceOrder
+from pretraining.plan import Plan
+from pretraining.settings import Settings
 from utils.chunks import read_index
 from utils.errors import UserError
 from utils.files import checksum
@@ -24,19 +27,14 @@ from utils.manifest import read_manifest
 _SEQUENCES_AT_A_TIME = 1 << 20
 
 
-class ChecksumCheck:
-    """Compares the chunks of datasets with their manifests, in the background. Every process makes one.
+class DatasetCheck:
+    """Compares the chunks of a run's datasets with their manifests, in the background. Every process makes one."""
 
-    Args:
-        train_directories: of the datasets, in the order of their numbers.
-        share: this process's number among those of its node, and how many they are.
-    """
-
-    def __init__(self, train_directories: list[str], val_directories: list[str], share: tuple[int, int]):
-        self._train_directories = train_directories
-        directories = [Path(path) for path in train_directories + val_directories]
-        self._work = _checksums(directories)[share[0] :: share[1]]
-        self._stopped = threading.Event()
+    def __init__(self, settings: Settings, plan: Plan):
+        self._train_directories = plan.train_directories
+        directories = [Path(path) for path in plan.train_directories + plan.val_directories]
+        work = _checksums(directories) if settings.data.verify == "checksums" else []
+        self._work = work[int(os.environ["LOCAL_RANK"]) :: int(os.environ["LOCAL_WORLD_SIZE"])]
         self.problem: Damage | None = None
         """The first that was found."""
         self._thread = threading.Thread(target=self._run, name="checksums", daemon=True)
@@ -44,8 +42,6 @@ class ChecksumCheck:
 
     def _run(self) -> None:
         for directory, name, expected in self._work:
-            if self._stopped.is_set():
-                return
             try:
                 found = checksum(directory / name)
             except OSError as error:
@@ -55,22 +51,18 @@ class ChecksumCheck:
                 self.problem = Damage(str(directory), name, f"its checksum is {found}, its manifest says {expected}")
                 return
 
-    def wait(self) -> None:
-        """Return when every chunk has been read."""
-        self._thread.join()
-
-    def stop(self) -> None:
-        """End after the chunk that is being read."""
-        self._stopped.set()
-        self._thread.join()
-
-    def raise_if_damaged(self, read: Reading, out_dir: Path) -> None:
+    def raise_if_damaged(self, read: Reading, out_dir: Path, wait: bool) -> None:
         """Called by all processes at once, when one of them has found something or the run ends.
+
+        Args:
+            wait: until every chunk has been read.
 
         Raises:
             UserError: on all of them, with the steps that have read from the chunk and the newest checkpoint from
                 before them.
         """
+        if wait:
+            self._thread.join()
         problems: list[Damage | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, self.problem)
         problem = next((problem for problem in problems if problem is not None), None)

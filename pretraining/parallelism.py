@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pretraining.process_layout import shard_size
 from pretraining.settings import Settings
+from utils.machine import available_cpus
 
 
 def launch_fabric(settings: Settings) -> L.Fabric:
@@ -26,6 +28,10 @@ def launch_fabric(settings: Settings) -> L.Fabric:
     torchrun set them).
     """
     world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if settings.accelerator == "cpu":
+        # It misses CUDA when the model is compiled for a CPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        torch.set_num_threads(settings.parallel.cpu_threads or max(1, available_cpus() // local_size))
 
     def parallelize(model: torch.nn.Module, _) -> torch.nn.Module:
         # Fabric passes its own mesh, which has no dimension for replicas.

@@ -72,6 +72,15 @@ class TrainSettings:
 
 
 @dataclass
+class DataSettings:
+    """How the text on disk is watched."""
+
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """checksums: each node reads every chunk once, in the background, and compares it with the dataset's manifest;
+    sizes: only the sizes of the files are compared, at the start."""
+
+
+@dataclass
 class EvalSettings:
     """Validation, on the same blocks every time."""
 
@@ -199,6 +208,7 @@ class Settings:
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    data: DataSettings = field(default_factory=DataSettings, metadata=PLACE)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings, metadata=PLACE)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

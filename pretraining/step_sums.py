@@ -22,6 +22,7 @@ class StepSums:
     stop: bool
     poll_preemption: bool
     checkpoint_error: bool
+    dataset_problem: bool
 
     def summed(self, device: torch.device) -> StepSums:
         """Entropy, digest and seconds added up, flags raised that are raised on any process; equal on all of them.
@@ -29,10 +30,10 @@ class StepSums:
         It waits for the device: `entropy` comes back as a number.
         """
         limbs = [self.digest >> bits & 0xFFFF for bits in _LIMB_BITS]  # exact in float64 when summed
-        flags = [float(flag) for flag in (self.stop, self.poll_preemption, self.checkpoint_error)]
-        sums = torch.tensor([0.0, *flags, self.data_wait_s, *limbs], dtype=torch.float64, device=device)
+        flags = [self.stop, self.poll_preemption, self.checkpoint_error, self.dataset_problem]
+        sums = torch.tensor([0.0, self.data_wait_s, *limbs, *flags], dtype=torch.float64, device=device)
         sums[0] = self.entropy
         dist.all_reduce(sums)
-        entropy, stop, poll, checkpoint_error, wait_s, *limbs = sums.tolist()
-        digest = sum(int(limb) << bits for limb, bits in zip(limbs, _LIMB_BITS)) % 2**64
-        return StepSums(entropy, digest, wait_s, stop > 0, poll > 0, checkpoint_error > 0)
+        entropy, data_wait_s, *rest = sums.tolist()
+        digest = sum(int(limb) << bits for limb, bits in zip(rest, _LIMB_BITS)) % 2**64
+        return StepSums(entropy, digest, data_wait_s, *(flag > 0 for flag in rest[len(_LIMB_BITS) :]))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import write_dataset
+from pretrain_ranks import digests_of, run_ranks, settings_of
+from tiny_runs import write_config, write_dataset
 
 from pretraining.data import Sequences
 from pretraining.dataset_check import Reading
@@ -65,3 +66,39 @@ def test_the_steps_that_read_a_chunk_are_those_whose_tokens_are_in_it(dataset):
         expected = [step + 1 for step in range(40) if any(row[0] // 4 == chunk for row in held[step])]
         assert reading.steps_with(dataset / "train", 0, f"chunk-{chunk}.bin") == expected
         assert 0 < len(expected) < 40
+
+
+def flip_a_byte(dataset: Path, copy: Path, chunk: str, place: int = -40) -> Path:
+    shutil.copytree(dataset, copy)
+    path = copy / chunk
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    return copy
+
+
+def test_a_byte_that_flipped_after_the_merge_ends_the_run_and_names_file_and_steps(tmp_path, dataset):
+    damaged = flip_a_byte(dataset, tmp_path / "merged", "train/chunk-2.bin")
+    config = write_config(tmp_path / "tiny.yaml", train={"max_steps": 20, "save_interval": 2}, eval={"interval": None})
+    checked = settings_of(config, damaged, tmp_path / "run", 2)
+    unchecked = settings_of(config, damaged, tmp_path / "unchecked", 2, data__verify="sizes")
+    codes = run_ranks([unchecked, checked], 2, tmp_path / "job", check=False)
+    assert all(codes)
+    assert len(digests_of(tmp_path / "unchecked")) == 20
+    for rank in range(2):
+        log = (tmp_path / "job" / f"rank-{rank}.log").read_text()
+        assert ("chunk-2.bin: its checksum is" in log and "steps have read from it" in log) or "No step has read" in log
+
+
+def test_damaged_validation_text_is_named_as_such(tmp_path, dataset):
+    damaged = flip_a_byte(dataset, tmp_path / "merged", "val/chunk-1.bin")
+    config = write_config(tmp_path / "tiny.yaml", train={"max_steps": 2})
+    assert run_ranks([settings_of(config, damaged, tmp_path / "run", 1)], 1, tmp_path / "job", check=False) == [1]
+    assert "It holds validation text" in (tmp_path / "job" / "rank-0.log").read_text()
+
+
+def test_a_token_that_has_no_embedding_is_named_with_its_place(dataset):
+    sequences = Sequences([dataset / "train"], None, 33, 1, vocab_size=12)
+    with pytest.raises(UserError, match=r"token id \d+ at token \d+ of .*chunk-[345]\.bin; the model has 12"):
+        sequences.read(np.arange(60))
+    assert Sequences([dataset / "train"], None, 33, 1, vocab_size=24).read(np.arange(60)).max() == 23
