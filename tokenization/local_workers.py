@@ -69,7 +69,7 @@ class LocalWorkers(Workers):
         except OSError as error:  # EMFILE: open files; EAGAIN: processes; ENOMEM
             self.close()
             raise UserError(
-                f"--num_workers={num_workers}: this machine lets so many processes not start ({error.strerror}, after "
+                f"--num_workers={num_workers}: so many processes cannot be started here ({error.strerror}, after "
                 f"{len(self._workers)}). Give fewer, or raise the limits that `ulimit -n` and `ulimit -u` show."
             ) from error
         self._tokenizer = load_tokenizer()
