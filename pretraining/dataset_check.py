@@ -86,7 +86,8 @@ class DatasetCheck:
         raise UserError(
             f"{message}{len(steps)} of {read.num_steps} steps have read from it, the first is {steps[0]}, the last "
             f"{steps[-1]}. Newest checkpoint from before them: {good[0].path if good else 'none'}. Merge the dataset "
-            "again with --verify=checksums; remove the later checkpoints, and run the same command to train these steps again."
+            "again with --verify=checksums; remove the later checkpoints, and run the same command to train these "
+            "steps again."
         )
 
 
