@@ -182,6 +182,23 @@ def test_damaged_bytes_are_found_where_the_bytes_are_read(work):
     assert work.data("val") == before
 
 
+def test_damaged_bytes_of_a_linked_file_are_damaged_at_both_ends(work):
+    work.merge("train")
+    before, chunk = (
+        work.data("train"),
+        next(path for path in work.out.glob("train/0/*.bin") if path.stat().st_nlink > 1),
+    )
+    with open(chunk, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"??")
+    said = work.merge("train", "--verify=checksums", code=2).stderr
+    assert f"{chunk}: its content differs" in said and "Delete the damaged files" in said
+    chunk.unlink()
+    work.advised(said)
+    assert chunk.name in work.merge("train", "--verify=checksums").stdout
+    assert work.data("train") == before
+
+
 def test_an_index_deleted_from_the_dataset_needs_no_source(work):
     work.merge("val", "--mode=copy")
     before = work.data("val")
