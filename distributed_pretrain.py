@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from utils import cli, console  # first: it says how to install the packages if they are missing
@@ -183,10 +184,12 @@ def report(settings: Settings, plan: Plan, as_given: Settings) -> None:
 def print_next_commands(as_given: Settings) -> None:
     run = as_given.out_dir.rstrip("/")
     final = f"{run}/{FINAL_NAME}"
-    console.next_command(f"python -m tools.plot_curves {run}", "to draw its curves")
-    console.next_command(f"python convert_pretrained_checkpoint.py {final} {run}-export", "to export it")
+    console.next_command(f"python -m tools.plot_curves {quote(run)}", "to draw its curves")
     console.next_command(
-        f"python -m lightning.pytorch.utilities.consolidate_checkpoint {final}/{WEIGHTS_NAME}",
+        f"python convert_pretrained_checkpoint.py {quote(final)} {quote(f'{run}-export')}", "to export it"
+    )
+    console.next_command(
+        f"python -m lightning.pytorch.utilities.consolidate_checkpoint {quote(f'{final}/{WEIGHTS_NAME}')}",
         "or, to merge it into one file first",
     )
 

@@ -71,18 +71,23 @@ class DatasetCheck:
         directory = problem.directory
         message = f"--dataset_path={directory}: {problem.chunk}: {problem.reason}. "
         if directory not in self._train_directories:
-            raise UserError(f"{message}It holds validation text: no weight depends on it. Merge the dataset again.")
+            raise UserError(
+                f"{message}It holds validation text: no weight depends on it. Merge the dataset again with "
+                "--verify=checksums."
+            )
         source = self._train_directories.index(directory)
         steps = read.steps_with(Path(directory), source, problem.chunk)
         if not steps:
             raise UserError(
-                f"{message}No step has read from it yet. Merge the dataset again, and run the same command."
+                f"{message}No step has read from it yet. Merge the dataset again with --verify=checksums, and run "
+                "the same command."
             )
         good = [checkpoint for checkpoint in list_checkpoints(out_dir)[0] if checkpoint.step < steps[0]]
         raise UserError(
             f"{message}{len(steps)} of {read.num_steps} steps have read from it, the first is {steps[0]}, the last "
             f"{steps[-1]}. Newest checkpoint from before them: {good[0].path if good else 'none'}. Merge the dataset "
-            "again; remove the later checkpoints, and run the same command to train these steps again."
+            "again with --verify=checksums; remove the later checkpoints, and run the same command to train these "
+            "steps again."
         )
 
 

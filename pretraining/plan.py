@@ -22,6 +22,8 @@ from utils.errors import Problems, UserError
 from utils.manifest import read_manifest
 from utils.tokenizer import read_tokenizer_info
 
+WARN_UNREAD_SHARE = 0.02
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -106,6 +108,8 @@ def make_plan(settings: Settings) -> Plan:
                     f"sequence of {context + 1}. Give more text, or a smaller --train.max_seq_length."
                 )
     problems.raise_if_any()
+    for split, indexes in (("train", train), ("val", val)):
+        _say_unread(split, indexes, context)
 
     tokens_per_step = settings.train.global_batch_size * context
     train_blocks = sum(_count_blocks(index, context) for index in train)
@@ -136,6 +140,19 @@ def make_plan(settings: Settings) -> Plan:
 def _count_blocks(index: Index, context_tokens: int) -> int:
     """Blocks of a dataset: litdata cuts each chunk into blocks and drops the chunk's incomplete last one."""
     return sum(chunk.tokens // (context_tokens + 1) for chunk in index.chunks)
+
+
+def _say_unread(split: str, indexes: list[Index], context_tokens: int) -> None:
+    """The tokens that `_count_blocks` leaves out, many where the chunks are small."""
+    tokens = sum(index.tokens for index in indexes)
+    unread = tokens - sum(_count_blocks(index, context_tokens) for index in indexes) * (context_tokens + 1)
+    said = (
+        f"{split}: {unread / tokens:.2%} of {tokens:,} tokens are not read: they fill no sequence at their chunk's end"
+    )
+    if unread > WARN_UNREAD_SHARE * tokens:
+        console.warn(f"{said}. merge_files.py gathers small chunks into larger ones, which lose less.")
+    else:
+        console.say(said)
 
 
 def _check_context(settings: Settings, config: Any, problems: Problems) -> int:
