@@ -295,7 +295,7 @@ def test_a_closed_stdout_costs_nothing_but_what_is_printed(tmp_path):
     """And no file that is opened later takes its place: what C code prints would land in it."""
     code = "print('a'); file = open('f', 'w'); file.write(str(file.fileno()))"
     (tmp_path / "work").mkdir()
-    process = run_code(tmp_path, code, capture_output=True)  # makes the script
+    run_code(tmp_path, code, capture_output=True, cwd=tmp_path)  # makes the script
     for closed in (">&-", ">&- 2>&-"):
         line = f"exec {sys.executable} ../small.py {closed}"
         process = subprocess.run(
