@@ -33,12 +33,12 @@ from tokenization.output import (
     ProgressFile,
     check_all_are_here,
     check_nothing_lost,
-    open_output,
+    resume_or_begin,
     publish,
     remove_unrecorded_files,
     was_begun_with,
 )
-from tokenization.progress import Progress
+from tokenization.progress_bar import Progress
 from tokenization.workers import MAX_RETRIES, Workers
 from utils.errors import UserError, WorkerDied
 from utils.files import held_lock, remove_temporaries, temporary_sibling
@@ -110,11 +110,14 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
 
 
 def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dict[int, UnitRecord]:
-    """Do the units that have no record yet and, where no document became validation data, some of them again."""
+    """Resume: keep the units that progress.jsonl records, delete unrecorded chunks, do the others.
+
+    Where no document became validation data, some units are done again.
+    """
     from tokenization.plan import check_disk_space
 
     output_dir = Path(settings.output_dir)
-    records = progress_file.finished()
+    records = progress_file.finished_units()
     remove_unrecorded_files(output_dir, records)
     if records:
         console.say(f"resume: {len(records)} of {len(plan.units)} units were finished")
@@ -126,18 +129,18 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
             if left:
                 workers = stack.enter_context(start_workers(plan, settings))
                 run_units(plan, plan.job, left, workers, progress_file.append)
-                records = progress_file.finished()
+                records = progress_file.finished_units()
             check_all_are_here(plan, records)
             again, val_threshold = units_to_redo_for_validation(plan, records)
             if again:
                 workers = workers or stack.enter_context(start_workers(plan, settings))
                 job = dataclasses.replace(plan.job, val_threshold=val_threshold)
                 run_units(plan, job, again, workers, progress_file.append)
-                records = progress_file.finished()
+                records = progress_file.finished_units()
     except BaseException:
         # What other workers were writing must not fill the disk until the next run.
         with contextlib.suppress(OSError):
-            remove_unrecorded_files(output_dir, progress_file.finished())
+            remove_unrecorded_files(output_dir, progress_file.finished_units())
         raise
     remove_unrecorded_files(output_dir, records)
     return records
@@ -360,7 +363,7 @@ def main(settings: Settings) -> None:
             raise UserError(
                 f"--output_dir={output_dir}: another optimize_dataset.py writes there. Wait for it or end it."
             )
-        if open_output(plan, output_dir) is None or not keep_finished(plan, settings):
+        if resume_or_begin(plan, output_dir) is None or not keep_finished(plan, settings):
             records, manifest = tokenize_and_publish(plan, settings)
             report(records, manifest, time.monotonic() - start)
     say_next(settings)

@@ -1,8 +1,8 @@
-"""Writing a sharded checkpoint in the background; checkpoint.py draws its layout.
+"""Writing a sharded checkpoint in the background: it is complete when rank 0 renames its directory (`_publish`).
 
 The state is copied to main memory, which is all that training waits for. A thread then writes this process's file and
-agrees with its peers that every file is whole; rank 0 adds the manifest and renames the directory, and with that the
-checkpoint is complete. A failure on any process leaves no checkpoint, and `CheckpointWriter.error` says why on all.
+agrees with its peers that every file is whole; rank 0 adds the manifest and renames the directory. A failure on any
+process leaves no checkpoint, and `CheckpointWriter.error` says why on all. checkpoint.py draws the layout.
 """
 
 from __future__ import annotations

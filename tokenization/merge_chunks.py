@@ -16,7 +16,7 @@ from tokenization.chunk_reader import verify
 from tokenization.gather import COPY_BLOCK_BYTES, checksum_of_gathered, write_gathered
 from tokenization.merge_plan import Part, Plan
 from tokenization.missing_chunks import moved_to, optimize_command
-from tokenization.progress import Progress
+from tokenization.progress_bar import Progress
 from tokenization.threads import submit_ahead
 from utils import console
 from utils.chunks import Chunk

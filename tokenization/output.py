@@ -1,4 +1,4 @@
-"""The output directory of optimize_dataset.py: what survives a crash, and what is published in the end.
+"""The output directory of optimize_dataset.py: what a killed run leaves, how it is found again, what is published.
 
 OUT/plan.json           settings, tokenizer and inputs: what the directory was begun with
 OUT/progress.jsonl      a line for each finished unit
@@ -73,7 +73,7 @@ def was_begun_with(plan: Plan, output_dir: Path) -> bool:
     return True
 
 
-def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
+def resume_or_begin(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
     """Make `output_dir` this plan's, or find that it is.
 
     Returns:
@@ -133,7 +133,7 @@ class ProgressFile:
             self._file.truncate(good_bytes)
         return records
 
-    def finished(self) -> dict[int, UnitRecord]:
+    def finished_units(self) -> dict[int, UnitRecord]:
         """Records of units whose chunks are all there."""
         return {
             unit: record

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from utils import console
 from utils.errors import UserError
@@ -134,12 +134,10 @@ def run(main: Callable[[Any], None], settings_class: type, description: str, pos
             traceback.print_exc()
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        console.error(f"interrupted; what is finished is kept. {_how_to_go_on()}")
-        sys.exit(EXIT_INTERRUPTED)
+        _leave("interrupted;", EXIT_INTERRUPTED)
     except SystemExit as error:
         if error.code == signal.SIGTERM:  # Ray's own handler, which takes the place of ours, raises the same
-            console.error(f"ended by SIGTERM; what is finished is kept. {_how_to_go_on()}")
-            error.code = 128 + signal.SIGTERM
+            _leave("ended by SIGTERM;", 128 + signal.SIGTERM)
         raise
     except Exception as error:
         if isinstance(error, ModuleNotFoundError):
@@ -147,17 +145,17 @@ def run(main: Callable[[Any], None], settings_class: type, description: str, pos
         if isinstance(error, BrokenPipeError) and _drop_unread_streams():
             sys.exit(EXIT_NO_READER)
         if isinstance(error, OSError) and error.errno in USERS_ERRNOS:
-            console.error(
-                f"{error.filename or 'a file'}: {error.strerror}. Make room, or give a directory that can be written "
-                f"to. What is finished is kept. {_how_to_go_on()}"
-            )
-            sys.exit(EXIT_USER_ERROR)
+            place = f"{error.filename or 'a file'}: {error.strerror}"
+            _leave(f"{place}. Make room, or give a directory that can be written to;", EXIT_USER_ERROR)
         if isinstance(error, MemoryError):
-            console.error(f"out of memory ({error or 'no more is to be had'}); give it more. {_how_to_go_on()}")
-            sys.exit(EXIT_USER_ERROR)
+            _leave(f"out of memory ({error or 'no more is to be had'}). Give it more;", EXIT_USER_ERROR)
         traceback.print_exc()
-        console.error(f"{type(error).__name__}: {error}\nWhat is finished is kept. {_how_to_go_on()}")
-        sys.exit(EXIT_BUG)
+        _leave(f"{type(error).__name__}: {error}\n", EXIT_BUG)
+
+
+def _leave(why: str, exit_code: int) -> NoReturn:
+    console.error(f"{why} what is finished is kept. The same command goes on:\n  {console.this_command()}")
+    sys.exit(exit_code)
 
 
 def _end_in_order() -> None:
@@ -193,10 +191,6 @@ def _check_encoding() -> None:
     wrong = [word for word in sys.argv if any("\udc80" <= c <= "\udcff" for c in word)]  # as Python reads other bytes
     if wrong:
         raise UserError([f"{console.printable(word)}: not UTF-8. Rename the file or directory." for word in wrong])
-
-
-def _how_to_go_on() -> str:
-    return f"The same command goes on:\n  {console.this_command()}"
 
 
 def _drop_unread_streams() -> bool:
