@@ -70,6 +70,12 @@ class TokenBlocks:
     def __len__(self) -> int:
         return int(self._begins[-1])
 
+    def describe(self, block: int, place: int) -> str:
+        """Where a token of a block is, for messages."""
+        chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
+        token = (block - int(self._begins[chunk])) * self.block_tokens + place
+        return f"token {token} of {self._paths[chunk]}"
+
     def __getitem__(self, block: int) -> torch.Tensor:
         """The tokens of a block: shape (block_tokens,) of the dataset's integer type."""
         chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
@@ -94,6 +100,7 @@ class Sequences:
     """The endless sequence of training blocks of one or several datasets, by position.
 
     Args:
+        vocab_size: of the model; None: ids are not looked at.
         separators: of the datasets, where documents are masked from one another.
     """
 
@@ -103,15 +110,17 @@ class Sequences:
         weights: list[float] | None,
         block_tokens: int,
         seed: int,
+        vocab_size: int | None = None,
         separators: list[Separator] | None = None,
     ):
+        self._vocab_size = vocab_size
         self.datasets = [TokenBlocks(directory, block_tokens) for directory in directories]
         self.separators = separators
         self.num_blocks = [len(dataset) for dataset in self.datasets]
         self.order = SequenceOrder(self.num_blocks, weights, seed)
 
     def read(self, positions: np.ndarray) -> torch.Tensor:
-        """int64, shape (len(positions), block_tokens)."""
+        """The tokens alone of `read_with_offsets`."""
         return self.read_with_offsets(positions)[0]
 
     def read_with_offsets(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -119,10 +128,20 @@ class Sequences:
 
         Returns:
             int64, shape (len(positions), block_tokens), and int32 as `document_offsets` says, None without separators.
+
+        Raises:
+            UserError: a token id has no embedding. On a GPU it would be an assertion in a kernel, without a place.
         """
         located = self.order.locate(positions)
         sources = located.source.tolist()
         tokens = torch.stack([self.datasets[s][b] for s, b in zip(sources, located.block.tolist())]).long()
+        if self._vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+            row, place = ((tokens < 0) | (tokens >= self._vocab_size)).nonzero()[0].tolist()
+            where = self.datasets[sources[row]].describe(int(located.block[row]), place)
+            raise UserError(
+                f"--dataset_path: token id {int(tokens[row, place])} at {where}; the model has {self._vocab_size} "
+                "embeddings. The dataset is damaged, or was made with another tokenizer: make it again."
+            )
         if self.separators is None:
             return tokens, None
         offsets = document_offsets(tokens[:, :-1].numpy(), [self.separators[s] for s in sources])
