@@ -105,7 +105,7 @@ def test_micro_batches_carry_the_offsets_of_their_own_datasets(tmp_path):
     write_dataset(tmp_path / "bos", documents, 1, separators={"bos_id": 0, "eos_id": None})
     write_dataset(tmp_path / "eos", [d[::-1] for d in documents], 1, separators={"bos_id": None, "eos_id": 0})
     separators = [Separator(0, begins=True), Separator(0, begins=False)]
-    sequences = Sequences([tmp_path / "bos", tmp_path / "eos"], [1, 1], 33, 1, separators)
+    sequences = Sequences([tmp_path / "bos", tmp_path / "eos"], [1, 1], 33, 1, separators=separators)
     batches = list(prefetch(sequences, iter([np.arange(s, s + 2) for s in range(0, 8, 2)]), pin_memory=False))
     assert {batch.offsets.dtype for batch in batches} == {torch.int32}
     assert len({batch.offsets.shape for batch in batches}) == 1
