@@ -33,9 +33,9 @@ from tokenization.output import (
     ProgressFile,
     check_all_are_here,
     check_nothing_lost,
-    resume_or_begin,
     publish,
     remove_unrecorded_files,
+    resume_or_begin,
     was_begun_with,
 )
 from tokenization.progress_bar import Progress
