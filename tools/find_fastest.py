@@ -1,0 +1,280 @@
+"""Find the fastest settings for a model on this cluster: ten real steps with each combination that fits the memory.
+
+  On the nodes that will train, with the command line of distributed_pretrain.py (a dataset is not needed):
+    python -m tools.find_fastest --config config_hub/llama3-8b.yaml --num_nodes 4 --out_dir out/llama3-8b
+
+  Only some values:
+    python -m tools.find_fastest --config config_hub/demo-cpu.yaml --out_dir demo/fastest \\
+        --search.micro_batch_size='[2,4]' --search.compile='[false]'
+
+Each combination of micro-batch, recomputation, sharding and compilation runs on made-up tokens in fresh processes, so
+that one that runs out of memory or crashes is a row of the table, not the end. What is known to be slower without
+trying (more recomputation than the memory asks for) is left out. Rows go to find_fastest.jsonl in --out_dir; the same
+command goes on after the last of them. The best combination is printed as YAML.
+
+All settings of distributed_pretrain.py are flags and keys here too; its --help says what they mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pretraining.settings import (  # jsonargparse looks for the types of inherited fields in this module
+    CheckpointSettings,  # noqa: F401
+    EvalSettings,  # noqa: F401
+    LogSettings,  # noqa: F401
+    OptimizerSettings,  # noqa: F401
+    ParallelSettings,  # noqa: F401
+    TrainSettings,  # noqa: F401
+)
+from pretraining.settings import Settings as TrainingSettings
+from tools.trials import RESULTS_NAME, Combination, Results, combinations, for_trial, identity, worth_trying
+from utils import cli, console
+from utils.errors import UserError
+from utils.files import held_lock, remove_temporaries, temporary_sibling
+
+# A plan is an estimate, and what a device's allocator cannot use is not in it.
+_USABLE_SHARE = 0.95
+
+
+@dataclass
+class SearchSettings:
+    """What is tried. A list: each of its values; null: a choice by what the cluster has."""
+
+    micro_batch_size: list[int] | None = None
+    """Values of train.micro_batch_size (null: the config's, and powers of two up to 65,536 tokens)."""
+    activation_checkpointing: list[Literal["none", "selective", "full"]] | None = None
+    """Values of parallel.activation_checkpointing (null: the least recomputation that fits)."""
+    sharding: list[Literal["full", "hybrid", "replicate"]] | None = None
+    """Values of parallel.sharding (null: full and replicate, on several nodes hybrid too)."""
+    reduce_every_micro_batch: list[bool] | None = None
+    """Values of parallel.reduce_every_micro_batch (null: false where it fits, else true)."""
+    loss_chunk_tokens: list[int] | None = None
+    """Values of parallel.loss_chunk_tokens (null: the config's)."""
+    compile: list[bool] | None = None
+    """Values of parallel.compile (null: true on GPUs, both on CPUs)."""
+    steps: int = 10
+    """Steps that are measured, after three of warm-up; then as many without communication."""
+    timeout_s: float = 900
+    """After this many seconds without an end a combination is given up."""
+
+
+@dataclass
+class Settings(TrainingSettings):
+    """The settings of distributed_pretrain.py, and what is tried instead of some of them."""
+
+    search: SearchSettings = field(default_factory=SearchSettings)
+
+
+def main(settings: Settings, prepare: Callable[[TrainingSettings], None] | None = None) -> None:
+    """`prepare` is for tests: called in each process of each trial with the trial's settings."""
+    check_search(settings.search)
+    out_dir = Path(settings.out_dir).absolute()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    from utils.ray_cluster import find_cluster, ray_session
+
+    with held_lock(out_dir) as mine:
+        if not mine:
+            raise UserError(
+                f"--out_dir={out_dir}: another process works there. Wait for it, or give another directory."
+            )
+        remove_temporaries(out_dir)
+        with ray_session(find_cluster(settings.address)):
+            Search(settings, out_dir, prepare).run()
+
+
+def check_search(search: SearchSettings) -> None:
+    problems = []
+    for name in ("micro_batch_size", "loss_chunk_tokens"):
+        if any(value < 1 for value in getattr(search, name) or []):
+            problems.append(f"--search.{name}={getattr(search, name)}: each value must be at least 1.")
+    for field_ in dataclasses.fields(search):
+        if getattr(search, field_.name) == []:
+            problems.append(f"--search.{field_.name}=[]: give at least one value, or null.")
+    if search.steps < 1:
+        problems.append(f"--search.steps={search.steps}: must be at least 1.")
+    if search.timeout_s <= 0:
+        problems.append(f"--search.timeout_s={search.timeout_s}: must be above 0.")
+    if problems:
+        raise UserError(problems)
+
+
+class Search:
+    """One invocation; Ray is connected.
+
+    Raises:
+        UserError: a setting is wrong, the cluster has too little, or no combination runs.
+    """
+
+    def __init__(self, settings: Settings, out_dir: Path, prepare: Callable | None):
+        from pretraining.cluster import CHECKED_PACKAGES, with_cluster
+        from pretraining.node_facts import check_nodes_for_training
+        from tools.check_cluster import choose_nodes
+        from tools.trial_processes import device_of
+        from utils.node_check import check_nodes, probe_in
+
+        self.search, self.out_dir, self.prepare = settings.search, out_dir, prepare
+        fields = {item.name: getattr(settings, item.name) for item in dataclasses.fields(TrainingSettings)}
+        self.settings = with_cluster(TrainingSettings(**fields))
+        with probe_in(str(out_dir)) as probe:
+            self.nodes = check_nodes({"--out_dir": [probe]}, CHECKED_PACKAGES, choose_nodes(self.settings)[2])
+        compiles = True in (self.search.compile or [self.settings.accelerator == "cuda"])
+        facts = check_nodes_for_training(
+            self.nodes, self.settings.accelerator, self.settings.num_devices, None, compiles
+        )
+        self.device, memory_bytes = device_of(self.nodes, self.settings.accelerator)
+        if memory_bytes is None:
+            memory_bytes = min(node.free_memory_bytes for node in facts) // self.settings.num_devices
+        self.memory_bytes = int(_USABLE_SHARE * memory_bytes)
+        self.results = Results(out_dir / RESULTS_NAME)
+        self.key = {
+            "device": self.device,
+            "steps": self.search.steps,
+            "torch": importlib.metadata.version("torch"),
+        }
+
+    def run(self) -> None:
+        import shutil
+
+        from pretraining.plan import make_plan
+        from tools.trial_processes import write_made_up_dataset
+
+        directory = temporary_sibling(self.out_dir / "find_fastest")
+        try:
+            config = self._model_config()
+            context = self.settings.train.max_seq_length or config.block_size
+            write_made_up_dataset(directory, config.padded_vocab_size, context + 1)
+            base = dataclasses.replace(
+                for_trial(self.settings, directory),
+                train=dataclasses.replace(self.settings.train, max_steps=1, max_tokens=None, epochs=None),
+            )
+            self.plan = make_plan(base)
+            self._try_all(directory)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _model_config(self) -> Any:
+        from pretraining.model_config import resolve_model_config
+
+        return resolve_model_config(self.settings)
+
+    def _try_all(self, directory: Path) -> None:
+        from pretraining.memory import plan_memory
+        from tools.trial_processes import OUT_OF_MEMORY
+
+        tried = combinations(self.settings, self.search, self.plan.context_tokens)
+        world_size = self.settings.num_nodes * self.settings.num_devices
+        console.say(
+            f"planning the memory of {console.counted(len(tried), 'combination')} on {world_size} x {self.device}, "
+            f"{console.human_bytes(self.memory_bytes)} each"
+        )
+        self.planned = {
+            one: plan_memory(one.apply(self.settings), self.plan, world_size, self.settings.num_devices)
+            for one in tried
+        }
+        fitting = [one for one in tried if self.planned[one].total <= self.memory_bytes]
+        if not fitting:
+            least = min(memory.total for memory in self.planned.values())
+            raise UserError(
+                f"--train.micro_batch_size={self.settings.train.micro_batch_size}: every combination needs more than "
+                f"the {console.human_bytes(self.memory_bytes)} that a {self.device} has for it; the smallest "
+                f"{console.human_bytes(least)}. Use more processes, or a shorter --train.max_seq_length."
+            )
+        rows = {one: row for one in fitting if (row := self.results.find(self._key_of(one))) and row["final"]}
+        started, num_run = time.monotonic(), 0
+        while True:
+            held = [one for one in fitting if rows.get(one, {}).get("outcome") != OUT_OF_MEMORY]
+            todo = worth_trying(held, self.search)
+            waiting = [one for one in todo if one not in rows]
+            if num_run == 0:
+                console.say(
+                    f"{len(fitting)} of them fit; {len(todo)} to try, the others are slower for certain; "
+                    f"{len(todo) - len(waiting)} are in {self.results.path.name} already"
+                )
+            if not waiting or self.settings.dry_run:
+                break
+            rows[waiting[0]] = self._try(waiting[0], directory)
+            num_run += 1
+            left_s = (time.monotonic() - started) / num_run * (len(waiting) - 1)
+            print_progress(rows[waiting[0]], len(todo) - len(waiting) + 1, len(todo), left_s)
+        if self.settings.dry_run:
+            rows = {one: rows.get(one) or self._row(one) for one in todo}
+        self._report(rows)
+
+    def _key_of(self, one: Combination) -> dict[str, Any]:
+        return {"settings": identity(one.apply(self.settings), self.plan), **self.key}
+
+    def _row(self, one: Combination, **found: Any) -> dict[str, Any]:
+        return {**self._key_of(one), "memory_planned_bytes": self.planned[one].total, **found}
+
+    def _try(self, one: Combination, directory: Path) -> dict[str, Any]:
+        from tools.trial_processes import OUT_OF_MEMORY, run_trial
+
+        trial = for_trial(one.apply(self.settings), directory)
+        plan = dataclasses.replace(
+            self.plan,
+            tokens_per_step=trial.train.global_batch_size * self.plan.context_tokens,
+            total_steps=trial.train.max_steps,
+        )
+        started = time.monotonic()
+        outcome = run_trial(trial, plan, self.search.steps, self.nodes, self.search.timeout_s, self.prepare)
+        row = self._row(
+            one,
+            outcome=outcome.failure or "ok",
+            error=outcome.detail,
+            final=outcome.failure in (None, OUT_OF_MEMORY),  # what else goes wrong may go well another time
+            trial_sequences_per_step=trial.train.global_batch_size,
+            seconds=round(time.monotonic() - started, 1),
+            date=datetime.date.today().isoformat(),
+        )
+        if outcome.figures is not None:
+            first = outcome.figures[0]
+            alone_s = first.pop("step_s_alone")
+            row |= first
+            row["memory_peak_bytes"] = max(process["memory_peak_bytes"] for process in outcome.figures)
+            row["communication_share"] = 0.0 if alone_s is None else max(0.0, 1 - alone_s / first["step_s"])
+            row["data_share"] = row.pop("data_wait_s") / first["step_s"]
+        return self.results.add(row)
+
+    def _report(self, rows: dict[Combination, dict[str, Any]]) -> None:
+        from tools.fastest_report import print_published, print_rows
+
+        num_parameters = next(iter(self.planned.values())).num_parameters
+        print_rows(rows, self.plan, self.device)
+        print_published(num_parameters)
+        if self.settings.dry_run:
+            return
+        good = {one: row for one, row in rows.items() if row["outcome"] == "ok"}
+        if not good:
+            raise UserError(
+                f"no combination ran to its end; the first said: {next(iter(rows.values()))['error']}. -v shows what "
+                f"the processes print; all of it is in {self.results.path}."
+            )
+        best = max(good, key=lambda one: good[one]["tokens_per_s_per_device"])
+        console.result(f"\nfastest: {good[best]['tokens_per_s_per_device']:,.0f} tokens/s per device, with\n")
+        console.result(best.as_yaml())
+        console.say(f"\nall figures: {os.path.relpath(self.results.path)}")
+
+
+def print_progress(row: dict[str, Any], number: int, total: int, left_s: float) -> None:
+    parallel = row["settings"]["parallel"]
+    what = (
+        f"micro-batch {row['settings']['train']['micro_batch_size']}, recompute "
+        f"{parallel['activation_checkpointing']}, {parallel['sharding']}{', compiled' * parallel['compile']}"
+    )
+    good = row["outcome"] == "ok"
+    found = f"{row['tokens_per_s_per_device']:,.0f} tokens/s per device" if good else row["error"]
+    left = f"; about {console.human_seconds(left_s)} left" if number < total else ""
+    console.say(f"{number} of {total}: {what}: {found} ({console.human_seconds(row['seconds'])}{left})")
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings, __doc__)
