@@ -19,14 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pretraining.model_config import resolve_model_config
+from pretraining.plan import Plan, make_plan
 from pretraining.settings import (  # jsonargparse looks for the types of inherited fields in this module
     CheckpointSettings,  # noqa: F401
     EvalSettings,  # noqa: F401
@@ -36,7 +40,16 @@ from pretraining.settings import (  # jsonargparse looks for the types of inheri
     TrainSettings,  # noqa: F401
 )
 from pretraining.settings import Settings as TrainingSettings
-from tools.trials import RESULTS_NAME, Combination, Results, combinations, for_trial, identity, worth_trying
+from tools.trials import (
+    RESULTS_NAME,
+    Combination,
+    Results,
+    combinations,
+    for_trial,
+    identity,
+    worth_trying,
+    write_made_up_dataset,
+)
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import held_lock, remove_temporaries, temporary_sibling
@@ -60,7 +73,7 @@ class SearchSettings:
     loss_chunk_tokens: list[int] | None = None
     """Values of parallel.loss_chunk_tokens (null: the config's)."""
     compile: list[bool] | None = None
-    """Values of parallel.compile (null: true on GPUs, both on CPUs)."""
+    """Values of parallel.compile (null: true on GPUs, the config's on CPUs)."""
     steps: int = 10
     """Steps that are measured, after three of warm-up; then as many without communication."""
     timeout_s: float = 900
@@ -87,8 +100,22 @@ def main(settings: Settings, prepare: Callable[[TrainingSettings], None] | None 
                 f"--out_dir={out_dir}: another process works there. Wait for it, or give another directory."
             )
         remove_temporaries(out_dir)
-        with ray_session(find_cluster(settings.address)):
-            Search(settings, out_dir, prepare).run()
+        directory = temporary_sibling(out_dir / "find_fastest")
+        try:
+            plan = plan_on_made_up_data(settings, directory)
+            with ray_session(find_cluster(settings.address)):
+                Search(settings, plan, directory, out_dir, prepare).run()
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def plan_on_made_up_data(settings: Settings, directory: Path) -> Plan:
+    """Write the tokens of the trials into `directory`; returns the plan of a run on them. Raises UserError."""
+    config = resolve_model_config(settings)
+    context_tokens = settings.train.max_seq_length or config.block_size
+    write_made_up_dataset(directory, config.padded_vocab_size, context_tokens + 1)
+    train = dataclasses.replace(settings.train, max_steps=1, max_tokens=None, epochs=None)
+    return make_plan(dataclasses.replace(for_trial(settings, directory), train=train))
 
 
 def check_search(search: SearchSettings) -> None:
@@ -114,19 +141,21 @@ class Search:
         UserError: a setting is wrong, the cluster has too little, or no combination runs.
     """
 
-    def __init__(self, settings: Settings, out_dir: Path, prepare: Callable | None):
+    def __init__(self, settings: Settings, plan: Plan, directory: Path, out_dir: Path, prepare: Callable | None):
         from pretraining.cluster import CHECKED_PACKAGES, with_cluster
         from pretraining.node_facts import check_nodes_for_training
         from tools.check_cluster import choose_nodes
         from tools.trial_processes import device_of
         from utils.node_check import check_nodes, probe_in
 
-        self.search, self.out_dir, self.prepare = settings.search, out_dir, prepare
+        self.search, self.plan, self.directory, self.prepare = settings.search, plan, directory, prepare
         fields = {item.name: getattr(settings, item.name) for item in dataclasses.fields(TrainingSettings)}
         self.settings = with_cluster(TrainingSettings(**fields))
         with probe_in(str(out_dir)) as probe:
             self.nodes = check_nodes({"--out_dir": [probe]}, CHECKED_PACKAGES, choose_nodes(self.settings)[2])
-        compiles = True in (self.search.compile or [self.settings.accelerator == "cuda"])
+        compiles = True in (
+            self.search.compile or [self.settings.accelerator == "cuda" or self.settings.parallel.compile]
+        )
         facts = check_nodes_for_training(
             self.nodes, self.settings.accelerator, self.settings.num_devices, None, compiles
         )
@@ -142,83 +171,70 @@ class Search:
         }
 
     def run(self) -> None:
-        import shutil
-
-        from pretraining.plan import make_plan
-        from tools.trial_processes import write_made_up_dataset
-
-        directory = temporary_sibling(self.out_dir / "find_fastest")
-        try:
-            config = self._model_config()
-            context = self.settings.train.max_seq_length or config.block_size
-            write_made_up_dataset(directory, config.padded_vocab_size, context + 1)
-            base = dataclasses.replace(
-                for_trial(self.settings, directory),
-                train=dataclasses.replace(self.settings.train, max_steps=1, max_tokens=None, epochs=None),
-            )
-            self.plan = make_plan(base)
-            self._try_all(directory)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-    def _model_config(self) -> Any:
-        from pretraining.model_config import resolve_model_config
-
-        return resolve_model_config(self.settings)
-
-    def _try_all(self, directory: Path) -> None:
-        from pretraining.memory import plan_memory
+        from pretraining.memory import plan_memory as plan_memory_of
         from tools.trial_processes import OUT_OF_MEMORY
 
         tried = combinations(self.settings, self.search, self.plan.context_tokens)
         world_size = self.settings.num_nodes * self.settings.num_devices
-        console.say(
-            f"planning the memory of {console.counted(len(tried), 'combination')} on {world_size} x {self.device}, "
-            f"{console.human_bytes(self.memory_bytes)} each"
+        plan_memory = functools.cache(
+            lambda one: plan_memory_of(one.apply(self.settings), self.plan, world_size, self.settings.num_devices)
         )
-        self.planned = {
-            one: plan_memory(one.apply(self.settings), self.plan, world_size, self.settings.num_devices)
-            for one in tried
-        }
-        fitting = [one for one in tried if self.planned[one].total <= self.memory_bytes]
-        if not fitting:
-            least = min(memory.total for memory in self.planned.values())
-            raise UserError(
-                f"--train.micro_batch_size={self.settings.train.micro_batch_size}: every combination needs more than "
-                f"the {console.human_bytes(self.memory_bytes)} that a {self.device} has for it; the smallest "
-                f"{console.human_bytes(least)}. Use more processes, or a shorter --train.max_seq_length."
-            )
-        rows = {one: row for one in fitting if (row := self.results.find(self._key_of(one))) and row["final"]}
+        self.plan_memory = plan_memory
+        rows: dict[Combination, dict[str, Any]] = {}
+        for one in tried:
+            row = self.results.find(self._key_of(one))
+            if row is not None and row["final"]:
+                rows[one] = row
+
+        def fits(one: Combination) -> bool:
+            ran_out = one in rows and rows[one]["outcome"] == OUT_OF_MEMORY
+            return not ran_out and plan_memory(one).total <= self.memory_bytes
+
+        console.say(
+            f"{console.counted(len(tried), 'combination')} on {world_size} x {self.device} with "
+            f"{console.human_bytes(self.memory_bytes)} each: planning their memory"
+        )
+        num_known = len(rows)
         started, num_run = time.monotonic(), 0
         while True:
-            held = [one for one in fitting if rows.get(one, {}).get("outcome") != OUT_OF_MEMORY]
-            todo = worth_trying(held, self.search)
+            todo = worth_trying(tried, fits, self.search)
             waiting = [one for one in todo if one not in rows]
             if num_run == 0:
                 console.say(
-                    f"{len(fitting)} of them fit; {len(todo)} to try, the others are slower for certain; "
-                    f"{len(todo) - len(waiting)} are in {self.results.path.name} already"
+                    f"{len(todo)} to try, {len(todo) - len(waiting)} of them in {self.results.path.name} already; the "
+                    "others do not fit, or are certainly slower"
                 )
+                self._check_any_fits(todo, num_known, tried)
             if not waiting or self.settings.dry_run:
                 break
-            rows[waiting[0]] = self._try(waiting[0], directory)
+            rows[waiting[0]] = self._try(waiting[0])
             num_run += 1
             left_s = (time.monotonic() - started) / num_run * (len(waiting) - 1)
-            print_progress(rows[waiting[0]], len(todo) - len(waiting) + 1, len(todo), left_s)
+            print_progress(rows[waiting[0]], len(rows), len(rows) + len(waiting) - 1, left_s)
         if self.settings.dry_run:
             rows = {one: rows.get(one) or self._row(one) for one in todo}
         self._report(rows)
+
+    def _check_any_fits(self, todo: list[Combination], num_known: int, tried: list[Combination]) -> None:
+        if todo or num_known:
+            return
+        least = min(self.plan_memory(one).total for one in tried)
+        raise UserError(
+            f"--train.micro_batch_size={self.settings.train.micro_batch_size}: every combination needs more than the "
+            f"{console.human_bytes(self.memory_bytes)} that a {self.device} has for it; the smallest "
+            f"{console.human_bytes(least)}. Use more processes, or a shorter --train.max_seq_length."
+        )
 
     def _key_of(self, one: Combination) -> dict[str, Any]:
         return {"settings": identity(one.apply(self.settings), self.plan), **self.key}
 
     def _row(self, one: Combination, **found: Any) -> dict[str, Any]:
-        return {**self._key_of(one), "memory_planned_bytes": self.planned[one].total, **found}
+        return {**self._key_of(one), "memory_planned_bytes": self.plan_memory(one).total, **found}
 
-    def _try(self, one: Combination, directory: Path) -> dict[str, Any]:
+    def _try(self, one: Combination) -> dict[str, Any]:
         from tools.trial_processes import OUT_OF_MEMORY, run_trial
 
-        trial = for_trial(one.apply(self.settings), directory)
+        trial = for_trial(one.apply(self.settings), self.directory)
         plan = dataclasses.replace(
             self.plan,
             tokens_per_step=trial.train.global_batch_size * self.plan.context_tokens,
@@ -247,7 +263,7 @@ class Search:
     def _report(self, rows: dict[Combination, dict[str, Any]]) -> None:
         from tools.fastest_report import print_published, print_rows
 
-        num_parameters = next(iter(self.planned.values())).num_parameters
+        num_parameters = self.plan_memory(next(iter(rows))).num_parameters
         print_rows(rows, self.plan, self.device)
         print_published(num_parameters)
         if self.settings.dry_run:

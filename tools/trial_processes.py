@@ -10,10 +10,8 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import ray
 import torch
@@ -22,17 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
-from pretraining.parallelism import local_shard
 from pretraining.plan import Plan
 from pretraining.settings import Settings
-from pretraining.trainer import Trainer
 from tools.measuring_processes import Member, names_of, places_of, start_members
-from utils.chunks import CODE_OF_DTYPE, INDEX_NAME, header_bytes
-from utils.files import write_json
-from utils.manifest import write_manifest
 
 WARM_UP_STEPS = 3  # the first ones compile, allocate and connect
-_DATA_SEQUENCES = 64
 _GRACE_S = 5.0  # after the first failure, for the others, of which one may say more
 _COLLECTIVE_TIMEOUT_S = 1800  # NCCL's own default is less than a slow compilation beside a quick one takes
 
@@ -58,6 +50,9 @@ def measure_steps(settings: Settings, plan: Plan, num_steps: int) -> dict[str, A
     what is missing from `step_s` then is the time that communication and the wait for other processes take, as far as
     they are not hidden behind computation.
     """
+    # Not before `join`: a library that asks for CUDA when it is imported would see the one GPU that Ray lends.
+    from pretraining.trainer import Trainer
+
     before_bytes = psutil.Process().memory_info().rss  # of the libraries, on a CPU
     trainer = Trainer(settings, plan)
     fill_quickly(trainer.model)
@@ -94,6 +89,8 @@ class _Records:
 @torch.no_grad()
 def fill_quickly(model: torch.nn.Module) -> None:
     """Weights for a trial: `model.initialise` draws each row from a stream of its own, which takes minutes for 8B."""
+    from pretraining.parallelism import local_shard
+
     for parameter in model.parameters():
         if parameter.ndim > 1:
             local_shard(parameter).normal_(std=0.02)
@@ -218,20 +215,3 @@ def device_of(nodes: list[dict[str, str]], accelerator: str) -> tuple[str, int |
 
 def _gpu() -> tuple[str, int]:
     return torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1]
-
-
-def write_made_up_dataset(directory: Path, vocab_size: int, block_tokens: int) -> None:
-    """directory/train and directory/val, each one chunk of random tokens in litdata's format (see utils/chunks.py)."""
-    dtype = "uint16" if vocab_size <= 2**16 else "int32"
-    tokens = np.random.default_rng(0).integers(vocab_size, size=_DATA_SEQUENCES * block_tokens).astype(dtype)
-    size = header_bytes(1) + tokens.nbytes
-    for split in ("train", "val"):
-        (directory / split).mkdir(parents=True)
-        with open(directory / split / "chunk-0.bin", "wb") as file:
-            file.write(np.array([1, header_bytes(1), size], "<u4").tobytes())
-            file.write(tokens.tobytes())
-        chunk = {"chunk_bytes": size, "chunk_size": 1, "dim": len(tokens), "filename": "chunk-0.bin"}
-        config = {"item_loader": "TokensLoader", "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"]}
-        write_json(directory / split / INDEX_NAME, {"chunks": [chunk], "config": config})
-        parts = {"settings": {}, "tokenizer": None, "content": {}, "files": [], "inputs": []}
-        write_manifest(directory / split, {"kind": "dataset", **parts})

@@ -7,13 +7,19 @@ import dataclasses
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pretraining.plan import Plan
 from pretraining.process_layout import shard_size
 from pretraining.settings import Settings
+from utils.chunks import CODE_OF_DTYPE, INDEX_NAME, header_bytes
 from utils.errors import UserError
+from utils.files import write_json
+from utils.manifest import write_manifest
 
 RESULTS_NAME = "find_fastest.jsonl"
 
@@ -22,6 +28,11 @@ RECOMPUTATION = ("none", "selective", "full")  # from the fastest to the one tha
 # Larger micro-batches keep a GPU no busier, and take memory that less recomputation could use.
 _MAX_MICRO_BATCH_TOKENS = 65_536
 _MIN_SEQUENCES_PER_STEP = 8
+
+_DATA_SEQUENCES = 64
+_DOCUMENT_TOKENS = 1000
+
+_TRAIN_SETTINGS = ("global_batch_size", "micro_batch_size", "tie_embeddings", "z_loss", "document_masking")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +93,7 @@ def combinations(settings: Settings, search: Any, context_tokens: int) -> list[C
         shardings = ["full"]
     elif shardings is None:
         shardings = ["full", "hybrid", "replicate"] if settings.num_nodes > 1 else ["full", "replicate"]
-    compiles = search.compile
-    if compiles is None:
-        compiles = [True] if settings.accelerator == "cuda" else [False, True]
+    compiles = search.compile or [settings.accelerator == "cuda" or settings.parallel.compile]
     found = []
     for size, sharding, compiled, recomputation, chunk in itertools.product(
         filter(evenly, sizes),
@@ -101,10 +110,12 @@ def combinations(settings: Settings, search: Any, context_tokens: int) -> list[C
     return found
 
 
-def worth_trying(fitting: list[Combination], search: Any) -> list[Combination]:
-    """Those that nothing beats beforehand: recomputing more, or reducing more often, costs time and saves only memory.
+def worth_trying(tried: list[Combination], fits: Callable[[Combination], bool], search: Any) -> list[Combination]:
+    """Those that fit, and that nothing which fits beats beforehand: recomputing more, or reducing more often, costs
+    time and saves only memory. A setting whose values the user listed is never left out.
 
-    A setting whose values the user listed is never left out.
+    Args:
+        fits: asked as seldom as possible, because planning the memory of a compiled model takes seconds.
     """
 
     def costs(one: Combination) -> dict[str, int]:
@@ -118,15 +129,14 @@ def worth_trying(fitting: list[Combination], search: Any) -> list[Combination]:
     def rest(one: Combination) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(one).items() if name not in costs(one)}
 
-    def beaten(one: Combination) -> bool:
-        return any(
-            other != one
-            and rest(other) == rest(one)
-            and all(cost <= costs(one)[name] for name, cost in costs(other).items())
-            for other in fitting
-        )
+    def beats(one: Combination, other: Combination) -> bool:
+        return rest(one) == rest(other) and all(cost <= costs(other)[name] for name, cost in costs(one).items())
 
-    return [one for one in fitting if not beaten(one)]
+    chosen: list[Combination] = []
+    for one in sorted(tried, key=lambda one: sum(costs(one).values())):
+        if not any(beats(other, one) for other in chosen) and fits(one):
+            chosen.append(one)
+    return [one for one in tried if one in chosen]
 
 
 def for_trial(settings: Settings, directory: Path) -> Settings:
@@ -176,9 +186,7 @@ def identity(settings: Settings, plan: Plan) -> dict[str, Any]:
         "accelerator": settings.accelerator,
         "precision": settings.precision,
         "optimizer": settings.optimizer.name,
-        "train": {
-            name: getattr(train, name) for name in ("global_batch_size", "micro_batch_size", "tie_embeddings", "z_loss")
-        },
+        "train": {name: getattr(train, name) for name in _TRAIN_SETTINGS if hasattr(train, name)},
         "parallel": dataclasses.asdict(settings.parallel),
     }
 
@@ -207,3 +215,25 @@ class Results:
         self._torn = False
         self.rows.append(row)
         return row
+
+
+def write_made_up_dataset(directory: Path, vocab_size: int, block_tokens: int) -> None:
+    """directory/train and directory/val, each one chunk of random tokens in litdata's format (see utils/chunks.py).
+
+    Token 0 starts a document each 1,000 tokens, in case that documents are masked from one another.
+    """
+    dtype = "uint16" if vocab_size <= 2**16 else "int32"
+    tokens = np.random.default_rng(0).integers(vocab_size, size=_DATA_SEQUENCES * block_tokens).astype(dtype)
+    tokens[tokens == 0] = 1
+    tokens[::_DOCUMENT_TOKENS] = 0
+    size = header_bytes(1) + tokens.nbytes
+    for split in ("train", "val"):
+        (directory / split).mkdir(parents=True)
+        with open(directory / split / "chunk-0.bin", "wb") as file:
+            file.write(np.array([1, header_bytes(1), size], "<u4").tobytes())
+            file.write(tokens.tobytes())
+        chunk = {"chunk_bytes": size, "chunk_size": 1, "dim": len(tokens), "filename": "chunk-0.bin"}
+        config = {"item_loader": "TokensLoader", "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"]}
+        write_json(directory / split / INDEX_NAME, {"chunks": [chunk], "config": config})
+        parts = {"settings": {"bos_id": 0}, "tokenizer": None, "content": {}, "files": [], "inputs": []}
+        write_manifest(directory / split, {"kind": "dataset", **parts})

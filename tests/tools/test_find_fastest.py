@@ -109,7 +109,7 @@ def test_the_best_is_yaml_that_training_takes(searched, tmp_path):
 def test_again_runs_only_what_may_go_well_another_time(searched, config, ray_address):
     out_dir, _, before = searched
     said, _ = find(config, out_dir, ray_address)
-    assert "2 to try" in said and "1 are in find_fastest.jsonl already" in said
+    assert "2 to try, 1 of them in find_fastest.jsonl already" in said
     rows = rows_in(out_dir)
     assert rows[:3] == before and [what_ran(row) for row in rows[3:]] == [(1, "none", "ok")]
 
@@ -129,6 +129,13 @@ def test_mistakes_are_all_named_before_anything_starts(config, tmp_path):
     assert process.returncode == 2 and process.stderr.count("error: ") == 3
     for flag in ("--search.micro_batch_size=[0]", "--search.compile=[]", "--search.steps=0"):
         assert flag in process.stderr
+    process = subprocess.run(
+        [sys.executable, "-m", "tools.find_fastest", f"--config={config}", f"--out_dir={tmp_path}",
+         "--train.max_seq_length=64", "--address=192.0.2.1:1"],
+        capture_output=True, text=True, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    assert process.returncode == 2 and "--train.max_seq_length=64: the model's block_size is 32" in process.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_help_loads_neither_torch_nor_ray():
@@ -164,7 +171,7 @@ def test_more_recomputation_is_tried_only_where_less_does_not_fit():
     found = combinations(settings, SearchSettings(micro_batch_size=[1, 2], sharding=["full"]), 8192)
 
     def tried(fits, search) -> set:
-        chosen = worth_trying([one for one in found if fits(one)], search)
+        chosen = worth_trying(found, fits, search)
         return {(one.micro_batch_size, one.activation_checkpointing, one.reduce_every_micro_batch) for one in chosen}
 
     assert tried(lambda one: True, SearchSettings()) == {(1, "none", False), (2, "none", False)}
