@@ -238,7 +238,7 @@ def make_trainer(settings, at_step: dict[int, Callable] | None = None):
     trainer.resume_or_initialise()
     changes = at_step or {}
     trainer.model.transformer.wte.register_forward_hook(
-        lambda module, inputs, output: changes.get(trainer.step, lambda x: None)(output)
+        lambda module, inputs, output: changes.get(trainer.state.step, lambda x: None)(output)
     )
     return trainer
 
@@ -284,7 +284,7 @@ def saving(job: Job) -> None:
     with job.part("stop file and resume"):
         stop = job.work_dir / "stopped" / STOP_NAME
         stopped = train("stopped", {4: lambda _: stop.touch()})
-        job.check("the stop file ends the run after its step", stopped.step == 5)
+        job.check("the stop file ends the run after its step", stopped.state.step == 5)
         stop.unlink()
         resumed = train("stopped")
         job.check("stopped and resumed: weights and optimizer equal", equal(straight, state_of(resumed)))
@@ -293,7 +293,7 @@ def saving(job: Job) -> None:
         records = [json.loads(line) for line in (hurt.out_dir / "metrics.jsonl").read_text().splitlines()]
         job.check("a step with NaN is counted", [record["nonfinite_steps"] for record in records] == [0, 0, *[1] * 6])
         whole = all(bool(tensor.isfinite().all()) for tensor in state_of(hurt))
-        job.check("a step with NaN changes nothing", whole and hurt.step == 8)
+        job.check("a step with NaN changes nothing", whole and hurt.state.step == 8)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

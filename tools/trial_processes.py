@@ -51,23 +51,25 @@ def measure_steps(settings: Settings, plan: Plan, num_steps: int) -> dict[str, A
     they are not hidden behind computation.
     """
     # Not before `join`: a library that asks for CUDA when it is imported would see the one GPU that Ray lends.
+    from pretraining.optimizer import update_scales
     from pretraining.trainer import Trainer
 
     before_bytes = psutil.Process().memory_info().rss  # of the libraries, on a CPU
     trainer = Trainer(settings, plan)
     fill_quickly(trainer.model)
+    update_scales(trainer.model, settings)
     trainer.writer.save = lambda *_: 0.0
     records: list[dict[str, Any]] = []
     trainer.metrics = _Records(records)
 
     def run(steps: int) -> dict[str, Any]:
-        trainer.plan = dataclasses.replace(plan, total_steps=trainer.step + steps)
+        trainer.plan = dataclasses.replace(plan, total_steps=trainer.state.step + steps)
         trainer.run()
         return records[-1]
 
     run(WARM_UP_STEPS)
     record = run(num_steps)
-    if trainer.nonfinite_steps:
+    if trainer.state.bad_steps.nonfinite_steps:
         raise RuntimeError("the loss was not finite, so the optimizer did not run")
     peak_bytes = record["memory_peak_bytes"] - (before_bytes if trainer.device.type == "cpu" else 0)
     names = ("tokens_per_s_per_device", "mfu", "step_s", "data_wait_s")

@@ -19,7 +19,7 @@ from pretraining.settings import Settings
 from utils.chunks import CODE_OF_DTYPE, INDEX_NAME, header_bytes
 from utils.errors import UserError
 from utils.files import write_json
-from utils.manifest import write_manifest
+from utils.manifest import file_entry, write_manifest
 
 RESULTS_NAME = "find_fastest.jsonl"
 
@@ -235,5 +235,6 @@ def write_made_up_dataset(directory: Path, vocab_size: int, block_tokens: int) -
         chunk = {"chunk_bytes": size, "chunk_size": 1, "dim": len(tokens), "filename": "chunk-0.bin"}
         config = {"item_loader": "TokensLoader", "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"]}
         write_json(directory / split / INDEX_NAME, {"chunks": [chunk], "config": config})
-        parts = {"settings": {"bos_id": 0}, "tokenizer": None, "content": {}, "files": [], "inputs": []}
+        entry = {**file_entry(directory / split, "chunk-0.bin"), "documents": 1, "tokens": len(tokens)}
+        parts = {"settings": {"bos_id": 0}, "tokenizer": None, "content": {}, "files": [entry], "inputs": []}
         write_manifest(directory / split, {"kind": "dataset", **parts})
