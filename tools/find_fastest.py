@@ -29,16 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pretraining import settings as training_settings
 from pretraining.model_config import resolve_model_config
 from pretraining.plan import Plan, make_plan
-from pretraining.settings import (  # jsonargparse looks for the types of inherited fields in this module
-    CheckpointSettings,  # noqa: F401
-    EvalSettings,  # noqa: F401
-    LogSettings,  # noqa: F401
-    OptimizerSettings,  # noqa: F401
-    ParallelSettings,  # noqa: F401
-    TrainSettings,  # noqa: F401
-)
 from pretraining.settings import Settings as TrainingSettings
 from tools.trials import (
     RESULTS_NAME,
@@ -53,6 +46,11 @@ from tools.trials import (
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import held_lock, remove_temporaries, temporary_sibling
+
+# jsonargparse looks for the types of inherited fields, the sections of the settings, in this module.
+globals().update(
+    {name: kind for name, kind in vars(training_settings).items() if name.endswith("Settings") and name != "Settings"}
+)
 
 # A plan is an estimate, and what a device's allocator cannot use is not in it.
 _USABLE_SHARE = 0.95

@@ -156,6 +156,8 @@ def for_trial(settings: Settings, directory: Path) -> Settings:
         save_interval=None,
         log_interval=10**9,  # one record, for the last step, is about all of them
         max_nonfinite_steps=10**9,
+        spike_sigma=None,
+        max_spikes=None,
     )
     evaluation = dataclasses.replace(settings.eval, interval=None, initial_validation=False, final_validation=False)
     return dataclasses.replace(
