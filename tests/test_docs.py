@@ -81,8 +81,12 @@ RUN_BY = {
         "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_finetune_accepts_the_directory"
     ),
     r"python -m tools\.check_cluster ": "tools/test_check_cluster.py::test_a_sound_cluster_shows_a_table_and_a_report",
+    r"python -m tools\.find_fastest ": (
+        "tools/test_find_fastest.py::test_each_combination_is_a_row_whatever_becomes_of_it"
+    ),
     r"python -m tools\.inspect_dataset ": "tools/test_inspect_dataset.py::test_shows_counts_samples_and_a_picture",
     r"python -m tools\.plot_curves ": "tools/test_plot_curves.py::test_one_picture_of_one_and_of_several_runs",
+    r"python benchmarks/gpu_acceptance\.py": "test_gpu_acceptance.py::test_every_row_runs_in_small_and_without_ray",
     r"python benchmarks/": "test_benchmarks.py::test_every_benchmark_runs",
     r"bash pipeline\.sh": "test_pipeline.py::test_again_has_nothing_to_do",
     r"(hf|litgpt) download |pip install |git clone |docker |wandb sync": "needs a network",
