@@ -59,7 +59,7 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
         "reshard_after_forward": parallel.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if settings.precision == "bf16-mixed" else None,
-            reduce_dtype=torch.float32 if settings.precision != "32-true" else None,
+            reduce_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.reduce_dtype],
             # The table of rotary positions must stay in float32: bfloat16 cannot tell position 8,191 from 8,192.
             cast_forward_inputs=False,
         ),
@@ -76,6 +76,17 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
         # By itself: gathered while the blocks still compute, and reduced while they compute backward.
         fully_shard(model.lm_head, **sharding)
     fully_shard(model, **sharding)
+
+
+def schedule_reductions(model: torch.nn.Module, settings: Settings, last: bool) -> None:
+    """Say what the next backward pass reduces; `last`: it is that of the step's last micro-batch.
+
+    A copy of the model may reduce among its own processes after each micro-batch, which saves memory. Between copies
+    (across nodes, where sharding is hybrid) the sum of all micro-batches is enough: the same gradient, for one
+    all-reduce per step.
+    """
+    model.set_requires_gradient_sync(last or settings.parallel.reduce_every_micro_batch)
+    model.set_requires_all_reduce(last)  # after the line above, which sets both
 
 
 def checkpoint_activations(block: torch.nn.Module, how: str) -> None:

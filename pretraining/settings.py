@@ -124,7 +124,10 @@ class ParallelSettings:
     more memory, less communication)."""
     reduce_every_micro_batch: bool = False
     """Reduce gradients after every micro-batch instead of once per step: less memory (no unsharded gradients kept),
-    more communication."""
+    more communication among the processes that share a copy. Copies are summed once per step in any case."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The type in which gradients are summed, over processes and over micro-batches that were not reduced. bf16: half
+    the traffic and half the memory of unsharded gradients, rounded to 8 bits at each addition."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
     product."""

@@ -34,7 +34,7 @@ from pretraining.optimizer import (
     scale_gradients,
     set_learning_rate,
 )
-from pretraining.parallelism import launch_fabric
+from pretraining.parallelism import launch_fabric, schedule_reductions
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.settings import Settings
@@ -191,10 +191,9 @@ class Trainer:
             wait_s += time.perf_counter() - waited
             digest += batch.digest
             tokens = batch.tokens.to(self.device, non_blocking=True)
-            accumulate = micro_step + 1 < self.accumulation and not self.settings.parallel.reduce_every_micro_batch
-            with self.fabric.no_backward_sync(self.wrapped, enabled=accumulate):
-                micro_entropy, objective = self.wrapped(tokens[:, :-1], tokens[:, 1:])
-                self.fabric.backward(objective * scale)
+            schedule_reductions(self.model, self.settings, last=micro_step + 1 == self.accumulation)
+            micro_entropy, objective = self.wrapped(tokens[:, :-1], tokens[:, 1:])
+            self.fabric.backward(objective * scale)
             entropy += micro_entropy
         return self._update(entropy, digest, wait_s)
 
