@@ -45,7 +45,9 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
         "  gathered weights": human_bytes(memory.gathered),
         "  activations": f"{human_bytes(memory.activations)} (estimate, checkpointing: "
         f"{settings.parallel.activation_checkpointing})",
-        "  logits": human_bytes(memory.logits),
+        "  logits": f"{human_bytes(memory.logits)}; later in their place: "
+        f"{human_bytes(memory.recomputed + memory.reductions)} (a block computed again, gradients on their way)",
+        "  overhead": f"{human_bytes(memory.overhead)} (CUDA, NCCL, fragmentation)",
         "checkpoint": f"{human_bytes(memory.checkpoint)} on disk; {num_checkpoints} at once = "
         f"{human_bytes(disk_bytes)}",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 
@@ -17,6 +18,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pretraining.process_layout import shard_size
 from pretraining.settings import Settings
+
+# Lets saved_tensors_hooks see what selective recomputation keeps, so that memory.py can count it. New in torch 2.14;
+# before it the plan counts such blocks as if they were compiled.
+SELECTED_IS_COUNTABLE = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+_COUNTABLE = {"respect_saved_tensors_hooks": True} if SELECTED_IS_COUNTABLE else {}
 
 
 def launch_fabric(settings: Settings) -> L.Fabric:
@@ -90,7 +96,11 @@ def schedule_reductions(model: torch.nn.Module, settings: Settings, last: bool) 
 
 
 def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
-    """Replace the block's forward pass by one that keeps only its input, and if `how` is "selective" some products too.
+    """Replace the block's forward pass by one that keeps only its input, and if `how` is "selective" what is dear to
+    make and small to keep: attention, and every second of the matrix products that the backward pass needs.
+
+    A product of inner width k costs k multiplications per number kept, and k is the model's width for each of them:
+    keeping another one would save as much per byte. Attention costs as many as the context has tokens.
 
     Setting `forward` instead of wrapping the module leaves the names of parameters as they are.
     """
@@ -107,13 +117,15 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 
+    never_needed = _shape_of_last_product(block)
+
     def contexts():
         num_products = {True: 0, False: 0}
 
         def policy(context, operation, *args, **kwargs):
             if operation in attention:
                 return CheckpointPolicy.MUST_SAVE
-            if operation in (aten.mm.default, aten.addmm.default):
+            if operation in (aten.mm.default, aten.addmm.default) and args[-1].shape != never_needed:
                 num_products[context.is_recompute] += 1
                 if num_products[context.is_recompute] % 2 == 1:
                     return CheckpointPolicy.MUST_SAVE
@@ -127,8 +139,15 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=contexts,
-        respect_saved_tensors_hooks=True,  # what torch will do by default, so that saved tensors can be counted
+        **_COUNTABLE,
     )
+
+
+def _shape_of_last_product(block: torch.nn.Module) -> torch.Size | None:
+    """Of the second factor. The result goes into the residual stream, which only adds, so that the backward pass does
+    not need it; with a norm in between it does, and with experts other products have this shape."""
+    projection = getattr(block.mlp, "proj", None)
+    return None if projection is None or block.config.post_mlp_norm else projection.weight.T.shape
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:

@@ -129,8 +129,8 @@ class ParallelSettings:
     """The type in which gradients are summed, over processes and over micro-batches that were not reduced. bf16: half
     the traffic and half the memory of unsharded gradients, rounded to 8 bits at each addition."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
-    product."""
+    """full: keep only each block's input and recompute the rest; selective: keep attention and every second
+    matrix product that the backward pass needs."""
     compile: bool = False
     """torch.compile each block."""
     loss_chunk_tokens: int = 1024

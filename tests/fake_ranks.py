@@ -118,7 +118,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "layers": config["n_layer"],
         "peak_bytes": peak_bytes + sum(state.numel() * state.element_size() for state in states),
-        "planned_bytes": plan.total,
+        "planned_bytes": plan.total - plan.overhead,
     }
 
 
