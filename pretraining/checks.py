@@ -12,8 +12,8 @@ _POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.max_tokens", "train.max_steps", "train.epochs",
     "train.max_time", "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
     "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "optimizer.lr", "optimizer.eps", "num_nodes",
-    "num_devices", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads", "checkpoint.keep_last",
-    "checkpoint.keep_every_steps",
+    "num_devices", "tokens", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads",
+    "checkpoint.keep_last", "checkpoint.keep_every_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "optimizer.weight_decay")
 _FRACTIONS = ("train.lr_warmup_fraction", "train.lr_decay_fraction")
@@ -42,6 +42,8 @@ def check_numbers(settings: Settings, problems: Problems) -> None:
         problems.add(
             "--train.max_tokens: say how long to train, by --train.max_tokens, --train.max_steps or --train.epochs."
         )
+    if settings.tokens is not None and not settings.dry_run:
+        problems.add("--tokens: only says how large a dataset to plan for. Give --dry_run too, or leave it out.")
     if train.min_lr > settings.optimizer.lr and train.lr_schedule != "constant":
         problems.add(f"--train.min_lr={train.min_lr}: above the peak --optimizer.lr={settings.optimizer.lr}. Lower it.")
     if settings.num_devices and all_positive:  # they divide by these numbers

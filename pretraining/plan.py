@@ -21,6 +21,8 @@ from utils.errors import Problems, UserError
 from utils.manifest import read_manifest
 from utils.tokenizer import read_tokenizer_info
 
+WORTHWHILE_EPOCHS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -80,9 +82,10 @@ def make_plan(settings: Settings) -> Plan:
     problems.collect(check_logger, settings.logger_name)
     config = problems.collect(resolve_model_config, settings)
     context = _check_context(settings, config, problems) if config is not None else None
-    located = problems.collect(data_directories, settings)
+    located = problems.collect(data_directories, settings) if settings.tokens is None else ([], None)
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
-    _check_vocabulary(settings, config, manifests, problems)
+    if settings.tokens is None:
+        _check_vocabulary(settings, config, manifests, problems)
     if config is not None and context < config.block_size:
         console.say(
             f"context: trained on {context:,} tokens; the exported model will claim {config.block_size:,}, "
@@ -106,10 +109,13 @@ def make_plan(settings: Settings) -> Plan:
 
     tokens_per_step = settings.train.global_batch_size * context
     train_blocks = sum(_count_blocks(index, context) for index in train)
+    if settings.tokens is not None:
+        train_blocks = max(1, int(settings.tokens) // (context + 1))
     total = _total_steps(settings, tokens_per_step, train_blocks)
     warmup = _warmup_steps(settings, tokens_per_step, total)
     if warmup >= total > 1:
         console.warn(f"the learning rate warms up for {warmup} steps of a run of {total}: it never reaches its course")
+    _warn_of_repetition(settings, total * settings.train.global_batch_size / train_blocks, train_blocks * context)
     return Plan(
         model_config=dataclasses.asdict(config),
         context_tokens=context,
@@ -162,6 +168,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
             indexes.append(index)
             if split == "train":
                 manifests.append(manifest)
+                if manifest is not None:
+                    _warn_of_documents_without_end(directory, manifest)
             if index is not None and manifest is None:
                 console.warn(
                     f"{directory / split} has no manifest.json: its tokenizer and its bytes of text are unknown and "
@@ -227,8 +235,30 @@ def _warmup_steps(settings: Settings, tokens_per_step: int, total_steps: int) ->
     return steps
 
 
+def _warn_of_repetition(settings: Settings, epochs: float, epoch_tokens: int) -> None:
+    if epochs > WORTHWHILE_EPOCHS:
+        given = [name for name in ("max_tokens", "max_steps", "epochs") if getattr(settings.train, name) is not None]
+        console.warn(
+            f"{' and '.join(f'--train.{name}={getattr(settings.train, name):,}' for name in given)}: that is "
+            f"{epochs:,.0f} epochs of the dataset's {console.human_count(epoch_tokens)} tokens. Up to about "
+            f"{WORTHWHILE_EPOCHS} epochs repeated text is worth nearly as much as new text, then less and less "
+            "(Muennighoff et al. 2023, arXiv:2305.16264). Use more text, or a lower limit."
+        )
+
+
+def _warn_of_documents_without_end(directory: Path, manifest: dict[str, Any]) -> None:
+    made_with = manifest.get("settings", {})
+    if made_with.get("bos_id") is not None and made_with.get("eos_id") is None:
+        console.warn(
+            f"{directory}: its documents begin with BOS and do not end with EOS, so the model will not learn to stop: "
+            "what it writes runs on into another document. Tokenize with --add_eos=true if that matters."
+        )
+
+
 def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None:
     """tokens / bytes / ln 2, over the validation data; mixtures by their weights."""
+    if not val:
+        return None
     bytes_per_token = []
     for index in val:
         manifest = read_manifest(index.directory)

@@ -193,6 +193,9 @@ class Settings:
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
+    tokens: float | None = field(default=None, metadata=PLACE)
+    """With dry_run: plan for a dataset of this many tokens, 10e9 for example, without reading one, nor a tokenizer
+    (null: dataset_path is read)."""
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
     train: TrainSettings = field(default_factory=TrainSettings)
