@@ -36,6 +36,7 @@ from pretraining.checkpoint import (
     list_checkpoints,
     rename_final_to_its_step,
 )
+from pretraining.left_out import read_left_out, set_aside_checkpoints
 from pretraining.loggers import Follower, make_logger, progress_line
 from pretraining.metrics_writer import rewind_metrics
 from pretraining.model_config import litgpt_config_module, model_names
@@ -105,6 +106,7 @@ def warn_if_not_exportable(plan: Plan) -> None:
 
 def newest_checkpoint(settings: Settings, plan: Plan) -> Checkpoint | None:
     """The newest checkpoint whose files have the right sizes; the workers compare checksums before they load."""
+    set_aside_checkpoints(Path(settings.out_dir), read_left_out(Path(settings.out_dir)))
     newest, skipped = find_newest_good(settings.out_dir, checksums=False)
     for line in skipped:
         console.warn(f"skipped checkpoint {line}")

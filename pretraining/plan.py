@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.checks import check_numbers
+from pretraining.checks import check_float8, check_numbers
 from pretraining.data_order import interleave
+from pretraining.dataset_index import check_index_agrees
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
 from pretraining.settings import Settings
@@ -82,6 +83,8 @@ def make_plan(settings: Settings) -> Plan:
     problems.collect(check_logger, settings.logger_name)
     config = problems.collect(resolve_model_config, settings)
     context = _check_context(settings, config, problems) if config is not None else None
+    if config is not None:
+        problems.collect(check_float8, settings, config)
     located = problems.collect(data_directories, settings) if settings.tokens is None else ([], None)
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
     if settings.tokens is None:
@@ -165,6 +168,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
         for split, indexes in (("train", train), ("val", val)):
             index = problems.collect(read_index, directory / split, "--dataset_path")
             manifest = problems.collect(read_manifest, directory / split, "dataset") if index else None
+            if index is not None and manifest is not None:
+                problems.collect(check_index_agrees, index, manifest)
             indexes.append(index)
             if split == "train":
                 manifests.append(manifest)
