@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.settings import Settings
+from utils import console
 from utils.errors import Problems, UserError
 
+WORTHWHILE_EPOCHS = 4
 _POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.max_tokens", "train.max_steps", "train.epochs",
     "train.max_time", "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
@@ -90,3 +93,23 @@ def _values(settings: Settings, names: tuple[str, ...]) -> list[tuple[str, float
         if value is not None:
             found.append((name, value))
     return found
+
+
+def warn_of_repetition(settings: Settings, epochs: float, epoch_tokens: int) -> None:
+    if epochs > WORTHWHILE_EPOCHS:
+        given = [name for name in ("max_tokens", "max_steps", "epochs") if getattr(settings.train, name) is not None]
+        console.warn(
+            f"{' and '.join(f'--train.{name}={getattr(settings.train, name):,}' for name in given)}: that is "
+            f"{epochs:,.0f} epochs of the dataset's {console.human_count(epoch_tokens)} tokens. Up to about "
+            f"{WORTHWHILE_EPOCHS} epochs repeated text is worth nearly as much as new text, then less and less "
+            "(Muennighoff et al. 2023, arXiv:2305.16264). Use more text, or a lower limit."
+        )
+
+
+def warn_of_documents_without_end(directory: Path, manifest: dict[str, Any]) -> None:
+    made_with = manifest.get("settings", {})
+    if made_with.get("bos_id") is not None and made_with.get("eos_id") is None:
+        console.warn(
+            f"{directory}: its documents begin with BOS and do not end with EOS, so the model will not learn to stop: "
+            "what it writes runs on into another document. Tokenize with --add_eos=true if that matters."
+        )

@@ -14,12 +14,17 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from litgpt.config import Config
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
+from pretraining.attention import attention_patterns
+from pretraining.documents import Separator, document_offsets
 from pretraining.model import PretrainGPT, build_model, count_parameters
 from pretraining.parallelism import SELECTED_IS_COUNTABLE, checkpoint_activations, local_shard
 from pretraining.plan import Plan
@@ -106,7 +111,7 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
         optimizer=optimizer,
         unsharded_gradients=reduce_bytes * (blocks + root) if accumulates and shard > 1 else 0,
         gathered=int((share_of_blocks * blocks + root) * compute_bytes) if gathers else 0,
-        activations=activations,
+        activations=activations + _document_bytes(settings, plan),
         logits=_logit_bytes(settings, plan),
         recomputed=recomputed,
         reductions=reduce_bytes * (output_layer + block) + compute_bytes * block,
@@ -124,6 +129,20 @@ def _logit_bytes(settings: Settings, plan: Plan) -> int:
     held = rows * vocabulary * (4 + 2 * computes_in_bf16)
     # Gradients of the hidden states and of the weight are summed in float32; while they are rounded they exist twice.
     return held + (tokens + vocabulary) * plan.model_config["n_embd"] * (4 + 2 * computes_in_bf16)
+
+
+def _document_bytes(settings: Settings, plan: Plan) -> int:
+    """What hides documents from one another, shared by layers: offsets, and masks where no fused kernel takes these."""
+    if not settings.train.document_masking:
+        return 0
+    inputs = np.zeros((settings.train.micro_batch_size, plan.context_tokens), np.int64)
+    num_offsets = len(document_offsets(inputs, [Separator(1, begins=True)] * len(inputs)))
+    dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
+    with FakeTensorMode(), torch.device("cpu" if settings.accelerator == "cpu" else "cuda"):
+        offsets = torch.empty(num_offsets, dtype=torch.int32)
+        patterns = attention_patterns(Config(**plan.model_config), torch.empty(*inputs.shape, 1, dtype=dtype), offsets)
+    shared = {id(part): part.nbytes for part in tree_leaves((offsets, patterns)) if isinstance(part, torch.Tensor)}
+    return sum(shared.values())
 
 
 def _activation_bytes(settings: Settings, plan: Plan) -> tuple[int, int]:

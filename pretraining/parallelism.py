@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from pretraining.attention import ATTENTION_OPERATIONS
 from pretraining.process_layout import shard_size
 from pretraining.settings import Settings
 from utils.machine import available_cpus
@@ -119,13 +120,7 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
         return
 
-    aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
     never_needed = _shape_of_last_product(block)
 
@@ -133,9 +128,9 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         num_products = {True: 0, False: 0}
 
         def policy(context, operation, *args, **kwargs):
-            if operation in attention:
+            if operation in ATTENTION_OPERATIONS:
                 return CheckpointPolicy.MUST_SAVE
-            if operation in (aten.mm.default, aten.addmm.default) and args[-1].shape != never_needed:
+            if operation in products and args[-1].shape != never_needed:
                 num_products[context.is_recompute] += 1
                 if num_products[context.is_recompute] % 2 == 1:
                     return CheckpointPolicy.MUST_SAVE

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.checks import check_float8, check_numbers
+from pretraining.checks import check_float8, check_numbers, warn_of_documents_without_end, warn_of_repetition
 from pretraining.data_order import interleave
 from pretraining.dataset_index import check_index_agrees
+from pretraining.documents import Separator, separator_of
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
 from pretraining.settings import Settings
@@ -21,8 +22,6 @@ from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
 from utils.manifest import read_manifest
 from utils.tokenizer import read_tokenizer_info
-
-WORTHWHILE_EPOCHS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Plan:
     decay_steps: int
     bits_per_nat: float | None
     """Bits per byte of text for a loss of one nat per token; None: bytes unknown."""
+    separators: list[Separator] | None
+    """Per dataset, the token between its documents; None: documents are not masked from one another."""
     tokenizer: dict[str, Any] | None
     """TokenizerInfo.record() of the dataset."""
     data_identity: list[str]
@@ -89,6 +90,7 @@ def make_plan(settings: Settings) -> Plan:
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
     if settings.tokens is None:
         _check_vocabulary(settings, config, manifests, problems)
+    separators = _separators(settings, config, train, manifests, problems)
     if config is not None and context < config.block_size:
         console.say(
             f"context: trained on {context:,} tokens; the exported model will claim {config.block_size:,}, "
@@ -118,7 +120,7 @@ def make_plan(settings: Settings) -> Plan:
     warmup = _warmup_steps(settings, tokens_per_step, total)
     if warmup >= total > 1:
         console.warn(f"the learning rate warms up for {warmup} steps of a run of {total}: it never reaches its course")
-    _warn_of_repetition(settings, total * settings.train.global_batch_size / train_blocks, train_blocks * context)
+    warn_of_repetition(settings, total * settings.train.global_batch_size / train_blocks, train_blocks * context)
     return Plan(
         model_config=dataclasses.asdict(config),
         context_tokens=context,
@@ -132,6 +134,7 @@ def make_plan(settings: Settings) -> Plan:
         warmup_steps=min(warmup, total),
         decay_steps=math.ceil(settings.train.lr_decay_fraction * total),
         bits_per_nat=_bits_per_nat(val, located[1]),
+        separators=separators,
         tokenizer=next(
             (manifest["tokenizer"] for manifest in manifests if manifest and manifest.get("tokenizer")), None
         ),
@@ -174,7 +177,7 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
             if split == "train":
                 manifests.append(manifest)
                 if manifest is not None:
-                    _warn_of_documents_without_end(directory, manifest)
+                    warn_of_documents_without_end(directory, manifest)
             if index is not None and manifest is None:
                 console.warn(
                     f"{directory / split} has no manifest.json: its tokenizer and its bytes of text are unknown and "
@@ -208,6 +211,20 @@ def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems
         )
 
 
+def _separators(
+    settings: Settings, config: Any, train: list[Index | None], manifests: list, problems: Problems
+) -> list[Separator] | None:
+    if not settings.train.document_masking:
+        return None
+    if config is not None and config.latent_attention:
+        problems.add(
+            f"--train.document_masking=true: not possible for {config.name}, whose latent attention is litgpt's own "
+            "and takes no mask of documents. Leave it out, or choose another model."
+        )
+    present = [(index.directory, manifest) for index, manifest in zip(train, manifests) if index is not None]
+    return [problems.collect(separator_of, directory, manifest) for directory, manifest in present]
+
+
 def _check_out_dir(settings: Settings, problems: Problems) -> None:
     out_dir = Path(settings.out_dir).absolute()
     existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
@@ -238,26 +255,6 @@ def _warmup_steps(settings: Settings, tokens_per_step: int, total_steps: int) ->
     else:
         steps = train.lr_warmup_steps or 0
     return steps
-
-
-def _warn_of_repetition(settings: Settings, epochs: float, epoch_tokens: int) -> None:
-    if epochs > WORTHWHILE_EPOCHS:
-        given = [name for name in ("max_tokens", "max_steps", "epochs") if getattr(settings.train, name) is not None]
-        console.warn(
-            f"{' and '.join(f'--train.{name}={getattr(settings.train, name):,}' for name in given)}: that is "
-            f"{epochs:,.0f} epochs of the dataset's {console.human_count(epoch_tokens)} tokens. Up to about "
-            f"{WORTHWHILE_EPOCHS} epochs repeated text is worth nearly as much as new text, then less and less "
-            "(Muennighoff et al. 2023, arXiv:2305.16264). Use more text, or a lower limit."
-        )
-
-
-def _warn_of_documents_without_end(directory: Path, manifest: dict[str, Any]) -> None:
-    made_with = manifest.get("settings", {})
-    if made_with.get("bos_id") is not None and made_with.get("eos_id") is None:
-        console.warn(
-            f"{directory}: its documents begin with BOS and do not end with EOS, so the model will not learn to stop: "
-            "what it writes runs on into another document. Tokenize with --add_eos=true if that matters."
-        )
 
 
 def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None:

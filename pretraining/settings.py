@@ -38,6 +38,8 @@ class TrainSettings:
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
     max_seq_length: int | None = None
     """Tokens per sequence, the context (null: the model's block_size)."""
+    document_masking: bool = False
+    """A token attends to the tokens of its own document only (false: to all earlier tokens of its sequence)."""
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints (null: only the final one)."""
     log_interval: int = 1

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pretraining.attention import fastest_kernels
 from pretraining.bad_steps import Verdict
 from pretraining.checkpoint import FINAL_NAME, find_newest_good, step_name
 from pretraining.checkpoint_content import checkpoint_manifest, write_configs
@@ -82,8 +83,8 @@ class Trainer:
         self.learning_rate = make_schedule(settings, plan)
 
         directories = [Path(path) for path in plan.train_directories]
-        vocab_size = plan.model_config["padded_vocab_size"]
-        self.sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, settings.seed, vocab_size)
+        block_tokens, vocab_size = plan.context_tokens + 1, plan.model_config["padded_vocab_size"]
+        self.sequences = Sequences(directories, plan.weights, block_tokens, settings.seed, vocab_size, plan.separators)
         self.validation = Validation(self.wrapped, settings, plan, self.device)
         flops_per_token = training_flops_per_token(
             self.model.config, self.num_parameters, plan.context_tokens, settings.train.tie_embeddings
@@ -140,14 +141,15 @@ class Trainer:
     def _run_until_spikes(self) -> bool:
         """Train from `step` on; returns whether it must go back."""
         train, evaluation = self.settings.train, self.settings.eval
-        if self.state.step == 0 and evaluation.initial_validation:
-            self._log({"step": 0, "tokens": 0, **self._validate()})
         steps = range(self.state.step, self.plan.total_steps)
         numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
         positions = map(self.state.left_out.positions, numbers)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
         profile_steps = self.settings.profile_steps if self.rank == 0 else 0
-        with contextlib.closing(batches), profiled(profile_steps, self.out_dir / "profile") as step_profiler:
+        profiler = profiled(profile_steps, self.out_dir / "profile")
+        with fastest_kernels(self.device), contextlib.closing(batches), profiler as step_profiler:
+            if self.state.step == 0 and evaluation.initial_validation:
+                self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
                 result = self._train_step(batches)
@@ -198,9 +200,8 @@ class Trainer:
             batch = next(batches)
             wait_s += time.perf_counter() - waited
             digest += batch.digest
-            tokens = batch.tokens.to(self.device, non_blocking=True)
             schedule_reductions(self.model, self.settings, last=micro_step + 1 == self.accumulation)
-            micro_entropy, objective = self.wrapped(tokens[:, :-1], tokens[:, 1:])
+            micro_entropy, objective = self.wrapped(*batch.to(self.device))
             self.fabric.backward(objective * scale)
             entropy += micro_entropy
         return self._update(entropy, digest, wait_s)
