@@ -63,6 +63,9 @@ RUN_BY = {
         "test_config_hub.py::test_dry_run_plans_it_on_80_gb"
     ),
     r"python distributed_pretrain\.py --config config_hub/llama3-8b\.yaml": "needs GPUs",
+    r"python distributed_pretrain\.py --config config_hub/llama3\.2-1b\.yaml.* --dry_run --tokens": (
+        "pretraining/test_dry_run.py::test_it_needs_neither_data_nor_a_tokenizer_and_says_how_long_a_run_takes"
+    ),
     r"python distributed_pretrain\.py --config config_hub/demo-cpu\.yaml": ".ci/run",
     r"python -m lightning\.pytorch\.utilities\.consolidate_checkpoint ": (
         "test_pipeline.py::test_consolidation_with_its_renames_then_conversion_gives_the_same_model"
