@@ -120,8 +120,9 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
         return
 
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-
+    aten = torch.ops.aten
+    # Which argument is the second factor; _scaled_mm is float8's.
+    products = {aten.mm.default: 1, aten._scaled_mm.default: 1, aten.addmm.default: 2}
     never_needed = _shape_of_last_product(block)
 
     def contexts():
@@ -130,7 +131,7 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         def policy(context, operation, *args, **kwargs):
             if operation in ATTENTION_OPERATIONS:
                 return CheckpointPolicy.MUST_SAVE
-            if operation in products and args[-1].shape != never_needed:
+            if operation in products and args[products[operation]].shape != never_needed:
                 num_products[context.is_recompute] += 1
                 if num_products[context.is_recompute] % 2 == 1:
                     return CheckpointPolicy.MUST_SAVE
