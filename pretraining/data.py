@@ -120,7 +120,7 @@ class Sequences:
         self.order = SequenceOrder(self.num_blocks, weights, seed)
 
     def read(self, positions: np.ndarray) -> torch.Tensor:
-        """The tokens alone of `read_with_offsets`."""
+        """int64, shape (len(positions), block_tokens)."""
         return self.read_with_offsets(positions)[0]
 
     def read_with_offsets(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,7 +13,10 @@ def check_index_agrees(index: Index, manifest: dict[str, Any]) -> None:
     listed = [entry for entry in manifest.get("files", []) if isinstance(entry, dict)]
     names = [entry.get("name") for entry in listed]
     problem = None
-    if len(listed) != len(index.chunks):
+    dtype = manifest["content"].get("dtype", index.dtype)
+    if dtype != index.dtype:
+        problem = f"index.json says that tokens are {index.dtype}, manifest.json {dtype}"
+    elif len(listed) != len(index.chunks):
         problem = f"index.json lists {len(index.chunks)} chunks, manifest.json {len(listed)}"
     elif names != [chunk.name for chunk in index.chunks]:
         place = next(i for i, chunk in enumerate(index.chunks) if chunk.name != names[i])

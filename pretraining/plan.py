@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.checks import check_float8, check_numbers
+from pretraining.checks import check_float8, check_numbers, warn_of_documents_without_end, warn_of_repetition
 from pretraining.data_order import interleave
 from pretraining.dataset_index import check_index_agrees
 from pretraining.documents import Separator, separator_of
@@ -88,9 +88,10 @@ def make_plan(settings: Settings) -> Plan:
     context = _check_context(settings, config, problems) if config is not None else None
     if config is not None:
         problems.collect(check_float8, settings, config)
-    located = problems.collect(data_directories, settings)
+    located = problems.collect(data_directories, settings) if settings.tokens is None else ([], None)
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
-    _check_vocabulary(settings, config, manifests, problems)
+    if settings.tokens is None:
+        _check_vocabulary(settings, config, manifests, problems)
     separators = _separators(settings, config, train, manifests, problems)
     if config is not None and context < config.block_size:
         console.say(
@@ -117,10 +118,13 @@ def make_plan(settings: Settings) -> Plan:
 
     tokens_per_step = settings.train.global_batch_size * context
     train_blocks = sum(_count_blocks(index, context) for index in train)
+    if settings.tokens is not None:
+        train_blocks = max(1, int(settings.tokens) // (context + 1))
     total = _total_steps(settings, tokens_per_step, train_blocks)
     warmup = _warmup_steps(settings, tokens_per_step, total)
     if warmup >= total > 1:
         console.warn(f"the learning rate warms up for {warmup} steps of a run of {total}: it never reaches its course")
+    warn_of_repetition(settings, total * settings.train.global_batch_size / train_blocks, train_blocks * context)
     return Plan(
         model_config=dataclasses.asdict(config),
         context_tokens=context,
@@ -189,6 +193,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
             indexes.append(index)
             if split == "train":
                 manifests.append(manifest)
+                if manifest is not None:
+                    warn_of_documents_without_end(directory, manifest)
             if index is not None and manifest is None:
                 console.warn(
                     f"{directory / split} has no manifest.json: its tokenizer and its bytes of text are unknown and "
@@ -270,6 +276,8 @@ def _warmup_steps(settings: Settings, tokens_per_step: int, total_steps: int) ->
 
 def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None:
     """tokens / bytes / ln 2, over the validation data; mixtures by their weights."""
+    if not val:
+        return None
     bytes_per_token = []
     for index in val:
         manifest = read_manifest(index.directory)

@@ -141,10 +141,13 @@ class ParallelSettings:
     more memory, less communication)."""
     reduce_every_micro_batch: bool = False
     """Reduce gradients after every micro-batch instead of once per step: less memory (no unsharded gradients kept),
-    more communication."""
+    more communication among the processes that share a copy. Copies are summed once per step in any case."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The type in which gradients are summed, over processes and over micro-batches that were not reduced. bf16: half
+    the traffic and half the memory of unsharded gradients, rounded to 8 bits at each addition."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
-    product."""
+    """full: keep only each block's input and recompute the rest; selective: keep attention and every second
+    matrix product that the backward pass needs."""
     compile: bool = False
     """torch.compile each block."""
     loss_chunk_tokens: int = 1024
@@ -207,8 +210,13 @@ class Settings:
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
+    tokens: float | None = field(default=None, metadata=PLACE)
+    """With dry_run: plan for a dataset of this many tokens, 10e9 for example, without reading one, nor a tokenizer
+    (null: dataset_path is read)."""
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
+    profile_memory: bool = field(default=False, metadata=PLACE)
+    """With profile_steps: every allocation in the trace, and on a GPU a snapshot of its memory beside it."""
     train: TrainSettings = field(default_factory=TrainSettings)
     data: DataSettings = field(default_factory=DataSettings, metadata=PLACE)
     eval: EvalSettings = field(default_factory=EvalSettings)

@@ -35,14 +35,15 @@ from pretraining.optimizer import (
     set_learning_rate,
     update_scales,
 )
-from pretraining.parallelism import launch_fabric
+from pretraining.parallelism import launch_fabric, schedule_reductions
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
+from pretraining.profiling import garbage_collected, profiled
 from pretraining.run_state import RunState
 from pretraining.settings import Settings
 from pretraining.step_sums import StepSums
 from pretraining.stopping import Stopping
-from pretraining.throughput import Throughput, profiled
+from pretraining.throughput import Throughput
 from pretraining.validation import Validation
 from utils import console
 from utils.errors import UserError
@@ -83,7 +84,7 @@ class Trainer:
         self.learning_rate = make_schedule(settings, plan)
 
         directories = [Path(path) for path in plan.train_directories]
-        vocab_size, block_tokens = plan.model_config["padded_vocab_size"], plan.context_tokens + 1
+        block_tokens, vocab_size = plan.context_tokens + 1, plan.model_config["padded_vocab_size"]
         self.sequences = Sequences(directories, plan.weights, block_tokens, settings.seed, vocab_size, plan.separators)
         self.validation = Validation(self.wrapped, settings, plan, self.device)
         flops_per_token = training_flops_per_token(
@@ -134,26 +135,31 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the plan's last step, or until something asks to stop; goes back as often as spikes ask for it."""
-        with fastest_kernels(self.device):
-            while self._run_until_spikes():
-                self._go_back()
+        while self._run_until_spikes():
+            self._go_back()
         self.writer.wait_and_report(final=self.state.step == self.plan.total_steps)
 
     def _run_until_spikes(self) -> bool:
         """Train from `step` on; returns whether it must go back."""
         train, evaluation = self.settings.train, self.settings.eval
-        if self.state.step == 0 and evaluation.initial_validation:
-            self._log({"step": 0, "tokens": 0, **self._validate()})
         steps = range(self.state.step, self.plan.total_steps)
         numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
         positions = map(self.state.left_out.positions, numbers)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
-        profile_steps = self.settings.profile_steps if self.rank == 0 else 0
-        with contextlib.closing(batches), profiled(profile_steps, self.out_dir / "profile") as step_profiler:
+        profiler = profiled(self.settings, self.out_dir / "profile", self.rank)
+        with (
+            fastest_kernels(self.device),
+            contextlib.closing(batches),
+            garbage_collected() as collect_garbage,
+            profiler as step_profiler,
+        ):
+            if self.state.step == 0 and evaluation.initial_validation:
+                self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
                 result = self._train_step(batches)
                 step_profiler()
+                collect_garbage()
                 data_wait_s = result.sums.data_wait_s / self.world_size
                 self.throughput.add_step(result.loss, time.perf_counter() - started, data_wait_s)
                 self.state.step += 1
@@ -200,10 +206,9 @@ class Trainer:
             batch = next(batches)
             wait_s += time.perf_counter() - waited
             digest += batch.digest
-            accumulate = micro_step + 1 < self.accumulation and not self.settings.parallel.reduce_every_micro_batch
-            with self.fabric.no_backward_sync(self.wrapped, enabled=accumulate):
-                micro_entropy, objective = self.wrapped(*batch.to(self.device))
-                self.fabric.backward(objective * scale)
+            schedule_reductions(self.model, self.settings, last=micro_step + 1 == self.accumulation)
+            micro_entropy, objective = self.wrapped(*batch.to(self.device))
+            self.fabric.backward(objective * scale)
             entropy += micro_entropy
         return self._update(entropy, digest, wait_s)
 
@@ -213,8 +218,8 @@ class Trainer:
         failed, damaged = self.writer.error is not None, self.dataset_check.problem is not None
         sums = StepSums(entropy, digest, wait_s, stop, poll, failed, damaged)
         norm = global_gradient_norm(self.parameters)
-        sums = sums.summed(self.device)
-        loss, grad_norm = sums.entropy / self.plan.tokens_per_step, norm.item()
+        sums, grad_norm = sums.summed(norm)
+        loss = sums.entropy / self.plan.tokens_per_step
         verdict = self.state.bad_steps.judge(loss, grad_norm)
         if verdict is None:
             if self.settings.train.max_norm is not None:

@@ -41,8 +41,18 @@ def count(index: dict) -> None:
     index["chunks"][3]["dim"] -= 1
 
 
+def take_for_int32(index: dict) -> None:
+    index["config"]["data_format"] = ["no_header_tensor:16"]
+
+
 @pytest.mark.parametrize(
-    ("change", "word"), [(cut, "lists 2 chunks"), (reverse, "chunk 0 is chunk-5.bin"), (count, "1319 tokens")]
+    ("change", "word"),
+    [
+        (take_for_int32, "int32, manifest.json uint16"),
+        (cut, "lists 2 chunks"),
+        (reverse, "chunk 0 is chunk-5.bin"),
+        (count, "1319 tokens"),
+    ],
 )
 def test_an_index_that_is_not_its_manifests_is_refused(tmp_path, dataset, change, word):
     shutil.copytree(dataset / "train", tmp_path / "train")
