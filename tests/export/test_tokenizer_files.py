@@ -196,7 +196,6 @@ def test_lm_eval_and_the_others_give_the_ids_of_a_run_whose_tokenizer_says_other
     assert evaluated.tok_encode("and then") == expected
     context, continuation = evaluated._encode_pair("and then", " the text")
     assert context + continuation == [*expected, *evaluated.tok_encode(" the text", add_special_tokens=False)]
-    assert (BOS in (directory / "README.md").read_text()) is False
     assert ("(put before every text)" in (directory / "README.md").read_text()) == with_bos
 
 
