@@ -104,7 +104,9 @@ def main(settings: Settings) -> None:
             f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
         )
     if plan.layout and "low_freq_factor" in (plan.config.rope_adjustments or {}):
-        console.say("\nnot for ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong")
+        console.say(
+            "\nnot for ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong"
+        )
 
 
 def litgpt_precision() -> str:
