@@ -87,7 +87,7 @@ def of_onnxruntime(directory: str, scratch: Path, ids: list[int], num_new: int):
     path = scratch / "model.onnx"
     length = torch.export.Dim("length", max=512)
     program = torch.onnx.export(
-        Logits(), (torch.tensor([ids]),), dynamo=True, dynamic_shapes={"input_ids": {1: length}}, verbose=False
+        Logits().eval(), (torch.tensor([ids]),), dynamo=True, dynamic_shapes={"input_ids": {1: length}}, verbose=False
     )
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -102,12 +102,20 @@ def of_onnxruntime(directory: str, scratch: Path, ids: list[int], num_new: int):
     return f"onnxruntime {onnxruntime.__version__}", run(ids), tokens[len(ids) :]
 
 
-if __name__ == "__main__":
+def main(client: str, scratch: Path, text: str, num_new: int, directories: list[str]) -> None:
     torch.set_num_threads(1)
-    client, directory, scratch, text, num_new = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    ids = tokenizer(text)["input_ids"]
-    version, logits, continuation = globals()[f"of_{client}"](directory, Path(scratch), ids, int(num_new))
-    np.save(Path(scratch) / "logits.npy", logits)
-    answer = {"version": version, "ids": ids, "continuation": continuation, "text": tokenizer.decode(continuation)}
-    print("\n" + json.dumps(answer))
+    answers = []
+    for number, directory in enumerate(directories):
+        own = scratch / str(number)
+        own.mkdir()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        ids = tokenizer(text)["input_ids"]
+        version, logits, continuation = globals()[f"of_{client}"](directory, own, ids, num_new)
+        np.save(own / "logits.npy", logits)
+        decoded = tokenizer.decode(continuation)
+        answers.append({"version": version, "ids": ids, "continuation": continuation, "text": decoded})
+    (scratch / "answers.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5:])
