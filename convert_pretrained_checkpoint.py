@@ -110,7 +110,8 @@ def main(settings: Settings) -> None:
 
 
 def litgpt_precision() -> str:
-    """What litgpt needs on a machine without accelerator, where its default is bfloat16: slow, and of few digits."""
+    """What litgpt needs on a machine without accelerator: its default is bfloat16, which gives other text than float32,
+    and is slow on processors without instructions for it."""
     import torch
 
     return "" if torch.accelerator.is_available() else " --precision 32-true"
