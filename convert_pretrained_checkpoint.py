@@ -20,6 +20,7 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from export.checkpoint_files import read_checkpoint_manifest
@@ -98,10 +99,11 @@ def main(settings: Settings) -> None:
     export(plan, settings)
     console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
     if settings.formats != "hf":
-        console.next_command(f"litgpt chat {settings.export_dir}{litgpt_precision()}", "talk to it")
+        console.next_command(f"litgpt chat {quote(settings.export_dir)}{litgpt_precision()}", "talk to it")
     if plan.layout:
         console.next_command(
-            f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
+            f"lm_eval --model hf --model_args {quote(f'pretrained={settings.export_dir}')} --tasks hellaswag",
+            "evaluate it",
         )
     if plan.layout and "low_freq_factor" in (plan.config.rope_adjustments or {}):
         console.say(

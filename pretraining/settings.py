@@ -38,6 +38,8 @@ class TrainSettings:
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
     max_seq_length: int | None = None
     """Tokens per sequence, the context (null: the model's block_size)."""
+    document_masking: bool = False
+    """A token attends to the tokens of its own document only (false: to all earlier tokens of its sequence)."""
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints (null: only the final one)."""
     log_interval: int = 1
@@ -60,9 +62,24 @@ class TrainSettings:
     """Weight of the mean squared log-partition function, which keeps logits small; 1e-4 is usual (0: off)."""
     tie_embeddings: bool = False
     """Whether the output layer shares the embedding's weights."""
+    spike_sigma: float | None = None
+    """A step whose loss or gradient norm is more than so many standard deviations above the mean of the last 128 good
+    steps updates nothing; 6 is usual (null: off)."""
+    max_spikes: int | None = None
+    """Bad steps in a row (spikes, or not finite) after which the run goes back to the checkpoint before the first of
+    them, and never reads what they read (null: it only skips them)."""
     max_nonfinite_steps: int = 10
     """Steps in a row with a loss or gradient norm that is not finite, after which the run stops. Such a step
     updates nothing."""
+
+
+@dataclass
+class DataSettings:
+    """How the text on disk is watched."""
+
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """checksums: each node reads every chunk once, in the background, and compares it with the dataset's manifest;
+    sizes: only the sizes of the files are compared, at the start."""
 
 
 @dataclass
@@ -124,10 +141,13 @@ class ParallelSettings:
     more memory, less communication)."""
     reduce_every_micro_batch: bool = False
     """Reduce gradients after every micro-batch instead of once per step: less memory (no unsharded gradients kept),
-    more communication."""
+    more communication among the processes that share a copy. Copies are summed once per step in any case."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The type in which gradients are summed, over processes and over micro-batches that were not reduced. bf16: half
+    the traffic and half the memory of unsharded gradients, rounded to 8 bits at each addition."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
-    product."""
+    """full: keep only each block's input and recompute the rest; selective: keep attention and every second
+    matrix product that the backward pass needs."""
     compile: bool = False
     """torch.compile each block."""
     loss_chunk_tokens: int = 1024
@@ -179,9 +199,9 @@ class Settings:
     on this machine, else one for this run)."""
     accelerator: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=PLACE)
     """auto: cuda where the cluster has GPUs."""
-    precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
-    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on
-    cpu)."""
+    precision: Literal["bf16-mixed", "float8-mixed", "bf16-true", "32-true"] | None = None
+    """bf16-mixed: weights and optimizer in float32, computation in bfloat16; float8-mixed: the same, with the blocks'
+    matrix products in float8 (null: bf16-mixed on cuda, 32-true on cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
     max_failures: int = field(default=0, metadata=PLACE)
@@ -190,9 +210,15 @@ class Settings:
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
+    tokens: float | None = field(default=None, metadata=PLACE)
+    """With dry_run: plan for a dataset of this many tokens, 10e9 for example, without reading one, nor a tokenizer
+    (null: dataset_path is read)."""
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
+    profile_memory: bool = field(default=False, metadata=PLACE)
+    """With profile_steps: every allocation in the trace, and on a GPU a snapshot of its memory beside it."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    data: DataSettings = field(default_factory=DataSettings, metadata=PLACE)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings, metadata=PLACE)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

@@ -1,0 +1,48 @@
+"""What all processes must agree on after each step, in one small all-reduce."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+
+_LIMB_BITS = (0, 16, 32, 48)
+
+
+@dataclasses.dataclass
+class StepSums:
+    """Of one process, or after `summed` of all of them."""
+
+    entropy: torch.Tensor | float
+    """Cross entropy of the step's tokens, summed, in nats."""
+    digest: int
+    """Of the tokens and their places in the global batch, modulo 2^64."""
+    data_wait_s: float
+    stop: bool
+    poll_preemption: bool
+    checkpoint_error: bool
+    dataset_problem: bool
+
+    def summed(self, norm: torch.Tensor) -> tuple[StepSums, float]:
+        """Entropy, digest and seconds added up, flags raised that are raised on any process; equal on all of them.
+
+        This is where a step waits for its device, and the only place: `entropy` comes back as a number.
+
+        Args:
+            norm: a scalar that is equal on all processes already, on the device.
+
+        Returns:
+            The sums, and the norm as a number.
+        """
+        limbs = [self.digest >> bits & 0xFFFF for bits in _LIMB_BITS]  # exact in float64 when summed
+        flags = [self.stop, self.poll_preemption, self.checkpoint_error, self.dataset_problem]
+        values = [0.0, self.data_wait_s, *limbs, *flags]
+        # From page-locked memory: an ordinary copy to a GPU would wait for it once more.
+        sums = torch.tensor(values, dtype=torch.float64, pin_memory=norm.is_cuda).to(norm.device, non_blocking=True)
+        sums[0] = self.entropy
+        dist.all_reduce(sums)
+        norm_value, entropy, data_wait_s, *rest = torch.cat([norm.double().view(1), sums]).tolist()
+        digest = sum(int(limb) << bits for limb, bits in zip(rest, _LIMB_BITS)) % 2**64
+        flags = (flag > 0 for flag in rest[len(_LIMB_BITS) :])
+        return StepSums(entropy, digest, data_wait_s, *flags), norm_value
