@@ -18,6 +18,7 @@ _POSITIVE = (
     "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "optimizer.lr", "optimizer.eps", "num_nodes",
     "num_devices", "tokens", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads",
     "checkpoint.keep_last", "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",
+    "parallel.compare_copies_every",
 )  # fmt: skip
 _NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "optimizer.weight_decay")
 _FRACTIONS = ("train.lr_warmup_fraction", "train.lr_decay_fraction")

@@ -152,6 +152,8 @@ class ParallelSettings:
     """torch.compile each block."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits are held at once."""
+    compare_copies_every: int | None = field(default=100, metadata=PLACE)
+    """Steps after which copies of the model (hybrid, replicate) are compared, bit for bit (null: never)."""
     cpu_threads: int | None = None
     """Threads of a CPU process (null: cores of the machine divided by its processes)."""
 

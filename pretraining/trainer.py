@@ -39,6 +39,7 @@ from pretraining.parallelism import launch_fabric, schedule_reductions
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.profiling import garbage_collected, profiled
+from pretraining.replicas import check_replicas
 from pretraining.run_state import RunState
 from pretraining.settings import Settings
 from pretraining.step_sums import StepSums
@@ -172,6 +173,8 @@ class Trainer:
                     console.warn(f"step {self.state.step} updates nothing: {result.verdict.reason}")
                 if self.state.bad_steps.must_go_back:
                     return True
+                if (every := self.settings.parallel.compare_copies_every) and self.state.step % every == 0:
+                    check_replicas(self.parameters, self.optimizers, self.state.step)
 
                 record = None
                 give_up = self.state.bad_steps.must_give_up
