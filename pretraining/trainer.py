@@ -14,17 +14,18 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretraining.checkpoint import FINAL_NAME, find_newest_good, step_name
+from pretraining.checkpoint import FINAL_NAME, step_name
 from pretraining.checkpoint_content import checkpoint_manifest, write_configs
-from pretraining.checkpoint_loading import load_initial_weights, load_training_state
-from pretraining.checkpoint_writer import CheckpointWriter, shortage
+from pretraining.checkpoint_loading import agree_on_checkpoint, load_initial_weights, load_training_state
+from pretraining.checkpoint_writer import CheckpointWriter
 from pretraining.data import MicroBatch, Sequences, prefetch, rank_micro_batches
+from pretraining.heartbeat import Heartbeat
 from pretraining.metrics_writer import MetricsFile, rewind_metrics
 from pretraining.model import build_model, count_parameters, initialise, training_flops_per_token
 from pretraining.optimizer import (
@@ -38,11 +39,9 @@ from pretraining.parallelism import launch_fabric
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.settings import Settings
-from pretraining.stopping import Stopping
+from pretraining.stopping import Stopping, nonfinite_error
 from pretraining.throughput import Throughput, profiled
 from pretraining.validation import Validation
-from utils import console
-from utils.errors import UserError
 from utils.files import remove_temporaries
 from utils.machine import available_cpus
 
@@ -71,10 +70,18 @@ class Trainer:
     Args:
         settings: accelerator, num_devices and precision are settled.
         preempted_nodes: see stopping.Stopping.
+        heartbeat: where this process says what it does (None: nowhere).
     """
 
-    def __init__(self, settings: Settings, plan: Plan, preempted_nodes: Callable[[], list[str] | None] = lambda: None):
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        preempted_nodes: Callable[[], list[str] | None] = lambda: None,
+        heartbeat: Heartbeat | None = None,
+    ):
         self.settings, self.plan, self.out_dir = settings, plan, Path(settings.out_dir)
+        self.heartbeat = heartbeat or Heartbeat()
         if settings.accelerator == "cpu":
             # It misses CUDA when the model is compiled for a CPU.
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -112,31 +119,23 @@ class Trainer:
 
     def resume_or_initialise(self) -> None:
         """Take up the newest good checkpoint; without one, draw or load the first weights."""
-        newest = None
         if self.rank == 0:
             remove_temporaries(self.out_dir)
-            newest, skipped = find_newest_good(self.out_dir, self.settings.checkpoint.verify == "checksums")
-            for line in skipped:
-                console.warn(f"skipped checkpoint {line}")
+        checksums = self.settings.checkpoint.verify == "checksums"
+        newest = agree_on_checkpoint(self.out_dir, checksums, lambda: self.heartbeat.beat("start"))
+        if self.rank == 0:
             rewind_metrics(self.out_dir, newest.step if newest else -1)
             self.metrics = MetricsFile(self.out_dir)
-        self._check_space()
-        path = self.fabric.broadcast(newest.path if newest else None)
-        if path is not None:
-            state = load_training_state(path, self.model, self.optimizers)
+        self.writer.check_space()
+        if newest is not None:
+            state = load_training_state(newest.path, self.model, self.optimizers)
             for name in ("step", "nonfinite_steps", "nonfinite_in_a_row", "val_loss"):
                 setattr(self, name, state[name])
-            self.writer.last_good = path
+            self.writer.last_good = newest.path
         elif self.settings.initial_checkpoint_dir is not None:
             load_initial_weights(self.settings.initial_checkpoint_dir, self.model)
         else:
             initialise(self.model, self.model.config, self.settings.seed)
-
-    def _check_space(self) -> None:
-        """Raises UserError on every process when not even one checkpoint fits."""
-        missing = self.fabric.broadcast(shortage(self.out_dir, self.writer.state_bytes()) if self.rank == 0 else None)
-        if missing:
-            raise UserError(f"--out_dir={self.out_dir}: {missing}. Free space, or use another directory.")
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -155,6 +154,7 @@ class Trainer:
                 step_profiler()
                 self.throughput.add_step(result.loss, time.perf_counter() - started, result.data_wait_s)
                 self.step += 1
+                self.heartbeat.step_done(self.step)
                 last = self.step == self.plan.total_steps
                 stop = result.stop or (result.poll_preemption and self.stopping.poll())
                 give_up = self._count_nonfinite(result)
@@ -164,7 +164,8 @@ class Trainer:
                     record = self._record(result)
                 if give_up:
                     self._log(record)
-                    self._give_up()
+                    self.writer.wait()
+                    raise nonfinite_error(self.nonfinite_in_a_row, self.step, self.writer.last_good)
                 due = evaluation.interval and self.step % evaluation.interval == 0
                 if due or (last and evaluation.final_validation):
                     record = {**(record or {"step": self.step, "tokens": self._tokens_seen()}), **self._validate()}
@@ -174,9 +175,11 @@ class Trainer:
                 if last or stop or (train.save_interval and self.step % train.save_interval == 0):
                     self.throughput.add_checkpoint_stall(self._save(last))
                 elif result.checkpoint_error:
+                    self.heartbeat.beat("save")
                     self.writer.wait_and_report()
                 if stop:
                     break
+        self.heartbeat.beat("save")
         self.writer.wait_and_report(final=self.step == self.plan.total_steps)
 
     def _train_step(self, batches: Iterator[MicroBatch]) -> StepResult:
@@ -187,8 +190,10 @@ class Trainer:
         wait_s, digest = 0.0, 0
         for micro_step in range(self.accumulation):
             waited = time.perf_counter()
+            self.heartbeat.beat("reading data")
             batch = next(batches)
             wait_s += time.perf_counter() - waited
+            self.heartbeat.beat("forward and backward pass")
             digest += batch.digest
             tokens = batch.tokens.to(self.device, non_blocking=True)
             accumulate = micro_step + 1 < self.accumulation and not self.settings.parallel.reduce_every_micro_batch
@@ -200,6 +205,7 @@ class Trainer:
 
     def _update(self, entropy: torch.Tensor, digest: int, wait_s: float) -> StepResult:
         """Sum over processes, clip, and update unless something is not finite."""
+        self.heartbeat.beat("reduction and update")
         limbs = [digest >> bits & 0xFFFF for bits in (0, 16, 32, 48)]  # exact in float64 when summed
         flags = [self.stopping.wanted(), self.stopping.poll_is_due(), self.writer.error is not None]
         sums = torch.tensor([0.0, *flags, wait_s, *limbs], dtype=torch.float64, device=self.device)
@@ -228,6 +234,7 @@ class Trainer:
         )
 
     def _validate(self) -> dict[str, float]:
+        self.heartbeat.beat("validation")
         values = self.validation.run()
         self.val_loss = values["val_loss"]
         return values
@@ -237,14 +244,6 @@ class Trainer:
         self.nonfinite_steps += not result.updated
         self.nonfinite_in_a_row = 0 if result.updated else self.nonfinite_in_a_row + 1
         return self.nonfinite_in_a_row >= self.settings.train.max_nonfinite_steps
-
-    def _give_up(self) -> NoReturn:
-        self.writer.wait()
-        raise UserError(
-            f"the loss or the gradient norm was not finite for {self.nonfinite_in_a_row} steps in a row, up to step "
-            f"{self.step} (--train.max_nonfinite_steps). Last good checkpoint: {self.writer.last_good or 'none'}. "
-            "Lower --optimizer.lr or look at the data, then start again."
-        )
 
     # --- records and checkpoints --------------------------------------------------------------------------------------
 
@@ -275,6 +274,7 @@ class Trainer:
     def _save(self, last: bool) -> float:
         """Returns the seconds for which training was held up."""
         started = time.perf_counter()
+        self.heartbeat.beat("save")
         self.writer.wait_and_report()  # the save before this one
         state = {
             "step": self.step,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pretraining.cluster import forwarded_environment, placement_of
+from pretraining.cluster import placement_of
+from pretraining.worker_environment import GPU_DEFAULTS, forwarded_environment, worker_environment
 
 
 def test_settings_of_the_libraries_are_handed_on_and_secrets_are_not():
@@ -16,6 +17,12 @@ def test_settings_of_the_libraries_are_handed_on_and_secrets_are_not():
         "WANDB_API_KEY": "y",
     }
     assert forwarded_environment(environment) == {"NCCL_DEBUG": "INFO", "FI_PROVIDER": "efa"}
+
+
+def test_the_users_own_values_win_over_defaults():
+    found = worker_environment({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "cuda")
+    assert found == {**GPU_DEFAULTS, "PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
+    assert worker_environment({}, "cpu") == {}
 
 
 @pytest.mark.parametrize(
