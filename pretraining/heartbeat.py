@@ -130,7 +130,8 @@ def watched(
     with open(directory / f"rank-{rank}.stacks", "w") as stacks:
         # From C, in whichever thread the signal meets: a lock of the interpreter that is held does not matter.
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
-        os.mkfifo(directory / f"rank-{rank}.ask")
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(directory / f"rank-{rank}.ask")
         answer = threading.Thread(target=_answer, args=(directory, rank, collectives), name="collectives", daemon=True)
         answer.start()
         write_whole(directory / f"rank-{rank}.json", dataclasses.asdict(process))

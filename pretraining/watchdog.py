@@ -116,7 +116,9 @@ class Watchdog:
             return self._settings.train.step_timeout
         if not self._step_times_s:
             return _MAX_TIMEOUT_S
-        return min(max(_STEPS_WAITED_FOR * statistics.median(self._step_times_s), _MIN_TIMEOUT_S), _MAX_TIMEOUT_S)
+        median_s = statistics.median(self._step_times_s)
+        # A GPU's whole step may pass in one wait, so a step of many minutes needs more than the maximum.
+        return max(min(max(_STEPS_WAITED_FOR * median_s, _MIN_TIMEOUT_S), _MAX_TIMEOUT_S), 2 * median_s)
 
     def timeout_s(self, seen: Seen) -> float:
         """How long a process may stay as it is."""
