@@ -17,7 +17,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from pretraining.failures import Failure, Restarts, UnevenPlacement, failure_of
+from pretraining.failures import Failure, Restarts, TrainingEnded, UnevenPlacement, failure_of
 from pretraining.plan import Plan
 from pretraining.ray_output import hide_crash_reports
 from pretraining.settings import STOP_NAME, Settings
@@ -133,11 +133,19 @@ def fit(settings: Settings, plan: Plan) -> None:
             watchers.start()
             with Watchdog(watchers, token, settings) as watchdog:
                 error = fit_once(settings, plan, token)
-            if problems := read_note(out_dir) or user_problems_of(error):
+            user_error = user_error_of(error)
+            if problems := read_note(out_dir):
                 raise UserError(problems)
+            if user_error is not None and not isinstance(user_error, UnevenPlacement):
+                raise user_error
             if error is None:
                 return
-            restarts.add(watchdog.hang or failure_seen(error, watchers, token, out_dir))
+            try:
+                restarts.add(watchdog.hang or failure_seen(error, watchers, token, out_dir))
+            except TrainingEnded:
+                if user_error is not None:
+                    raise user_error from None
+                raise
             watchers.forget(token)
     except ray.exceptions.RayTaskError:
         raise
@@ -193,12 +201,10 @@ def failure_seen(error: Exception, watchers: Watchers, token: str, out_dir: Path
     return failure_of(error, seen, errors, lambda rank: watchers.log(token, rank), out_dir)
 
 
-def user_problems_of(error: Exception | None) -> list[str] | None:
-    """The problems of the UserError that a worker raised, if one did, and starting again would not help."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        if isinstance(failure, UserError) and not isinstance(failure, UnevenPlacement):
-            return failure.problems
-    return None
+def user_error_of(error: Exception | None) -> UserError | None:
+    """The UserError that a worker raised, if one did."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return next((failure for failure in failures if isinstance(failure, UserError)), None)
 
 
 @contextlib.contextmanager
