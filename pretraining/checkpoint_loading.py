@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from pretraining.checkpoint import WEIGHTS_NAME, Checkpoint, list_checkpoints
 from pretraining.events import record_event
-from pretraining.parallelism import fill_local_shard, local_shard
+from pretraining.parallelism import fill_local_shard, local_shard, plain
 from utils.errors import UserError
 from utils.manifest import damaged_files
 
@@ -29,13 +29,13 @@ _HASHING_THREADS = 2  # of each process; hashing releases the interpreter's lock
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
-def agree_on_checkpoint(out_dir: Path, checksums: bool, still_working: Callable[[], None]) -> Checkpoint | None:
+def agree_on_checkpoint(out_dir: Path, verify: str, still_working: Callable[[], None]) -> Checkpoint | None:
     """The newest checkpoint whose files are what its manifest says, the same on every process. Collective.
 
     Each process compares its share of the files, so that a large checkpoint is read at the speed of all nodes.
 
     Args:
-        checksums: compare these too, not only sizes.
+        verify: "checksums" or "sizes".
         still_working: called after each file.
     """
     found: list[Any] = [list_checkpoints(out_dir) if dist.get_rank() == 0 else None]
@@ -43,7 +43,7 @@ def agree_on_checkpoint(out_dir: Path, checksums: bool, still_working: Callable[
     checkpoints, skipped = found[0]
     newest = None
     for checkpoint in checkpoints:
-        problems = _damage(checkpoint, checksums, still_working)
+        problems = _damage(checkpoint, verify == "checksums", still_working)
         if not problems:
             newest = checkpoint
             break
@@ -84,7 +84,8 @@ def load_training_state(path: Path, model: torch.nn.Module, optimizers: list[tor
         [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         for optimizer in optimizers
     ]
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizers)}
+    weights = {name: plain(tensor) for name, tensor in get_model_state_dict(model).items()}
+    state = {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizers)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(path / WEIGHTS_NAME))
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
@@ -106,7 +107,7 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
 
 
 def _load_sharded_weights(path: Path, model: torch.nn.Module, flag: str) -> None:
-    weights = get_model_state_dict(model)
+    weights = {name: plain(tensor) for name, tensor in get_model_state_dict(model).items()}
     reader = dcp.FileSystemReader(path)
     saved = {
         name.removeprefix("model."): tuple(metadata.size)

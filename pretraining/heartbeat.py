@@ -76,8 +76,12 @@ class Heartbeat:
         self.beat("start")
 
     def beat(self, phase: str) -> None:
-        """Now in `phase`; the same phase again says that it gets on."""
+        """Now in `phase`."""
         self._phase = PHASES.index(phase)
+        self._write()
+
+    def again(self) -> None:
+        """Still in the same phase, and getting on."""
         self._write()
 
     def step_done(self, step: int) -> None:

@@ -8,18 +8,8 @@ from pathlib import Path
 
 from pretraining.settings import STOP_NAME
 from utils import console
-from utils.errors import UserError
 
 _POLL_INTERVAL_S = 10.0
-
-
-def nonfinite_error(steps_in_a_row: int, step: int, last_good: Path | None) -> UserError:
-    """What to raise when too many steps in a row had no finite loss or gradient."""
-    return UserError(
-        f"the loss or the gradient norm was not finite for {steps_in_a_row} steps in a row, up to step {step} "
-        f"(--train.max_nonfinite_steps). Last good checkpoint: {last_good or 'none'}. Lower --optimizer.lr or look at "
-        "the data, then start again."
-    )
 
 
 class Stopping:

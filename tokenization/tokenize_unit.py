@@ -119,7 +119,7 @@ def _tokenize_once(
     }
     held: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     sample = CheckSample(unit.text_bytes, encoder.choice, encoder.added_tokens)
-    watch, cpu_begin = _Stopwatch(), time.process_time()
+    watch, cpu_begin, reference_begin = _Stopwatch(), time.process_time(), encoder.reference_documents
 
     for path, texts in _texts_of(job, unit, excluded, record):
         watch.lap("read")
@@ -162,6 +162,7 @@ def _tokenize_once(
         getattr(record, split).chunks = writer.chunks
     watch.lap("write")
     record.encoder, record.peak_bytes = encoder.backend, peak_resident_bytes()
+    record.reference_documents = encoder.reference_documents - reference_begin
     record.cpu_seconds = round(time.process_time() - cpu_begin, 4)
     record.seconds = {phase: round(seconds, 4) for phase, seconds in watch.seconds.items()}
     return record

@@ -53,6 +53,11 @@ def this_command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
+def printable(path: str) -> str:
+    """The path with bytes that are not UTF-8 as `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def counted(number: int, noun: str) -> str:
     """1 chunk, 2,000 chunks."""
     return f"{number:,} {noun}{'s'[: number != 1]}"
