@@ -51,6 +51,8 @@ class Process:
     pid: int
     started: int
     """Its start time in clock ticks, from /proc: a process id alone may be taken again."""
+    out_dir: str
+    """Of its run: several may use a node."""
     node: str
     device: str
     """Such as "GPU 3", or "process 1" on a CPU."""
@@ -120,7 +122,7 @@ def read_beat(path: Path) -> Beat:
 
 @contextlib.contextmanager
 def watched(
-    directory: Path, rank: int, node: str, device: str, collectives: Callable[[], bytes]
+    directory: Path, rank: int, out_dir: str, node: str, device: str, collectives: Callable[[], bytes]
 ) -> Iterator[Heartbeat]:
     """Make this process visible to its node's watcher for the length of the block.
 
@@ -130,7 +132,8 @@ def watched(
     directory.mkdir(parents=True, exist_ok=True)
     heartbeat = Heartbeat(directory / f"rank-{rank}.beat")
     log = os.readlink("/proc/self/fd/2")
-    process = Process(rank, os.getpid(), start_time(os.getpid()), node, device, log if log.startswith("/") else None)
+    log_file = log if log.startswith("/") else None
+    process = Process(rank, os.getpid(), start_time(os.getpid()), out_dir, node, device, log_file)
     with open(directory / f"rank-{rank}.stacks", "w") as stacks:
         # From C, in whichever thread the signal meets: a lock of the interpreter that is held does not matter.
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)

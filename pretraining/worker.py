@@ -33,7 +33,7 @@ def train_worker(settings: Settings, plan: Plan, verbosity: int, token: str) -> 
     node, index = this_device()
     device_name = f"GPU {index}" if settings.accelerator == "cuda" else f"process {index}"
     directory = beats_directory(token, ray.get_runtime_context().get_node_id())
-    with watched(directory, dist.get_rank(), node, device_name, last_collectives) as heartbeat:
+    with watched(directory, dist.get_rank(), settings.out_dir, node, device_name, last_collectives) as heartbeat:
         try:
             if settings.checks_hardware():
                 check_hardware(node, index, settings.num_devices, ray.train.torch.get_device())

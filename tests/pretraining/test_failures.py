@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -57,27 +58,26 @@ def assert_same_run(out_dir: Path, quiet: Path) -> None:
 class Run:
     """The script in the background, and its training processes as their heartbeats show them."""
 
-    def __init__(self, *command):
-        self.before = set(self._beats())
+    def __init__(self, out_dir: Path, *command):
+        self.out_dir = out_dir
+        self.pids: set[int] = set()
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-    def _beats(self):
-        return Path(tempfile.gettempdir()).glob("pretraining-*/rank-*.json")
+            [sys.executable, *map(str, command), "--out_dir", str(out_dir)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
     def wait_for(self, rank: int, condition) -> int:
-        """The process id of a rank, as soon as condition(step, phase) holds of it in a start not seen before."""
+        """The process id of a rank, as soon as condition(step, phase) holds of one that was not returned before."""
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.process.stdout.read()
-            for path in self._beats():
-                if path not in self.before and path.stem == f"rank-{rank}":
-                    beat = read_beat(path.with_suffix(".beat"))
-                    if condition(beat.step, beat.phase):
-                        pid = json.loads(path.read_text())["pid"]
-                        self.before |= set(self._beats())
-                        return pid
+            with contextlib.suppress(OSError):  # a start's directory goes away while this looks into it
+                for path in Path(tempfile.gettempdir()).glob(f"pretraining-*/rank-{rank}.json"):
+                    process, beat = json.loads(path.read_text()), read_beat(path.with_suffix(".beat"))
+                    is_ours = process["out_dir"] == str(self.out_dir) and process["pid"] not in self.pids
+                    if is_ours and condition(beat.step, beat.phase):
+                        self.pids.add(process["pid"])
+                        return process["pid"]
             time.sleep(0.0005)
         raise AssertionError("the run did not get there")
 
@@ -88,7 +88,7 @@ class Run:
 def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, flags, quiet):
     """Each is the only restart that is allowed, and the checkpoint between them clears the count."""
     out_dir = tmp_path / "out"
-    run = Run(SCRIPT, *flags, "--out_dir", out_dir, "--max_failures=1", "--train.step_timeout=5")
+    run = Run(out_dir, SCRIPT, *flags, "--max_failures=1", "--train.step_timeout=5")
     crashed = run.wait_for(1, lambda step, _: step >= 7)
     os.kill(crashed, signal.SIGSEGV)
     stopped = run.wait_for(1, lambda step, _: step >= 12)
@@ -121,7 +121,7 @@ def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, fla
 @pytest.mark.slow
 def test_a_process_that_is_stopped_in_a_validation_or_during_a_save(tmp_path, flags, quiet):
     out_dir = tmp_path / "out"
-    run = Run(SCRIPT, *flags, "--out_dir", out_dir, "--max_failures=1", "--train.step_timeout=5")
+    run = Run(out_dir, SCRIPT, *flags, "--max_failures=1", "--train.step_timeout=5")
     os.kill(run.wait_for(1, lambda step, phase: step == 10 and phase == "validation"), signal.SIGSTOP)
     os.kill(run.wait_for(1, lambda *_: any(out_dir.glob(f"{TEMPORARY_PREFIX}step-00000010*"))), signal.SIGSTOP)
     output = run.output()
@@ -136,9 +136,7 @@ def test_a_process_that_is_stopped_in_a_validation_or_during_a_save(tmp_path, fl
 @pytest.mark.parametrize("fault", ["sleep", "raise"])
 def test_a_reader_that_sleeps_or_fails(tmp_path, flags, quiet, fault):
     out_dir = tmp_path / "out"
-    run = Run(
-        "tests/faulty_training.py", fault, tmp_path / "mark", *flags, "--out_dir", out_dir, "--train.step_timeout=5"
-    )
+    run = Run(out_dir, "tests/faulty_training.py", fault, tmp_path / "mark", *flags, "--train.step_timeout=5")
     output = run.output()
     assert run.process.returncode == 0, output
     assert_same_run(out_dir, quiet)
@@ -158,8 +156,7 @@ def test_a_reader_that_sleeps_or_fails(tmp_path, flags, quiet, fault):
 @pytest.mark.slow
 def test_the_same_failure_each_time_ends_the_run_and_says_so(tmp_path, flags):
     out_dir = tmp_path / "out"
-    run = Run("tests/faulty_training.py", "raise-always", tmp_path / "mark", *flags, "--out_dir", out_dir,
-              "--max_failures=1")  # fmt: skip
+    run = Run(out_dir, "tests/faulty_training.py", "raise-always", tmp_path / "mark", *flags, "--max_failures=1")
     output = run.output()
     assert run.process.returncode == 3, output
     assert "It was the same each of 2 times, at the same step" in output
