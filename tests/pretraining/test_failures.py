@@ -74,7 +74,7 @@ class Run:
             with contextlib.suppress(OSError):  # a start's directory goes away while this looks into it
                 for path in Path(tempfile.gettempdir()).glob(f"pretraining-*/rank-{rank}.json"):
                     process, beat = json.loads(path.read_text()), read_beat(path.with_suffix(".beat"))
-                    is_ours = process["out_dir"] == str(self.out_dir) and process["pid"] not in self.pids
+                    is_ours = process.get("out_dir") == str(self.out_dir) and process["pid"] not in self.pids
                     if is_ours and condition(beat.step, beat.phase):
                         self.pids.add(process["pid"])
                         return process["pid"]
