@@ -14,7 +14,8 @@ from utils.errors import Problems, UserError
 WORTHWHILE_EPOCHS = 4
 _POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.max_tokens", "train.max_steps", "train.epochs",
-    "train.max_time", "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
+    "train.max_time", "train.step_timeout", "train.slow_timeout",
+    "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
     "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "optimizer.lr", "optimizer.eps", "num_nodes",
     "num_devices", "tokens", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads",
     "checkpoint.keep_last", "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",

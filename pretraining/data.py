@@ -21,6 +21,7 @@ from litdata.streaming.serializers import _get_serializers
 
 from pretraining.data_order import SequenceOrder
 from pretraining.documents import Separator, document_offsets
+from pretraining.plan import Plan
 from pretraining.settings import TrainSettings
 from utils.chunks import CODE_OF_DTYPE, Index, read_index
 from utils.errors import UserError
@@ -146,6 +147,18 @@ class Sequences:
             return tokens, None
         offsets = document_offsets(tokens[:, :-1].numpy(), [self.separators[s] for s in sources])
         return tokens, torch.from_numpy(offsets)
+
+
+def plan_sequences(plan: Plan, directories: list[str], seed: int) -> Sequences:
+    """The sequences of a plan's training or validation data."""
+    return Sequences(
+        [Path(path) for path in directories],
+        plan.weights,
+        plan.context_tokens + 1,
+        seed,
+        plan.model_config["padded_vocab_size"],
+        plan.separators,
+    )
 
 
 def rank_positions(first: int, count: int, rank: int, world_size: int) -> np.ndarray:

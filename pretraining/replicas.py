@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pretraining.parallelism import local_shard
+from pretraining.settings import Settings
 from utils.errors import UserError
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -35,14 +36,17 @@ def state_tensors(parameters: list[torch.Tensor], optimizers: list[torch.optim.O
     return [*parameters, *(value for value in states if isinstance(value, torch.Tensor))]
 
 
-def check_replicas(parameters: list[torch.Tensor], optimizers: list[torch.optim.Optimizer], step: int) -> None:
-    """Compare the copies; called by all processes at once.
+def check_replicas(
+    parameters: list[torch.Tensor], optimizers: list[torch.optim.Optimizer], step: int, settings: Settings
+) -> None:
+    """Compare the copies where it is time to; called by all processes after each step.
 
     Raises:
         UserError: on all of them, naming the processes that differ from the others that hold the same piece.
     """
     mesh = parameters[0].device_mesh.mesh  # (replicate, shard), or (shard,) where there is one copy
-    if mesh.ndim < 2 or mesh.size(0) < 2:
+    every = settings.parallel.compare_copies_every
+    if mesh.ndim < 2 or mesh.size(0) < 2 or not every or step % every:
         return
     mine = fingerprint(state_tensors(parameters, optimizers)).view(1)
     everyones = torch.empty(dist.get_world_size(), dtype=torch.int64, device=mine.device)

@@ -36,6 +36,11 @@ class TrainSettings:
     """Passes over the training data (null: no limit)."""
     max_time: float | None = field(default=None, metadata=PLACE)
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
+    step_timeout: float | None = field(default=None, metadata=PLACE)
+    """Seconds for which a process may stand still within a step before it counts as hung (null: 10 median steps, at
+    least 60, at most 600)."""
+    slow_timeout: float = field(default=3600.0, metadata=PLACE)
+    """The same for what takes longer: start, first steps, validation, saves."""
     max_seq_length: int | None = None
     """Tokens per sequence, the context (null: the model's block_size)."""
     document_masking: bool = False
@@ -206,8 +211,12 @@ class Settings:
     matrix products in float8 (null: bf16-mixed on cuda, 32-true on cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
-    max_failures: int = field(default=0, metadata=PLACE)
-    """How often Ray Train restarts the workers after one died (0: never, -1: always)."""
+    max_failures: int = field(default=3, metadata=PLACE)
+    """Failures in a row, without a new checkpoint between them, after each of which the training processes are started
+    again: one died or hung (0: never, -1: always)."""
+    check_hardware: Literal["auto", "always", "never"] = field(default="auto", metadata=PLACE)
+    """Before training, check driver, compiler and disk of each node, and speed and results of each device, in a few
+    seconds (auto: on GPUs)."""
     logger_name: Literal["csv", "tensorboard", "wandb"] = field(default="csv", metadata=PLACE)
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = field(default=False, metadata=PLACE)
@@ -226,3 +235,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=PLACE)
+
+    def checks_hardware(self) -> bool:
+        """Whether nodes and devices are checked before training; the accelerator is settled."""
+        return self.check_hardware == "always" or (self.check_hardware == "auto" and self.accelerator == "cuda")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretraining.data import Sequences, rank_positions, read_micro_batch
+from pretraining.data import plan_sequences, rank_positions, read_micro_batch
 from pretraining.loss import IGNORED_TARGET
 from pretraining.plan import Plan
 from pretraining.settings import Settings
@@ -25,10 +24,7 @@ class Validation:
 
     def __init__(self, model: torch.nn.Module, settings: Settings, plan: Plan, device: torch.device):
         self._model, self._device, self._bits_per_nat = model, device, plan.bits_per_nat
-        directories = [Path(path) for path in plan.val_directories]
-        vocab_size = plan.model_config["padded_vocab_size"]
-        block_tokens = plan.context_tokens + 1
-        self._sequences = Sequences(directories, plan.weights, block_tokens, 0, vocab_size, plan.separators)
+        self._sequences = plan_sequences(plan, plan.val_directories, seed=0)
         count = min(plan.val_blocks, settings.eval.max_iters * settings.train.global_batch_size)
         self._batch_size = size = settings.train.micro_batch_size
         world_size = dist.get_world_size()

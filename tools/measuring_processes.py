@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pretraining.cluster import forwarded_environment
 from pretraining.hardware_check import HardwareReport, Multiply, measure_hardware, multiply_by_torch
-from pretraining.node_facts import interface_of, node_name
+from pretraining.node_facts import node_name
+from pretraining.worker_environment import forwarded_environment, interface_of
 from utils.errors import UserError
 from utils.machine import available_cpus
 
