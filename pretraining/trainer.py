@@ -22,6 +22,7 @@ from pretraining.checkpoint_loading import agree_on_checkpoint, load_initial_wei
 from pretraining.checkpoint_writer import CheckpointWriter
 from pretraining.data import MicroBatch, plan_sequences, prefetch, rank_micro_batches
 from pretraining.dataset_check import DatasetCheck, Reading
+from pretraining.events import record_event
 from pretraining.heartbeat import Heartbeat
 from pretraining.left_out import LeftOut, leave_out, read_left_out, set_aside_checkpoints
 from pretraining.metrics_writer import MetricsFile, rewind_metrics
@@ -160,7 +161,8 @@ class Trainer:
                 stop = result.sums.stop or (result.sums.poll_preemption and self.stopping.poll())
                 self.state.bad_steps.count(result.verdict, result.loss, result.grad_norm)
                 if result.verdict and self.rank == 0:
-                    console.warn(f"step {self.state.step} updates nothing: {result.verdict.reason}")
+                    step, reason = self.state.step, result.verdict.reason
+                    record_event(self.out_dir, "skipped step", f"step {step} updates nothing: {reason}", step=step)
                 if self.state.bad_steps.must_go_back:
                     return True
                 check_replicas(self.parameters, self.optimizers, self.state.step, self.settings)
