@@ -19,7 +19,6 @@ import dataclasses
 import errno
 import functools
 import glob
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ import xxhash
 
 from tokenization.chunk_reader import verify
 from tokenization.chunk_writer import make_index
-from tokenization.merge_plan import Plan, make_plan
+from tokenization.merge_plan import Plan, fingerprint_of, make_plan
 from tokenization.progress import Progress
 from tokenization.threads import submit_ahead
 from utils.chunks import INDEX_NAME, Chunk, read_index
@@ -172,12 +171,6 @@ def for_each_chunk(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Publish
-
-
-def fingerprint_of(chunks: list[Chunk]) -> str:
-    """Changes when the merged dataset changes; from checksums where they are known, else from names and counts."""
-    parts = [f"{chunk.name} {chunk.xxh3_128 or (chunk.documents, chunk.tokens, chunk.bytes)}" for chunk in chunks]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
