@@ -20,6 +20,7 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from export.checkpoint_files import read_checkpoint_manifest
@@ -94,10 +95,11 @@ def main(settings: Settings) -> None:
     export(plan, settings)
     console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
     if settings.formats != "hf":
-        console.next_command(f"litgpt chat {settings.export_dir}", "talk to it")
+        console.next_command(f"litgpt chat {quote(settings.export_dir)}", "talk to it")
     if plan.layout:
         console.next_command(
-            f"lm_eval --model hf --model_args pretrained={settings.export_dir} --tasks hellaswag", "evaluate it"
+            f"lm_eval --model hf --model_args {quote(f'pretrained={settings.export_dir}')} --tasks hellaswag",
+            "evaluate it",
         )
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from utils import cli, console  # first: it says how to install the packages if they are missing
@@ -36,6 +37,7 @@ from pretraining.checkpoint import (
     list_checkpoints,
     rename_final_to_its_step,
 )
+from pretraining.left_out import read_left_out, set_aside_checkpoints
 from pretraining.loggers import Follower, make_logger, progress_line
 from pretraining.metrics_writer import rewind_metrics
 from pretraining.model_config import litgpt_config_module, model_names
@@ -105,6 +107,7 @@ def warn_if_not_exportable(plan: Plan) -> None:
 
 def newest_checkpoint(settings: Settings, plan: Plan) -> Checkpoint | None:
     """The newest checkpoint whose files have the right sizes; the workers compare checksums before they load."""
+    set_aside_checkpoints(Path(settings.out_dir), read_left_out(Path(settings.out_dir)))
     newest, skipped = find_newest_good(settings.out_dir, checksums=False)
     for line in skipped:
         console.warn(f"skipped checkpoint {line}")
@@ -181,10 +184,12 @@ def report(settings: Settings, plan: Plan, as_given: Settings) -> None:
 def print_next_commands(as_given: Settings) -> None:
     run = as_given.out_dir.rstrip("/")
     final = f"{run}/{FINAL_NAME}"
-    console.next_command(f"python -m tools.plot_curves {run}", "to draw its curves")
-    console.next_command(f"python convert_pretrained_checkpoint.py {final} {run}-export", "to export it")
+    console.next_command(f"python -m tools.plot_curves {quote(run)}", "to draw its curves")
     console.next_command(
-        f"python -m lightning.pytorch.utilities.consolidate_checkpoint {final}/{WEIGHTS_NAME}",
+        f"python convert_pretrained_checkpoint.py {quote(final)} {quote(f'{run}-export')}", "to export it"
+    )
+    console.next_command(
+        f"python -m lightning.pytorch.utilities.consolidate_checkpoint {quote(f'{final}/{WEIGHTS_NAME}')}",
         "or, to merge it into one file first",
     )
 

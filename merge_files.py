@@ -4,54 +4,40 @@
     python merge_files.py --source_dir=OUT/val   --target_dir=DATA/val
 
 DATA/train then holds the chunk files, one index.json that litdata and litgpt read, and a manifest.json. The chunks are
-in the order of the input text, so the dataset is the same whichever nodes tokenized it. Run the same command again
-after a crash to finish.
+in the order of the input text, so the dataset is the same whichever nodes tokenized it. Small ones that follow one
+another are copied into one. Run the same command again after a crash to finish, or when the dataset has lost a file.
 
 --mode=link   makes hard links; copies and verifies where source and target are on different file systems
 --mode=copy   copies and verifies
---mode=move   links, and removes the linked files' names from the source when the dataset is published
+--mode=move   links, and removes the files from the source when the dataset is published
 --mode=index  makes no files: --target_dir must be --source_dir, which gets one index.json that names the sub-folders
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import glob
 import os
-from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from utils import cli, console  # first: it says how to install the packages if they are missing
 
 # isort: split
-import xxhash
-
-from tokenization.chunk_reader import verify
 from tokenization.chunk_writer import make_index
+from tokenization.gather import gather_small
+from tokenization.merge_chunks import collect_chunks
 from tokenization.merge_plan import Plan, fingerprint_of, make_plan
-from tokenization.progress import Progress
-from tokenization.threads import submit_ahead
-from utils.chunks import INDEX_NAME, Chunk, read_index
-from utils.errors import Problems, UserError
-from utils.files import (
-    atomic_write,
-    checksum,
-    fsync_directory,
-    held_lock,
-    remove_temporaries,
-    temporary_sibling,
-    write_json,
-)
+from tokenization.merge_restore import restore_missing
+from tokenization.missing_chunks import moved_to, recorded_chunks, write_moved
+from utils.chunks import INDEX_NAME, Chunk
+from utils.errors import UserError
+from utils.files import checksum, fsync_directory, held_lock, remove_temporaries, write_json
 from utils.manifest import claim, made_by, read_manifest, write_manifest
 
-# Below this size, reading everything once to compare checksums takes about a minute.
-AUTO_VERIFY_BYTES = 64 << 30
-THREADS = 8
-COPY_BLOCK_BYTES = 8 << 20
-NO_LINK_ERRNOS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK)
+CONTEXTS = (2048, 8192, 32768)
 
 
 @dataclasses.dataclass
@@ -64,6 +50,9 @@ class Settings:
     """Directory to write the merged dataset to."""
     mode: Literal["link", "copy", "move", "index"] = "link"
     """How the chunk files get there; see above."""
+    gather: bool = True
+    """Copy small chunks (less than half full and below 2 M tokens) that follow one another into one: training does
+    not read the end of a chunk that fills no block; false: keep every chunk as it is, and copy nothing for this."""
     verify: Literal["auto", "checksums", "headers"] = "auto"
     """Compare the content of every chunk with its checksum, or only sizes and document offsets; auto: checksums up to
     64 GiB, and always where bytes are copied."""
@@ -72,101 +61,51 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Work
+# Plan
 
 
-def collect_chunks(plan: Plan, settings: Settings) -> list[Chunk]:
-    """Verify every chunk and put it into the target; returns the chunks with the checksums that were computed."""
-    in_place, target, link = settings.mode == "index", Path(settings.target_dir), False
-    if settings.mode in ("link", "move"):
-        target.mkdir(parents=True, exist_ok=True)
-        link = links_work(plan.paths[0], target)
-        if not link:
-            console.say("source and target are on different file systems: copying")
-    copies = not link and not in_place
-    # What is copied is compared on the way.
-    by_checksum = not copies and (
-        settings.verify == "checksums" or (settings.verify == "auto" and plan.bytes <= AUTO_VERIFY_BYTES)
-    )
-    console.say(f"verify: sizes, document offsets{', checksums' if by_checksum or copies else ''}")
-    chunks = verify_chunks(plan, by_checksum)
-    if in_place:
-        return chunks
-    target.mkdir(parents=True, exist_ok=True)
-    place = functools.partial(place_chunk, target=target, link=link)
-    return for_each_chunk(place, plan.paths, chunks, "link" if link else "copy")
-
-
-def verify_chunks(plan: Plan, checksums: bool) -> list[Chunk]:
-    """Compare every file with its index entry; returns the chunks, with their checksums if the content was read."""
-
-    def check(path: Path, chunk: Chunk) -> Chunk:
-        try:
-            return verify(path, chunk, plan.dtype, "checksum" if checksums else "offsets")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--source_dir: {error}. Tokenize again, or bring the file back.") from error
-
-    return for_each_chunk(check, plan.paths, plan.chunks, "verify")
-
-
-def links_work(source: Path, target: Path) -> bool:
-    """Whether a hard link from the file `source` into `target` works; trying it is the only sure test."""
-    probe = temporary_sibling(target / "probe")
-    try:
-        os.link(source, probe)
-    except OSError as error:
-        if error.errno in NO_LINK_ERRNOS:
-            return False
-        raise
-    probe.unlink()
-    return True
-
-
-def place_chunk(source: Path, chunk: Chunk, target: Path, link: bool) -> Chunk:
-    """Put the file under its name in `target`, unless an interrupted run has done so. Never overwrites another file."""
-    path = target / chunk.name
-    if path.exists():
-        if path.samefile(source):
-            return chunk
-        if path.stat().st_size == chunk.bytes and checksum(path) == (chunk.xxh3_128 or checksum(source)):
-            return chunk
+def plan_layout(settings: Settings) -> Plan:
+    """The plan, with small chunks gathered unless --gather=false, or a merge that was begun otherwise, forbids it."""
+    plan, target = make_plan(settings), Path(settings.target_dir)
+    if plan.manifest is None or plan.chunk_tokens is None or settings.mode == "index":
+        return plan
+    published = read_manifest(target)
+    if published is not None:
+        begun = {entry["name"] for entry in published["files"]}
+    else:
+        begun = set(os.listdir(target)) if target.is_dir() else set()
+    gathered = dataclasses.replace(plan, parts=gather_small(plan.parts, plan.chunk_tokens))
+    single, joined = ({part.chunk.name for part in layout.parts} for layout in (plan, gathered))
+    if begun & (single - joined):  # by an earlier version, or with --gather=false
+        return plan
+    if not settings.gather and begun & (joined - single):
         raise UserError(
-            f"--target_dir={target}: {chunk.name} is there already and is another file. Give a new directory."
+            f"--gather=false: the merge into --target_dir={settings.target_dir} was begun with small chunks gathered. "
+            "Leave the flag out, or give another directory."
         )
-    if link:
-        try:
-            os.link(source, path)
-            return chunk
-        except OSError as error:
-            if error.errno not in NO_LINK_ERRNOS:  # this folder may be on another file system than the first
-                raise
-    return copy_verified(source, chunk, path)
+    return gathered if settings.gather else plan
 
 
-def copy_verified(source: Path, chunk: Chunk, path: Path) -> Chunk:
-    """Copy, then compare what was read with the checksum; raises UserError and leaves nothing if they differ."""
-    digest = xxhash.xxh3_128()
-    with atomic_write(path) as copy, open(source, "rb", buffering=0) as original:
-        while block := original.read(COPY_BLOCK_BYTES):
-            digest.update(block)
-            copy.write(block)
-        found = digest.hexdigest()
-        if chunk.xxh3_128 not in (None, found):
-            raise UserError(f"--source_dir: {source}: its content differs from its checksum. Tokenize again.")
-    return dataclasses.replace(chunk, xxh3_128=found)
+def names_of(plan: Plan, target: Path) -> set[str]:
+    """What an interrupted merge of this plan can have left in the target."""
+    names = {part.chunk.name for part in plan.parts}
+    # The index is the last file before the manifest; beside fewer chunks it is another dataset's.
+    return names | {INDEX_NAME} if names <= set(os.listdir(target)) else names
 
 
-def for_each_chunk(
-    work: Callable[[Path, Chunk], Chunk], paths: list[Path], chunks: list[Chunk], label: str
-) -> list[Chunk]:
-    """Apply `work` to every chunk on a few threads, with a progress bar; all user errors at once."""
-    problems, done = Problems(), []
-    with Progress(label, sum(chunk.bytes for chunk in chunks)) as progress:
-        for chunk, future in zip(chunks, submit_ahead(work, paths, chunks, num_threads=THREADS)):
-            done.append(problems.collect(future.result))
-            progress.advance(chunk.bytes, f"{len(done):,} of {len(chunks):,} chunks")
-    problems.raise_if_any()
-    return done
+def check_index_is_ours(source: Path) -> None:
+    """--mode=index writes index.json and manifest.json into the source: refuse to replace somebody else's index."""
+    if (source / INDEX_NAME).exists() and read_manifest(source) is None:
+        raise UserError(
+            f"--source_dir={source}: has an {INDEX_NAME} already, which --mode=index would replace. Move it away."
+        )
+
+
+def identity_of(settings: Settings) -> dict[str, Any]:
+    """What a dataset must have been made with to be that of this source, as far as the source is there to say."""
+    target, source = Path(settings.target_dir), Path(settings.source_dir)
+    above = read_manifest(source) if source.is_dir() and source.resolve() != target.resolve() else None
+    return {key: above.get(key) for key in ("split", "tokenizer", "settings", "inputs")} if above else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +121,10 @@ def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
         "chunks": len(chunks),
         "dtype": plan.dtype,
     }
+    files = [dataclasses.asdict(chunk) for chunk in chunks]
+    for entry, part in zip(files, plan.parts):
+        if part.is_gathered:
+            entry["gathered"] = [dataclasses.asdict(chunk) for _, chunk in part.sources]
     return {
         "kind": "dataset",
         "made_by": made_by("merge_files.py", "litdata"),
@@ -191,7 +134,7 @@ def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
         "tokenizer": inherited.get("tokenizer"),
         "fingerprint": fingerprint_of(chunks),
         "content": content,
-        "files": [dataclasses.asdict(chunk) for chunk in chunks],
+        "files": files,
         "inputs": inherited.get("inputs", []),
     }
 
@@ -205,55 +148,39 @@ def publish(plan: Plan, chunks: list[Chunk], target: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_target(target: Path, chunks: list[Chunk]) -> None:
-    """Refuse a directory with anything in it but an interrupted merge of the same chunks."""
-    names = {chunk.name for chunk in chunks}
-    if target.is_dir() and names <= set(os.listdir(target)):
-        names.add(INDEX_NAME)  # the last file before the manifest; beside fewer chunks it is another dataset's
-    claim(target, "--target_dir", "dataset", {}, names.__contains__)
-    if target.is_dir():
-        remove_temporaries(target)
+def remove_sources(source: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """After a published move: remove the names below `source` of files that `target` has, as they are or gathered.
 
+    Where bytes were copied to another file system the sources stay: deleting them is up to their owner.
+    """
+    here = {(status.st_dev, status.st_ino) for status in (entry.stat() for entry in os.scandir(target))}
+    device, recorded = target.stat().st_dev, recorded_chunks(manifest)
 
-def check_index_is_ours(source: Path) -> None:
-    """--mode=index writes index.json and manifest.json into the source: refuse to replace somebody else's index."""
-    if (source / INDEX_NAME).exists() and read_manifest(source) is None:
-        raise UserError(
-            f"--source_dir={source}: has an {INDEX_NAME} already, which --mode=index would replace. Move it away."
+    def is_in_target(path: Path) -> bool:
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in here:
+            return True
+        chunk = recorded.get(path.name)
+        return (
+            status.st_dev == device
+            and chunk is not None
+            and chunk.bytes == status.st_size
+            and chunk.xxh3_128 == checksum(path)
         )
 
-
-def finished_manifest(settings: Settings) -> dict[str, Any] | None:
-    """The manifest of a target that an earlier run published, whatever has become of the source since.
-
-    Raises:
-        UserError: the target is another dataset than the source makes.
-    """
-    target, source = Path(settings.target_dir), Path(settings.source_dir)
-    above = read_manifest(source) if source.is_dir() and source.resolve() != target.resolve() else None
-    identity = {key: above.get(key) for key in ("split", "tokenizer", "settings", "inputs")} if above else {}
-    published = claim(target, "--target_dir", "dataset", identity, is_own=lambda path: True)
-    if published is not None:
-        read_index(target, "--target_dir")
-    return published
-
-
-def remove_sources(source: Path, target: Path) -> None:
-    """After a published move: remove the names below `source` of files that now have a name in `target`.
-
-    Where bytes were copied the sources stay: they are other files, and deleting them is up to their owner.
-    """
-    moved = {(status.st_dev, status.st_ino) for status in (entry.stat() for entry in os.scandir(target))}
-    for path in [*source.glob("*.bin"), *source.glob("*/*.bin")]:
-        status = path.stat()
-        if not path.is_symlink() and (status.st_dev, status.st_ino) in moved:
+    found = [path for path in (*source.glob("*.bin"), *source.glob("*/*.bin")) if not path.is_symlink()]
+    if moved := list(filter(is_in_target, found)):
+        write_moved(source, target)
+        for path in moved:
             path.unlink()
 
 
 def say_result(manifest: dict[str, Any], target: Path) -> None:
     content = manifest["content"]
     chunks = console.counted(content["chunks"], "chunk")
-    console.result(f"{target}: {content['documents']:,} documents, {content['tokens']:,} tokens in {chunks}")
+    documents, tokens = console.counted(content["documents"], "document"), console.counted(content["tokens"], "token")
+    console.result(f"{target}: {documents}, {tokens} in {chunks}")
+    say_unread(manifest)
 
 
 def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
@@ -261,22 +188,33 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
     if manifest["split"] == "val":
         config = "llama3-8b" if glob.glob("/dev/nvidia[0-9]*") else "demo-cpu"
         console.next_command(
-            f"python distributed_pretrain.py --config config_hub/{config}.yaml --dataset_path={target.parent} "
-            "--tokenizer_dir=CKPT --out_dir=OUT_DIR",
+            f"python distributed_pretrain.py --config config_hub/{config}.yaml "
+            f"--dataset_path={quote(str(target.parent))} --tokenizer_dir=CKPT --out_dir=OUT_DIR",
             "next, with this or a config of your own, and the tokenizer of step 1 as CKPT",
         )
     elif manifest["split"] == "train" and settings.mode != "index":
         console.next_command(
-            f"python merge_files.py --source_dir={source.parent / 'val'} --target_dir={target.parent / 'val'}"
+            f"python merge_files.py --source_dir={quote(str(source.parent / 'val'))} "
+            f"--target_dir={quote(str(target.parent / 'val'))}"
         )
+
+
+def say_unread(manifest: dict[str, Any]) -> None:
+    """Training reads blocks of context + 1 tokens; the rest of each chunk, which fills none, is not read."""
+    tokens = [entry.get("tokens", 0) for entry in manifest["files"]]
+    shares = [
+        f"{sum(count % (context + 1) for count in tokens) / max(1, sum(tokens)):.2%} at a context of {context:,}"
+        for context in CONTEXTS
+    ]
+    console.say(f"tokens that fill no block at their chunk's end, which training does not read: {', '.join(shares)}")
 
 
 def main(settings: Settings) -> None:
     target = Path(settings.target_dir)
-    if settings.dry_run or not Path(settings.source_dir).is_dir():
+    is_new = not os.path.lexists(target)
+    if settings.dry_run or (is_new and not Path(settings.source_dir).is_dir()) or not (is_new or target.is_dir()):
         merge(settings)
         return
-    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     try:
         with held_lock(target) as mine:  # before anything is read there: what another run writes now would be missed
@@ -290,31 +228,50 @@ def main(settings: Settings) -> None:
 
 def merge(settings: Settings) -> None:
     source, target = Path(settings.source_dir), Path(settings.target_dir)
-    published = finished_manifest(settings)
+    plan_of = functools.cache(lambda: plan_layout(settings))  # a finished dataset needs no plan, and no source
+    names = functools.cache(lambda: names_of(plan_of(), target))
+    in_place = settings.mode == "index"
+    published = claim(
+        target, "--target_dir", "dataset", identity_of(settings), is_own=lambda name: in_place or name in names()
+    )
     if published is not None:
-        if settings.mode == "move" and source.is_dir():
-            remove_sources(source, target)
+        restored = restore_missing(published, plan_of, settings)
+        if settings.mode == "move" and source.is_dir() and not settings.dry_run:
+            remove_sources(source, target, published)
         say_result(published, target)
-        console.result("merged already, nothing to do")
+        if not restored:
+            console.result("merged already, nothing to do")
         say_next(settings, published)
         return
-    plan = make_plan(settings)
-    if settings.mode == "index":
+    plan = plan_of()
+    if in_place:
         check_index_is_ours(source)
-    else:
-        check_target(target, plan.chunks)
+    gathered = [part for part in plan.parts if part.is_gathered]
+    num_chunks = sum(len(part.sources) for part in plan.parts)
     console.say(
-        f"source: {console.counted(len(plan.chunks), 'chunk')}, {console.human_bytes(plan.bytes)}, "
-        f"{sum(chunk.tokens for chunk in plan.chunks):,} tokens of {plan.dtype} in {source}"
+        f"source: {console.counted(num_chunks, 'chunk')}, {console.human_bytes(plan.bytes)}, "
+        f"{sum(part.chunk.tokens for part in plan.parts):,} tokens of {plan.dtype} in {source}"
     )
+    if gathered:
+        console.say(
+            f"gather: {sum(len(part.sources) for part in gathered):,} small chunks become {len(gathered):,}; "
+            f"{console.human_bytes(sum(part.chunk.bytes for part in gathered))} are copied for that"
+        )
     if settings.dry_run:
         console.result(f"would {settings.mode} them to {target}")
         return
 
-    chunks = collect_chunks(plan, settings)
+    if target.is_dir() and not in_place:
+        remove_temporaries(target)
+    try:
+        chunks = collect_chunks(plan, settings)
+    except UserError:
+        if moved_to(source) in (None, target.absolute()) and not any(source.rglob("*.bin")):
+            write_moved(source, None)  # step 1 must not take them for moved
+        raise
     manifest = publish(plan, chunks, target)
     if settings.mode == "move":
-        remove_sources(source, target)
+        remove_sources(source, target, manifest)
     say_result(manifest, target)
     say_next(settings, manifest)
 

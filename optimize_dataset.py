@@ -17,29 +17,33 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shlex
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from utils import cli, console  # first: it says how to install the packages if they are missing
 
 # isort: split
-from tokenization.job import Job, Plan, Unit, UnitRecord
+from tokenization.job import SPLITS, Job, Plan, Unit, UnitRecord
+from tokenization.missing_chunks import LostChunk, missing_of_output, put_back
 from tokenization.output import (
     ProgressFile,
     check_all_are_here,
     check_nothing_lost,
-    open_output,
     publish,
     remove_unrecorded_files,
+    resume_or_begin,
     was_begun_with,
 )
-from tokenization.progress import Progress
+from tokenization.progress_bar import Progress
 from tokenization.workers import MAX_RETRIES, Workers
 from utils.errors import UserError, WorkerDied
-from utils.files import held_lock
+from utils.files import held_lock, remove_temporaries, temporary_sibling
 from utils.machine import available_cpus
+from utils.manifest import some
 from utils.ray_cluster import find_cluster, ray_session
 
 
@@ -106,11 +110,14 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
 
 
 def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dict[int, UnitRecord]:
-    """Do the units that have no record yet and, where no document became validation data, some of them again."""
+    """Resume: keep the units that progress.jsonl records, delete unrecorded chunks, do the others.
+
+    Where no document became validation data, some units are done again.
+    """
     from tokenization.plan import check_disk_space
 
     output_dir = Path(settings.output_dir)
-    records = progress_file.finished()
+    records = progress_file.finished_units()
     remove_unrecorded_files(output_dir, records)
     if records:
         console.say(f"resume: {len(records)} of {len(plan.units)} units were finished")
@@ -121,20 +128,19 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
             workers = None
             if left:
                 workers = stack.enter_context(start_workers(plan, settings))
-                run_units(plan, plan.job, left, workers, progress_file)
-                records = progress_file.finished()
+                run_units(plan, plan.job, left, workers, progress_file.append)
+                records = progress_file.finished_units()
             check_all_are_here(plan, records)
             again, val_threshold = units_to_redo_for_validation(plan, records)
             if again:
                 workers = workers or stack.enter_context(start_workers(plan, settings))
-                run_units(
-                    plan, dataclasses.replace(plan.job, val_threshold=val_threshold), again, workers, progress_file
-                )
-                records = progress_file.finished()
+                job = dataclasses.replace(plan.job, val_threshold=val_threshold)
+                run_units(plan, job, again, workers, progress_file.append)
+                records = progress_file.finished_units()
     except BaseException:
         # What other workers were writing must not fill the disk until the next run.
         with contextlib.suppress(OSError):
-            remove_unrecorded_files(output_dir, progress_file.finished())
+            remove_unrecorded_files(output_dir, progress_file.finished_units())
         raise
     remove_unrecorded_files(output_dir, records)
     return records
@@ -143,7 +149,7 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
 @contextlib.contextmanager
 def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
     """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
-    from tokenization.encoder_check import load_tokenizer
+    from tokenization.prepared_tokenizer import load_tokenizer
 
     cluster = find_cluster(settings.address)
     if cluster is None:
@@ -163,8 +169,8 @@ def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
             yield ray_workers
 
 
-def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progress_file: ProgressFile) -> None:
-    """Tokenize `units`, largest first; append a record for each as it is finished."""
+def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, keep: Callable[[UnitRecord], None]) -> None:
+    """Tokenize `units`, largest first; `keep` the record of each as it is finished."""
     queue = collections.deque(sorted(units, key=lambda unit: (-unit.text_bytes, unit.index)))
     left = len(queue)
     documents = tokens = 0
@@ -178,7 +184,7 @@ def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, progres
             for unit, outcome in sorted(workers.finished(), key=lambda done: isinstance(done[1], Exception)):
                 left -= 1
                 record = record_or_user_error(outcome, plan)
-                progress_file.append(record)
+                keep(record)
                 documents += record.documents
                 tokens += record.tokens
                 busy_s += sum(record.seconds.values())
@@ -217,6 +223,11 @@ def record_or_user_error(outcome: UnitRecord | Exception, plan: Plan) -> UnitRec
         message = f"{output_dir}: cannot be written ({outcome})."
     elif isinstance(outcome, OSError):
         message = f"reading or writing failed on a node ({type(outcome).__name__}: {outcome}). Then {go_on}"
+    elif isinstance(outcome, MemoryError):
+        message = (
+            f"a worker process ran out of memory ({outcome or type(outcome).__name__}). Lower --num_workers or "
+            f"--unit_bytes, or raise the limit that `ulimit -v` or the container sets; {go_on}"
+        )
     elif isinstance(outcome, WorkerDied):
         message = (
             f"a worker process died {MAX_RETRIES + 1} times on the same unit, most likely because it ran out of memory "
@@ -236,18 +247,49 @@ def units_to_redo_for_validation(plan: Plan, records: dict[int, UnitRecord]) -> 
     Raises:
         UserError: there is no document at all.
     """
-    if any(record.min_hash < plan.job.val_threshold for record in records.values()):
-        return [], plan.job.val_threshold
+    threshold = final_val_threshold(plan, records)
+    if threshold == plan.job.val_threshold:
+        return [], threshold
     if not any(record.documents for record in records.values()):
         raise UserError(f"--input_dir: no document with text in column {plan.job.text_column!r}. Give files with text.")
-    smallest = min(record.min_hash for record in records.values())
     # A run that was interrupted here may have done some of them again already.
     again = [
         unit
         for unit in plan.units
-        if records[unit.index].min_hash == smallest and not records[unit.index].val.documents
+        if records[unit.index].min_hash < threshold and not records[unit.index].val.documents
     ]
-    return again, smallest + 1
+    return again, threshold
+
+
+def final_val_threshold(plan: Plan, records: dict[int, UnitRecord]) -> int:
+    """The planned threshold, or the one with which the document with the smallest hash is validation data."""
+    smallest = min((record.min_hash for record in records.values()), default=0)
+    return max(plan.job.val_threshold, smallest + 1)
+
+
+def make_lost_again(plan: Plan, settings: Settings, lost: list[LostChunk], records: dict[int, UnitRecord]) -> None:
+    """Tokenize the units of lost chunks of a finished output again, beside it, and take from them what is missing."""
+    output_dir = Path(settings.output_dir)
+    numbers = {chunk.unit for chunk in lost}
+    console.say(
+        f"missing: {console.counted(len(lost), 'chunk')} of the finished output "
+        f"({some([str(chunk.path.relative_to(output_dir)) for chunk in lost])}); tokenizing "
+        f"{console.counted(len(numbers), 'unit')} again"
+    )
+    remove_temporaries(output_dir)
+    scratch = temporary_sibling(output_dir.absolute() / "again")
+    scratch.mkdir()
+    threshold = final_val_threshold(plan, records)
+    job = dataclasses.replace(plan.job, output_dir=str(scratch), val_threshold=threshold)
+    try:
+        with start_workers(plan, settings) as workers:
+            units = [unit for unit in plan.units if unit.index in numbers]
+            run_units(plan, job, units, workers, lambda record: put_back(record, scratch, lost))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    console.result(
+        f"{output_dir}: {console.counted(len(lost), 'missing chunk')} made again, with the checksums of before"
+    )
 
 
 def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: float) -> None:
@@ -255,7 +297,7 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     for split in ("train", "val"):
         part = content[split]
         console.result(
-            f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
+            f"{split}: {console.counted(part['documents'], 'document')}, {console.counted(part['tokens'], 'token')}, "
             f"{console.human_bytes(part['text_bytes'])} of text, {console.counted(part['chunks'], 'chunk')}"
         )
     null, empty = content["skipped_null"], content["skipped_empty"]
@@ -271,13 +313,15 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     tokens = sum(record.tokens for record in records.values())
     slowest = max(records.values(), key=lambda record: sum(record.seconds.values()))
     backends, checked = sorted({record.encoder for record in records.values()}), content["checked_documents"]
+    by_reference = sum(record.reference_documents for record in records.values() if record.encoder == "gigatoken")
     console.say(
         f"speed: {console.human_count(tokens / busy_s)} tokens/s per core, {console.human_seconds(elapsed_s)} in all; "
         + ", ".join(f"{phase} {100 * seconds / busy_s:.0f}%" for phase, seconds in phases.most_common())
     )
     console.say(
         f"encoder: {', '.join(backends)}"
-        + (f"; {checked:,} documents encoded by tokenizers too, all equal" if checked else "")
+        + (f", but tokenizers for {console.counted(by_reference, 'document')}" if by_reference else "")
+        + (f"; {console.counted(checked, 'document')} encoded by tokenizers too, all equal" if checked else "")
     )
     shares = ", ".join(
         f"{folder}: {100 * count / max(tokens, 1):.0f}%" for folder, count in sorted(tokens_of_folder.items())
@@ -292,9 +336,9 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
 def say_next(settings: Settings) -> None:
     out = settings.output_dir.rstrip("/")
     data = os.path.join(os.path.dirname(out), "merged" if os.path.basename(out) == "dataset" else "dataset")
+    command = "python merge_files.py --source_dir={} --target_dir={}".format
     console.next_command(
-        f"python merge_files.py --source_dir={out}/train --target_dir={data}/train\n"
-        f"  python merge_files.py --source_dir={out}/val --target_dir={data}/val"
+        "\n  ".join(command(*(shlex.quote(f"{place}/{split}") for place in (out, data))) for split in SPLITS)
     )
 
 
@@ -319,17 +363,39 @@ def main(settings: Settings) -> None:
             raise UserError(
                 f"--output_dir={output_dir}: another optimize_dataset.py writes there. Wait for it or end it."
             )
-        if open_output(plan, output_dir) is not None:
-            console.result(f"{output_dir}: finished already, nothing to do")
-        else:
+        if resume_or_begin(plan, output_dir) is None or not keep_finished(plan, settings):
             records, manifest = tokenize_and_publish(plan, settings)
             report(records, manifest, time.monotonic() - start)
     say_next(settings)
 
 
+def keep_finished(plan: Plan, settings: Settings) -> bool:
+    """Look for what a finished output has lost since, and make that again.
+
+    Returns:
+        False where it takes the whole work: what tells which chunks there were is lost too.
+    """
+    output_dir = Path(settings.output_dir)
+    unread, lost = missing_of_output(output_dir)
+    if not unread and not lost:
+        console.result(f"{output_dir}: finished already, nothing to do")
+        return True
+    with ProgressFile(output_dir, len(plan.units)) as progress_file:
+        records = progress_file.recorded()
+    if unread:
+        if len(records) < len(plan.units):
+            return False
+        publish(plan, records, output_dir)
+        console.result(f"{output_dir}: made again: {some([str(path.relative_to(output_dir)) for path in unread])}")
+        _, lost = missing_of_output(output_dir, may_be_moved=False)  # a move leaves indexes and manifests
+    if lost:
+        make_lost_again(plan, settings, lost, records)
+    return True
+
+
 def tokenize_and_publish(plan: Plan, settings: Settings) -> tuple[dict[int, UnitRecord], dict[str, Any]]:
     output_dir = Path(settings.output_dir)
-    with ProgressFile(output_dir) as progress_file:
+    with ProgressFile(output_dir, len(plan.units)) as progress_file:
         records = tokenize(plan, settings, progress_file)
         check_nothing_lost(plan, records)
         if not any(record.train.documents for record in records.values()):

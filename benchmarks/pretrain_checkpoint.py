@@ -52,8 +52,10 @@ def measure(directory: Path) -> dict:
     stalls_s: dict[bool, list[float]] = {True: [], False: []}
     for number in range(2 * (NUM_SAVES + 1)):
         asynchronous = number % 2 == 0
-        trainer.step = 2 + number
-        stalls_s[asynchronous].append(trainer.writer.save(f"step-{trainer.step:08d}", _state(trainer), asynchronous))
+        trainer.state.step = 2 + number
+        stalls_s[asynchronous].append(
+            trainer.writer.save(f"step-{trainer.state.step:08d}", _state(trainer), asynchronous)
+        )
         trainer.writer.wait()
         if trainer.writer.error:
             raise RuntimeError(trainer.writer.error)
@@ -88,7 +90,7 @@ def measure_resume(trainer) -> float:
 
 def _state(trainer) -> dict:
     return {
-        "step": trainer.step, "tokens": 0, "position": trainer.step, "seed": 42,
+        "step": trainer.state.step, "tokens": 0, "position": trainer.state.step, "seed": 42,
         "nonfinite_steps": 0, "nonfinite_in_a_row": 0, "val_loss": None,
     }  # fmt: skip
 

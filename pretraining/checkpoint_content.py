@@ -48,6 +48,7 @@ def checkpoint_manifest(
             "step": state["step"],
             "tokens": state["tokens"],
             "position": state["position"],
+            "left_out": state["left_out"],
             "epoch": epoch,
             "sequences_per_epoch": plan.train_blocks,
             "val_loss": state["val_loss"],

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.parallelism import fill_local_shard, local_shard
+from pretraining.parallelism import fill_local_shard, local_shard, plain
 from utils.errors import UserError
 
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -36,7 +36,8 @@ def load_training_state(path: Path, model: torch.nn.Module, optimizers: list[tor
         [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         for optimizer in optimizers
     ]
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizers)}
+    weights = {name: plain(tensor) for name, tensor in get_model_state_dict(model).items()}
+    state = {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizers)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(path / WEIGHTS_NAME))
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
@@ -58,7 +59,7 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
 
 
 def _load_sharded_weights(path: Path, model: torch.nn.Module, flag: str) -> None:
-    weights = get_model_state_dict(model)
+    weights = {name: plain(tensor) for name, tensor in get_model_state_dict(model).items()}
     reader = dcp.FileSystemReader(path)
     saved = {
         name.removeprefix("model."): tuple(metadata.size)

@@ -1,8 +1,8 @@
-"""Writing a sharded checkpoint in the background; checkpoint.py draws its layout.
+"""Writing a sharded checkpoint in the background: it is complete when rank 0 renames its directory (`_publish`).
 
 The state is copied to main memory, which is all that training waits for. A thread then writes this process's file and
-agrees with its peers that every file is whole; rank 0 adds the manifest and renames the directory, and with that the
-checkpoint is complete. A failure on any process leaves no checkpoint, and `CheckpointWriter.error` says why on all.
+agrees with its peers that every file is whole; rank 0 adds the manifest and renames the directory. A failure on any
+process leaves no checkpoint, and `CheckpointWriter.error` says why on all. checkpoint.py draws the layout.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.tensor import DTensor
 
 from pretraining.checkpoint import WEIGHTS_NAME, checkpoints_to_delete, list_checkpoints
+from pretraining.parallelism import plain
 from pretraining.settings import CheckpointSettings
 from utils import console
 from utils.console import human_bytes
@@ -87,7 +88,7 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         state = {
-            "model": get_model_state_dict(self.model),
+            "model": {name: plain(tensor) for name, tensor in get_model_state_dict(self.model).items()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
         }
         # Rank 0 decides. Another node may not even see the directory; comparing the files will tell.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.settings import Settings
-from utils.errors import Problems
+from utils.errors import Problems, UserError
 
 _POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.max_tokens", "train.max_steps", "train.epochs",
     "train.max_time", "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
     "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "optimizer.lr", "optimizer.eps", "num_nodes",
     "num_devices", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads", "checkpoint.keep_last",
-    "checkpoint.keep_every_steps",
+    "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",
 )  # fmt: skip
 _NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "optimizer.weight_decay")
 _FRACTIONS = ("train.lr_warmup_fraction", "train.lr_decay_fraction")
@@ -52,6 +53,29 @@ def check_numbers(settings: Settings, problems: Problems) -> None:
         problems.add(
             f"--parallel.shard_size={parallel.shard_size}: only has a meaning with --parallel.sharding=hybrid, "
             f"not {parallel.sharding}. Set that, or leave it out."
+        )
+
+
+def check_float8(settings: Settings, config: Any) -> None:
+    """Raises UserError where the model's sizes do not fit float8: the products want multiples of 16.
+
+    Args:
+        config: litgpt's Config of the model.
+    """
+    if settings.precision != "float8-mixed":
+        return
+    sizes = {
+        "n_embd": config.n_embd,
+        "n_head * head_size": config.n_head * config.head_size,
+        "n_query_groups * head_size": (config.n_query_groups or config.n_head) * config.head_size,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+    }
+    odd = [f"{name} is {size}" for name, size in sizes.items() if size and size % 16]
+    if odd:
+        raise UserError(
+            f"--precision=float8-mixed: {', '.join(odd)}; products in float8 need sizes that 16 divides. Change the "
+            "model's sizes, or use bf16-mixed."
         )
 
 

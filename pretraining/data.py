@@ -69,6 +69,12 @@ class TokenBlocks:
     def __len__(self) -> int:
         return int(self._begins[-1])
 
+    def describe(self, block: int, place: int) -> str:
+        """Where a token of a block is, for messages."""
+        chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
+        token = (block - int(self._begins[chunk])) * self.block_tokens + place
+        return f"token {token} of {self._paths[chunk]}"
+
     def __getitem__(self, block: int) -> torch.Tensor:
         """The tokens of a block: shape (block_tokens,) of the dataset's integer type."""
         chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
@@ -90,18 +96,42 @@ def _check_files(index: Index) -> None:
 
 
 class Sequences:
-    """The endless sequence of training blocks of one or several datasets, by position."""
+    """The endless sequence of training blocks of one or several datasets, by position.
 
-    def __init__(self, directories: list[Path], weights: list[float] | None, block_tokens: int, seed: int):
+    Args:
+        vocab_size: of the model; None: ids are not looked at.
+    """
+
+    def __init__(
+        self,
+        directories: list[Path],
+        weights: list[float] | None,
+        block_tokens: int,
+        seed: int,
+        vocab_size: int | None = None,
+    ):
+        self._vocab_size = vocab_size
         self.datasets = [TokenBlocks(directory, block_tokens) for directory in directories]
         self.num_blocks = [len(dataset) for dataset in self.datasets]
         self.order = SequenceOrder(self.num_blocks, weights, seed)
 
     def read(self, positions: np.ndarray) -> torch.Tensor:
-        """int64, shape (len(positions), block_tokens)."""
+        """int64, shape (len(positions), block_tokens).
+
+        Raises:
+            UserError: a token id has no embedding. On a GPU it would be an assertion in a kernel, without a place.
+        """
         located = self.order.locate(positions)
         blocks = [self.datasets[s][b] for s, b in zip(located.source.tolist(), located.block.tolist())]
-        return torch.stack(blocks).long()
+        tokens = torch.stack(blocks).long()
+        if self._vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+            row, place = ((tokens < 0) | (tokens >= self._vocab_size)).nonzero()[0].tolist()
+            where = self.datasets[located.source[row]].describe(int(located.block[row]), place)
+            raise UserError(
+                f"--dataset_path: token id {int(tokens[row, place])} at {where}; the model has {self._vocab_size} "
+                "embeddings. The dataset is damaged, or was made with another tokenizer: make it again."
+            )
+        return tokens
 
 
 def rank_positions(first: int, count: int, rank: int, world_size: int) -> np.ndarray:

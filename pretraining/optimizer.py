@@ -61,6 +61,14 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> N
             group["lr"] = rate
 
 
+def update_scales(model: torch.nn.Module, settings: Settings) -> None:
+    """To be called whenever weights have changed; with float8 their scales follow them, in one all-reduce."""
+    if settings.precision == "float8-mixed":
+        from pretraining.float8 import update_scales  # torchao is an extra
+
+        update_scales(model)
+
+
 @torch.no_grad()
 def global_gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of the whole gradient, equal on every process; a float32 scalar.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pretraining.process_layout import shard_size
 from pretraining.settings import Settings
+from utils.machine import available_cpus
 
 
 def launch_fabric(settings: Settings) -> L.Fabric:
@@ -26,6 +28,10 @@ def launch_fabric(settings: Settings) -> L.Fabric:
     torchrun set them).
     """
     world_size, local_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if settings.accelerator == "cpu":
+        # It misses CUDA when the model is compiled for a CPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        torch.set_num_threads(settings.parallel.cpu_threads or max(1, available_cpus() // local_size))
 
     def parallelize(model: torch.nn.Module, _) -> torch.nn.Module:
         # Fabric passes its own mesh, which has no dimension for replicas.
@@ -58,13 +64,17 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
         "mesh": mesh["shard"] if parallel.sharding == "full" else mesh,
         "reshard_after_forward": parallel.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if settings.precision == "bf16-mixed" else None,
+            param_dtype=torch.bfloat16 if settings.precision in ("bf16-mixed", "float8-mixed") else None,
             reduce_dtype=torch.float32 if settings.precision != "32-true" else None,
             # The table of rotary positions must stay in float32: bfloat16 cannot tell position 8,191 from 8,192.
             cast_forward_inputs=False,
         ),
     }
     for block in model.transformer.h:
+        if settings.precision == "float8-mixed":
+            from pretraining.float8 import convert_block  # torchao is an extra
+
+            convert_block(block, mesh.device_type, parallel.compile)
         if parallel.activation_checkpointing != "none":
             checkpoint_activations(block, parallel.activation_checkpointing)
         if parallel.compile:
@@ -122,8 +132,19 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This process's piece of a tensor, sharing its memory and detached from the graph."""
-    tensor = tensor.detach()
+    tensor = plain(tensor.detach())
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without the wrapper by which torchao makes FSDP2 gather it in float8, sharing its memory.
+
+    Checkpoints hold plain tensors: they need no torchao to be read, and can be taken up in any precision.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not hasattr(local, "fsdp_pre_all_gather"):
+        return tensor
+    return DTensor(local._tensor, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else local._tensor
 
 
 def fill_local_shard(parameter: torch.Tensor, read_rows: Callable[[int, int], torch.Tensor]) -> None:

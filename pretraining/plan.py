@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.checks import check_numbers
+from pretraining.checks import check_float8, check_numbers
 from pretraining.data_order import interleave
+from pretraining.dataset_index import check_index_agrees
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
 from pretraining.settings import Settings
@@ -20,6 +21,8 @@ from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
 from utils.manifest import read_manifest
 from utils.tokenizer import read_tokenizer_info
+
+WARN_UNREAD_SHARE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,8 @@ def make_plan(settings: Settings) -> Plan:
     problems.collect(check_logger, settings.logger_name)
     config = problems.collect(resolve_model_config, settings)
     context = _check_context(settings, config, problems) if config is not None else None
+    if config is not None:
+        problems.collect(check_float8, settings, config)
     located = problems.collect(data_directories, settings)
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
     _check_vocabulary(settings, config, manifests, problems)
@@ -103,6 +108,8 @@ def make_plan(settings: Settings) -> Plan:
                     f"sequence of {context + 1}. Give more text, or a smaller --train.max_seq_length."
                 )
     problems.raise_if_any()
+    for split, indexes in (("train", train), ("val", val)):
+        _say_unread(split, indexes, context)
 
     tokens_per_step = settings.train.global_batch_size * context
     train_blocks = sum(_count_blocks(index, context) for index in train)
@@ -135,6 +142,19 @@ def _count_blocks(index: Index, context_tokens: int) -> int:
     return sum(chunk.tokens // (context_tokens + 1) for chunk in index.chunks)
 
 
+def _say_unread(split: str, indexes: list[Index], context_tokens: int) -> None:
+    """The tokens that `_count_blocks` leaves out, many where the chunks are small."""
+    tokens = sum(index.tokens for index in indexes)
+    unread = tokens - sum(_count_blocks(index, context_tokens) for index in indexes) * (context_tokens + 1)
+    said = (
+        f"{split}: {unread / tokens:.2%} of {tokens:,} tokens are not read: they fill no sequence at their chunk's end"
+    )
+    if unread > WARN_UNREAD_SHARE * tokens:
+        console.warn(f"{said}. merge_files.py gathers small chunks into larger ones, which lose less.")
+    else:
+        console.say(said)
+
+
 def _check_context(settings: Settings, config: Any, problems: Problems) -> int:
     """The context in tokens, checked against the model."""
     context = settings.train.max_seq_length or config.block_size
@@ -159,6 +179,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
         for split, indexes in (("train", train), ("val", val)):
             index = problems.collect(read_index, directory / split, "--dataset_path")
             manifest = problems.collect(read_manifest, directory / split, "dataset") if index else None
+            if index is not None and manifest is not None:
+                problems.collect(check_index_agrees, index, manifest)
             indexes.append(index)
             if split == "train":
                 manifests.append(manifest)

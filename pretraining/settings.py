@@ -60,9 +60,24 @@ class TrainSettings:
     """Weight of the mean squared log-partition function, which keeps logits small; 1e-4 is usual (0: off)."""
     tie_embeddings: bool = False
     """Whether the output layer shares the embedding's weights."""
+    spike_sigma: float | None = None
+    """A step whose loss or gradient norm is more than so many standard deviations above the mean of the last 128 good
+    steps updates nothing; 6 is usual (null: off)."""
+    max_spikes: int | None = None
+    """Bad steps in a row (spikes, or not finite) after which the run goes back to the checkpoint before the first of
+    them, and never reads what they read (null: it only skips them)."""
     max_nonfinite_steps: int = 10
     """Steps in a row with a loss or gradient norm that is not finite, after which the run stops. Such a step
     updates nothing."""
+
+
+@dataclass
+class DataSettings:
+    """How the text on disk is watched."""
+
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """checksums: each node reads every chunk once, in the background, and compares it with the dataset's manifest;
+    sizes: only the sizes of the files are compared, at the start."""
 
 
 @dataclass
@@ -179,9 +194,9 @@ class Settings:
     on this machine, else one for this run)."""
     accelerator: Literal["auto", "cuda", "cpu"] = field(default="auto", metadata=PLACE)
     """auto: cuda where the cluster has GPUs."""
-    precision: Literal["bf16-mixed", "bf16-true", "32-true"] | None = None
-    """bf16-mixed: weights and optimizer in float32, computation in bfloat16 (null: bf16-mixed on cuda, 32-true on
-    cpu)."""
+    precision: Literal["bf16-mixed", "float8-mixed", "bf16-true", "32-true"] | None = None
+    """bf16-mixed: weights and optimizer in float32, computation in bfloat16; float8-mixed: the same, with the blocks'
+    matrix products in float8 (null: bf16-mixed on cuda, 32-true on cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
     max_failures: int = field(default=0, metadata=PLACE)
@@ -193,6 +208,7 @@ class Settings:
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    data: DataSettings = field(default_factory=DataSettings, metadata=PLACE)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings, metadata=PLACE)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

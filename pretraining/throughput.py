@@ -37,9 +37,10 @@ class Throughput:
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             self._peak_flops = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-        self._start_again()
+        self.start_again()
 
-    def _start_again(self) -> None:
+    def start_again(self) -> None:
+        """Forget the steps since the last record."""
         self._steps, self._loss_sum = 0, 0.0
         self._step_s = self._data_wait_s = self._checkpoint_stall_s = 0.0
 
@@ -68,7 +69,7 @@ class Throughput:
             "memory_peak_bytes": self._memory_peak_bytes(),
             "eta_s": step_s * steps_left,
         }
-        self._start_again()
+        self.start_again()
         return values
 
     def _memory_peak_bytes(self) -> int:

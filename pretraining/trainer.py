@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from pretraining.bad_steps import Verdict
 from pretraining.checkpoint import FINAL_NAME, find_newest_good, step_name
 from pretraining.checkpoint_content import checkpoint_manifest, write_configs
 from pretraining.checkpoint_loading import load_initial_weights, load_training_state
 from pretraining.checkpoint_writer import CheckpointWriter, shortage
 from pretraining.data import MicroBatch, Sequences, prefetch, rank_micro_batches
+from pretraining.dataset_check import DatasetCheck, Reading
+from pretraining.left_out import LeftOut, leave_out, read_left_out, set_aside_checkpoints
 from pretraining.metrics_writer import MetricsFile, rewind_metrics
 from pretraining.model import build_model, count_parameters, initialise, training_flops_per_token
 from pretraining.optimizer import (
@@ -33,18 +32,20 @@ from pretraining.optimizer import (
     make_schedule,
     scale_gradients,
     set_learning_rate,
+    update_scales,
 )
 from pretraining.parallelism import launch_fabric
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
+from pretraining.run_state import RunState
 from pretraining.settings import Settings
+from pretraining.step_sums import StepSums
 from pretraining.stopping import Stopping
 from pretraining.throughput import Throughput, profiled
 from pretraining.validation import Validation
 from utils import console
 from utils.errors import UserError
 from utils.files import remove_temporaries
-from utils.machine import available_cpus
 
 
 @dataclasses.dataclass
@@ -54,15 +55,9 @@ class StepResult:
     loss: float
     """Mean cross entropy in nats per token, over the global batch."""
     grad_norm: float
-    updated: bool
-    """False: the loss or the norm was not finite, and nothing was changed."""
-    digest: str
-    """Of the tokens and their places in the global batch, 16 hexadecimal digits."""
-    stop: bool
-    poll_preemption: bool
-    checkpoint_error: bool
-    data_wait_s: float
-    """Mean over processes."""
+    verdict: Verdict | None
+    """What is wrong with it, if anything: then nothing was changed."""
+    sums: StepSums
 
 
 class Trainer:
@@ -75,12 +70,7 @@ class Trainer:
 
     def __init__(self, settings: Settings, plan: Plan, preempted_nodes: Callable[[], list[str] | None] = lambda: None):
         self.settings, self.plan, self.out_dir = settings, plan, Path(settings.out_dir)
-        if settings.accelerator == "cpu":
-            # It misses CUDA when the model is compiled for a CPU.
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-            threads = max(1, available_cpus() // int(os.environ["LOCAL_WORLD_SIZE"]))
-            torch.set_num_threads(settings.parallel.cpu_threads or threads)
-
+        self.dataset_check = DatasetCheck(settings, plan)
         self.model = build_model(plan.model_config, settings, plan.context_tokens)
         self.num_parameters = count_parameters(self.model)
         self.fabric = launch_fabric(settings)
@@ -92,7 +82,8 @@ class Trainer:
         self.learning_rate = make_schedule(settings, plan)
 
         directories = [Path(path) for path in plan.train_directories]
-        self.sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, settings.seed)
+        vocab_size = plan.model_config["padded_vocab_size"]
+        self.sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, settings.seed, vocab_size)
         self.validation = Validation(self.wrapped, settings, plan, self.device)
         flops_per_token = training_flops_per_token(
             self.model.config, self.num_parameters, plan.context_tokens, settings.train.tie_embeddings
@@ -103,34 +94,34 @@ class Trainer:
             self.out_dir, self.model, self.optimizers, self._write_extras, self._make_manifest, settings.checkpoint
         )
         self.metrics: MetricsFile | None = None
-        self.step = 0
-        self.nonfinite_steps = 0
-        self.nonfinite_in_a_row = 0
-        self.val_loss: float | None = None
+        self.state = RunState(settings, plan.tokens_per_step, LeftOut())
 
     # --- start --------------------------------------------------------------------------------------------------------
 
     def resume_or_initialise(self) -> None:
         """Take up the newest good checkpoint; without one, draw or load the first weights."""
-        newest = None
+        newest, left_out = None, LeftOut()
         if self.rank == 0:
             remove_temporaries(self.out_dir)
+            left_out = read_left_out(self.out_dir)
+            for path in set_aside_checkpoints(self.out_dir, left_out):
+                console.warn(f"a checkpoint has read text that is left out since: it is {path} now")
             newest, skipped = find_newest_good(self.out_dir, self.settings.checkpoint.verify == "checksums")
             for line in skipped:
                 console.warn(f"skipped checkpoint {line}")
             rewind_metrics(self.out_dir, newest.step if newest else -1)
             self.metrics = MetricsFile(self.out_dir)
         self._check_space()
-        path = self.fabric.broadcast(newest.path if newest else None)
+        path, left_out = self.fabric.broadcast((newest.path if newest else None, left_out))
+        self.state = RunState(self.settings, self.plan.tokens_per_step, left_out)
+        self.writer.last_good = path
         if path is not None:
-            state = load_training_state(path, self.model, self.optimizers)
-            for name in ("step", "nonfinite_steps", "nonfinite_in_a_row", "val_loss"):
-                setattr(self, name, state[name])
-            self.writer.last_good = path
+            self.state.restore(load_training_state(path, self.model, self.optimizers))
         elif self.settings.initial_checkpoint_dir is not None:
             load_initial_weights(self.settings.initial_checkpoint_dir, self.model)
         else:
             initialise(self.model, self.model.config, self.settings.seed)
+        update_scales(self.model, self.settings)
 
     def _check_space(self) -> None:
         """Raises UserError on every process when not even one checkpoint fits."""
@@ -141,46 +132,63 @@ class Trainer:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train from `step` to the plan's last step, or until something asks to stop."""
+        """Train to the plan's last step, or until something asks to stop; goes back as often as spikes ask for it."""
+        while self._run_until_spikes():
+            self._go_back()
+        self.writer.wait_and_report(final=self.state.step == self.plan.total_steps)
+
+    def _run_until_spikes(self) -> bool:
+        """Train from `step` on; returns whether it must go back."""
         train, evaluation = self.settings.train, self.settings.eval
-        if self.step == 0 and evaluation.initial_validation:
+        if self.state.step == 0 and evaluation.initial_validation:
             self._log({"step": 0, "tokens": 0, **self._validate()})
-        positions = rank_micro_batches(range(self.step, self.plan.total_steps), train, self.rank, self.world_size)
+        steps = range(self.state.step, self.plan.total_steps)
+        numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
+        positions = map(self.state.left_out.positions, numbers)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
         profile_steps = self.settings.profile_steps if self.rank == 0 else 0
         with contextlib.closing(batches), profiled(profile_steps, self.out_dir / "profile") as step_profiler:
-            while self.step < self.plan.total_steps:
+            while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
                 result = self._train_step(batches)
                 step_profiler()
-                self.throughput.add_step(result.loss, time.perf_counter() - started, result.data_wait_s)
-                self.step += 1
-                last = self.step == self.plan.total_steps
-                stop = result.stop or (result.poll_preemption and self.stopping.poll())
-                give_up = self._count_nonfinite(result)
+                data_wait_s = result.sums.data_wait_s / self.world_size
+                self.throughput.add_step(result.loss, time.perf_counter() - started, data_wait_s)
+                self.state.step += 1
+                last = self.state.step == self.plan.total_steps
+                if last or result.sums.dataset_problem:
+                    self.dataset_check.raise_if_damaged(self._reading(), self.out_dir, wait=last)
+                stop = result.sums.stop or (result.sums.poll_preemption and self.stopping.poll())
+                self.state.bad_steps.count(result.verdict, result.loss, result.grad_norm)
+                if result.verdict and self.rank == 0:
+                    console.warn(f"step {self.state.step} updates nothing: {result.verdict.reason}")
+                if self.state.bad_steps.must_go_back:
+                    return True
 
                 record = None
-                if last or stop or give_up or self.step % train.log_interval == 0:
+                give_up = self.state.bad_steps.must_give_up
+                if last or stop or give_up or self.state.step % train.log_interval == 0:
                     record = self._record(result)
                 if give_up:
                     self._log(record)
-                    self._give_up()
-                due = evaluation.interval and self.step % evaluation.interval == 0
+                    self.writer.wait()
+                    raise self.state.bad_steps.error(self.state.step, self.writer.last_good)
+                due = evaluation.interval and self.state.step % evaluation.interval == 0
                 if due or (last and evaluation.final_validation):
-                    record = {**(record or {"step": self.step, "tokens": self._tokens_seen()}), **self._validate()}
+                    record = {**(record or {"step": self.state.step, "tokens": self.state.tokens}), **self._validate()}
                 if record is not None:
                     self._log(record)
 
-                if last or stop or (train.save_interval and self.step % train.save_interval == 0):
+                if last or stop or (train.save_interval and self.state.step % train.save_interval == 0):
                     self.throughput.add_checkpoint_stall(self._save(last))
-                elif result.checkpoint_error:
+                elif result.sums.checkpoint_error:
                     self.writer.wait_and_report()
                 if stop:
                     break
-        self.writer.wait_and_report(final=self.step == self.plan.total_steps)
+        return False
 
     def _train_step(self, batches: Iterator[MicroBatch]) -> StepResult:
-        set_learning_rate(self.optimizers, self.learning_rate(self.step))
+        set_learning_rate(self.optimizers, self.learning_rate(self.state.step))
         # FSDP2 averages gradients over processes; the mean over the tokens of the global batch is wanted.
         scale = self.world_size / self.plan.tokens_per_step
         entropy = torch.zeros((), device=self.device)
@@ -200,71 +208,62 @@ class Trainer:
 
     def _update(self, entropy: torch.Tensor, digest: int, wait_s: float) -> StepResult:
         """Sum over processes, clip, and update unless something is not finite."""
-        limbs = [digest >> bits & 0xFFFF for bits in (0, 16, 32, 48)]  # exact in float64 when summed
-        flags = [self.stopping.wanted(), self.stopping.poll_is_due(), self.writer.error is not None]
-        sums = torch.tensor([0.0, *flags, wait_s, *limbs], dtype=torch.float64, device=self.device)
-        sums[0] = entropy.double()
-        dist.all_reduce(sums)
+        stop, poll = self.stopping.wanted(), self.stopping.poll_is_due()
+        failed, damaged = self.writer.error is not None, self.dataset_check.problem is not None
+        sums = StepSums(entropy, digest, wait_s, stop, poll, failed, damaged)
         norm = global_gradient_norm(self.parameters)
-        loss_sum, stop, poll, checkpoint_error, wait_s, *limbs = sums.tolist()
-        loss, grad_norm = loss_sum / self.plan.tokens_per_step, norm.item()
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
+        sums = sums.summed(self.device)
+        loss, grad_norm = sums.entropy / self.plan.tokens_per_step, norm.item()
+        verdict = self.state.bad_steps.judge(loss, grad_norm)
+        if verdict is None:
             if self.settings.train.max_norm is not None:
                 scale_gradients(self.parameters, norm, self.settings.train.max_norm)
             for optimizer in self.optimizers:
                 optimizer.step()
+            update_scales(self.model, self.settings)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return StepResult(
-            loss=loss,
-            grad_norm=grad_norm,
-            updated=finite,
-            digest=f"{sum(int(limb) << bits for limb, bits in zip(limbs, (0, 16, 32, 48))) % 2**64:016x}",
-            stop=stop > 0,
-            poll_preemption=poll > 0,
-            checkpoint_error=checkpoint_error > 0,
-            data_wait_s=wait_s / self.world_size,
-        )
+        return StepResult(loss, grad_norm, verdict, sums)
 
     def _validate(self) -> dict[str, float]:
         values = self.validation.run()
-        self.val_loss = values["val_loss"]
+        self.state.val_loss = values["val_loss"]
         return values
 
-    def _count_nonfinite(self, result: StepResult) -> bool:
-        """Whether there were so many steps without an update in a row that the run must end."""
-        self.nonfinite_steps += not result.updated
-        self.nonfinite_in_a_row = 0 if result.updated else self.nonfinite_in_a_row + 1
-        return self.nonfinite_in_a_row >= self.settings.train.max_nonfinite_steps
-
-    def _give_up(self) -> NoReturn:
+    def _go_back(self) -> None:
+        """Leave out what the bad steps read, and take up the newest checkpoint from before them."""
         self.writer.wait()
-        raise UserError(
-            f"the loss or the gradient norm was not finite for {self.nonfinite_in_a_row} steps in a row, up to step "
-            f"{self.step} (--train.max_nonfinite_steps). Last good checkpoint: {self.writer.last_good or 'none'}. "
-            "Lower --optimizer.lr or look at the data, then start again."
-        )
+        numbers = self.state.sequences_of_last(self.state.bad_steps.in_a_row)
+        problem = leave_out(self.out_dir, self.state.left_out, numbers, self.state.step) if self.rank == 0 else None
+        if problem := self.fabric.broadcast(problem):
+            raise UserError(problem)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()  # where there is no checkpoint yet, the run starts again
+        self.throughput.start_again()
+        self.resume_or_initialise()
 
     # --- records and checkpoints --------------------------------------------------------------------------------------
 
-    def _tokens_seen(self) -> int:
-        return self.step * self.plan.tokens_per_step
+    def _epoch_of(self, number: int) -> int:
+        """How often the text was read to its end before the sequence of this number."""
+        return int(self.sequences.order.locate(self.state.left_out.positions(np.array([number]))).epoch[0])
 
-    def _epoch_of(self, position: int) -> int:
-        return int(self.sequences.order.locate(np.array([position])).epoch[0])
+    def _reading(self) -> Reading:
+        block_tokens, size = self.plan.context_tokens + 1, self.settings.train.global_batch_size
+        return Reading(self.sequences.order, self.state.left_out.positions, block_tokens, size, self.state.step)
 
     def _record(self, result: StepResult) -> dict[str, Any]:
-        speed = self.throughput.record(steps_left=self.plan.total_steps - self.step)
+        speed = self.throughput.record(steps_left=self.plan.total_steps - self.state.step)
         return {
-            "step": self.step,
-            "epoch": self._epoch_of(self.step * self.settings.train.global_batch_size - 1),
-            "tokens": self._tokens_seen(),
+            "step": self.state.step,
+            "epoch": self._epoch_of(self.state.num_sequences - 1),
+            "tokens": self.state.tokens,
             "loss": speed.pop("loss"),
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": result.grad_norm,
-            "nonfinite_steps": self.nonfinite_steps,
-            "batch_digest": result.digest,
+            "nonfinite_steps": self.state.bad_steps.nonfinite_steps,
+            "spike_steps": self.state.bad_steps.spike_steps,
+            "batch_digest": f"{result.sums.digest:016x}",
             **speed,
         }
 
@@ -276,17 +275,8 @@ class Trainer:
         """Returns the seconds for which training was held up."""
         started = time.perf_counter()
         self.writer.wait_and_report()  # the save before this one
-        state = {
-            "step": self.step,
-            "tokens": self._tokens_seen(),
-            "position": self.step * self.settings.train.global_batch_size,
-            "seed": self.settings.seed,
-            "nonfinite_steps": self.nonfinite_steps,
-            "nonfinite_in_a_row": self.nonfinite_in_a_row,
-            "val_loss": self.val_loss,
-        }
-        name = FINAL_NAME if last else step_name(self.step)
-        self.writer.save(name, state, self.settings.checkpoint.asynchronous and not last)
+        name = FINAL_NAME if last else step_name(self.state.step)
+        self.writer.save(name, self.state.primitives(), self.settings.checkpoint.asynchronous and not last)
         return time.perf_counter() - started
 
     def _write_extras(self, directory: Path) -> None:
@@ -294,5 +284,5 @@ class Trainer:
         write_configs(directory, self.model.config, self.settings)
 
     def _make_manifest(self, files: list[dict[str, Any]], state: dict[str, Any]) -> dict[str, Any]:
-        epoch = self._epoch_of(state["position"])
+        epoch = self._epoch_of(state["step"] * self.settings.train.global_batch_size)
         return checkpoint_manifest(self.settings, self.plan, self.num_parameters, epoch, state, files)

@@ -25,7 +25,8 @@ class Validation:
     def __init__(self, model: torch.nn.Module, settings: Settings, plan: Plan, device: torch.device):
         self._model, self._device, self._bits_per_nat = model, device, plan.bits_per_nat
         directories = [Path(path) for path in plan.val_directories]
-        self._sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, seed=0)
+        vocab_size = plan.model_config["padded_vocab_size"]
+        self._sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, 0, vocab_size)
         count = min(plan.val_blocks, settings.eval.max_iters * settings.train.global_batch_size)
         size, world_size = settings.train.micro_batch_size, dist.get_world_size()
         mine = rank_positions(0, count, dist.get_rank(), world_size)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What step 1 remembers of a tokenizer: never what an earlier session of tests found, nor in the user's home.
+_cache = tempfile.TemporaryDirectory(prefix="cache-of-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 
 # A shell lets what it starts in the background ignore Ctrl-C, and the scripts that tests start would inherit that.

@@ -18,7 +18,7 @@ MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.
 MAX_SCRIPT_LINES = 450
 MAX_MODULE_LINES = 300
 MAX_UTILS_MODULES = 12
-MAX_UTILS_LINES = 1400
+MAX_UTILS_LINES = 1460
 
 
 def num_lines(path: Path) -> int:
@@ -71,8 +71,9 @@ def test_imports_inside_a_steps_folder_stand_at_the_top(folder):
 # What is left, each with its reason beside it: an optional package, or a library of seconds that few calls need.
 MAX_INNER_IMPORTS = {
     "tokenization": 0,
-    # tensorboard and wandb, which are optional, and the training that the driver starts elsewhere and does not import.
-    "pretraining": 3,
+    # tensorboard, wandb and torchao (twice), which are optional, and the training that the driver starts elsewhere and
+    # does not import.
+    "pretraining": 5,
     # matplotlib, which an export without a metrics.jsonl beside its checkpoint does without.
     "export": 1,
 }

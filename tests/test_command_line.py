@@ -289,3 +289,86 @@ def test_our_own_error_leaves_with_1_a_traceback_and_the_command_that_goes_on(tm
     assert process.returncode == 1
     assert "Traceback" in process.stderr and "ZeroDivisionError: by mistake" in process.stderr
     assert "The same command goes on" in process.stderr and "small.py --size=3" in process.stderr
+
+
+def test_a_closed_stdout_costs_nothing_but_what_is_printed(tmp_path):
+    """And no file that is opened later takes its place: what C code prints would land in it."""
+    code = "print('a'); file = open('f', 'w'); file.write(str(file.fileno()))"
+    (tmp_path / "work").mkdir()
+    run_code(tmp_path, code, capture_output=True, cwd=tmp_path)  # makes the script
+    for closed in (">&-", ">&- 2>&-"):
+        line = f"exec {sys.executable} ../small.py {closed}"
+        process = subprocess.run(
+            ["sh", "-c", line],
+            cwd=tmp_path / "work",
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+        )
+        assert (process.returncode, process.stderr) == (0, b"")
+        assert int((tmp_path / "work" / "f").read_text()) > 2
+
+
+def test_letters_that_the_terminal_lacks_are_printed_as_codes(tmp_path):
+
+    process = run_code(tmp_path, r"console.say('caf\u00e9')", capture_output=True)
+    assert (process.returncode, process.stdout) == (0, "caf\u00e9\n")
+    process = subprocess.run(
+        [sys.executable, tmp_path / "small.py"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (process.returncode, process.stdout, process.stderr) == (0, "caf\\xe9\n", "")
+
+
+def test_a_locale_that_mangles_names_is_refused(tmp_path):
+    run_code(tmp_path, "print('a')", capture_output=True)
+    variables = {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = subprocess.run(
+        [sys.executable, tmp_path / "small.py"], capture_output=True, text=True, env={**os.environ, **variables}
+    )
+    assert process.returncode == 2 and process.stdout == ""
+    assert "locale is ascii" in process.stderr and "LC_ALL=C.UTF-8" in process.stderr
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    process = run_code(tmp_path, "print('a')", b"--size=caf\xe9", capture_output=True)
+    assert process.returncode == 2
+    assert process.stderr == "error: --size=caf\\xe9: not UTF-8. Rename the file or directory.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM")]
+)
+def test_a_signal_ends_the_work_once_however_often_it_comes(tmp_path, name, code, said):
+    """The second to fifth arrive while the work is being put away."""
+    raised = f"import os, signal; once = lambda: os.kill(os.getpid(), signal.{name})"
+    tidy = "[once() for _ in range(4)]; print('put away')"
+    process = run_code(
+        tmp_path, f"{raised}\n    try:\n        once()\n    finally:\n        {tidy}", "--size=3", capture_output=True
+    )
+    assert (process.returncode, process.stdout) == (code, "put away\n")
+    assert process.stderr.startswith(f"error: {said}; what is finished is kept. The same command goes on:\n")
+    assert len(process.stderr.splitlines()) == 2 and "small.py --size=3" in process.stderr
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "early.py").write_text("from utils import cli, console\nimport slow\n")
+    process = subprocess.run(
+        [sys.executable, tmp_path / "early.py"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (130, "error: interrupted before anything was done\n")
+
+
+def test_a_lack_of_memory_is_no_bug(tmp_path):
+    process = run_code(tmp_path, "raise MemoryError('malloc of size 9 failed')", capture_output=True)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "out of memory (malloc of size 9 failed)" in process.stderr
+
+
+def test_a_full_disk_is_named(tmp_path):
+    code = (
+        "from utils.files import atomic_write\n    with atomic_write('whole') as f: raise OSError(28, 'No space left')"
+    )
+    process = run_code(tmp_path, code, capture_output=True, cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.startswith("error: whole: No space left. Make room")

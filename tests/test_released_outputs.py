@@ -96,6 +96,21 @@ def test_a_killed_merge_is_finished_and_a_finished_one_is_left_alone(tokenized, 
     assert "merged already, nothing to do" in again.stdout
 
 
+def test_a_killed_merge_of_small_chunks_is_finished_without_gathering_them(tokenized, run_script):
+    """As it was begun: a dataset that a training run reads must not change."""
+    directory, wanted = tokenized[0], files_below(RELEASED / "dataset" / "val")
+    shutil.copytree(RELEASED / "dataset" / "val", directory / "merging" / "val")
+    for name in ("manifest.json", "index.json", "chunk-0000003-0.bin"):
+        (directory / "merging" / "val" / name).unlink()
+    merge = ["merge_files.py", "--source_dir=tokens/val", "--mode=copy"]
+    run_script(*merge, "--target_dir=merging/val", cwd=directory)
+    found = files_below(directory / "merging" / "val")
+    assert found.keys() == wanted.keys()
+    assert all(found[name].read_bytes() == wanted[name].read_bytes() for name in wanted if name != "manifest.json")
+    assert without_versions(found["manifest.json"]) == without_versions(wanted["manifest.json"])
+    assert "2 small chunks become 1" in run_script(*merge, "--target_dir=gathered/val", cwd=directory).stdout
+
+
 # --- step 3 -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,19 @@ from utils.files import checksum
 from utils.manifest import read_manifest, write_manifest
 
 
-def make_folder(folder: Path, chunks: dict[str, list[int]], dtype: str = "uint16", seed: int = 0, **manifest) -> None:
-    """A folder as optimize_dataset.py leaves it: chunk name -> tokens of each document."""
+def make_folder(
+    folder: Path,
+    chunks: dict[str, list[int]],
+    dtype: str = "uint16",
+    seed: int = 0,
+    chunk_tokens: int = 10,
+    **manifest,
+) -> None:
+    """A folder as optimize_dataset.py leaves it: chunk name -> tokens of each document.
+
+    Args:
+        chunk_tokens: at which chunks are cut, as the index says; chunks of less than half of it are small.
+    """
     folder.mkdir(parents=True)
     entries, files = [], []
     for name, lengths in chunks.items():
@@ -24,7 +35,7 @@ def make_folder(folder: Path, chunks: dict[str, list[int]], dtype: str = "uint16
         entries.append(Chunk(name, len(lengths), sum(lengths), size))
         counts = {"documents": len(lengths), "tokens": sum(lengths), "bytes": size}
         files.append({"name": name, **counts, "xxh3_128": checksum(folder / name)})
-    (folder / "index.json").write_text(json.dumps(make_index(entries, dtype, 1000, "abcdefabcdef")))
+    (folder / "index.json").write_text(json.dumps(make_index(entries, dtype, chunk_tokens, "abcdefabcdef")))
     content = {
         "documents": sum(entry.documents for entry in entries),
         "tokens": sum(entry.tokens for entry in entries),

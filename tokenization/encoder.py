@@ -6,6 +6,7 @@ not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -49,22 +50,26 @@ class PreparedTokenizer(NamedTuple):
     tokenizers'."""
     renumbered: tuple[tuple[int, int], ...] = ()
     """Stored ids of added tokens to those that `tokenizers` gives them: it renumbers those that leave a gap."""
+    remembered: bool = False
+    """Whether the choice is an earlier run's (tokenization/encoder_cache.py)."""
 
 
 def fast_tokenizer_json(tokenizer_json: bytes, parse_special_tokens: bool) -> bytes:
-    """tokenizer.json as gigatoken is to load it.
-
-    Without `parse_special_tokens` a literal "<|end_of_text|>" inside a text is to be ordinary text, as `tokenizers`
-    has it with `encode_special_tokens = True`: special tokens are no longer searched for, the other added tokens are.
-    """
+    """tokenizer.json as gigatoken is to load it."""
     if parse_special_tokens:
         return tokenizer_json
-    tokenizer = json.loads(tokenizer_json)
-    tokenizer["added_tokens"] = [
-        token for token in tokenizer.get("added_tokens") or [] if not token.get("special", False)
-    ]
-    tokenizer["post_processor"] = None  # may name a special token that is gone; BOS and EOS are put in by us
-    return json.dumps(tokenizer, ensure_ascii=False).encode()
+    return json.dumps(without_special_tokens(json.loads(tokenizer_json)), ensure_ascii=False).encode()
+
+
+def without_special_tokens(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """A parsed tokenizer.json for gigatoken where `parse_special_tokens` is off.
+
+    A literal "<|end_of_text|>" inside a text is to be ordinary text, as `tokenizers` has it with
+    `encode_special_tokens = True`: special tokens are no longer searched for, the other added tokens are.
+    """
+    tokens = [token for token in tokenizer.get("added_tokens") or [] if not token.get("special", False)]
+    # The post-processor may name a special token that is gone; BOS and EOS are put in by us.
+    return {**tokenizer, "added_tokens": tokens, "post_processor": None}
 
 
 class Encoder:
@@ -75,7 +80,7 @@ class Encoder:
         parse_special_tokens: whether a special token's literal text becomes its id. Off: it is ordinary text.
         fast_json: what `fast_tokenizer_json` gives for the two, where that was worked out before: it takes a second for
             a large vocabulary.
-        choice: what gigatoken may do, as `encoder_check.prepare_tokenizer` found; None: whatever it can load,
+        choice: what gigatoken may do, as `prepared_tokenizer.prepare_tokenizer` found; None: whatever it can load,
         unchecked.
     """
 
@@ -92,6 +97,8 @@ class Encoder:
         self._reference.no_padding()
         self._reference.no_truncation()
         self._choice = choice or EncoderChoice("gigatoken")
+        self.reference_documents = 0
+        """How many `encode` has given to `tokenizers` so far."""
         self.load_error = ""
         """Why gigatoken cannot load this tokenizer, where it cannot."""
         self._fast = self._load_fast() if self._choice.backend == "gigatoken" else None
@@ -160,6 +167,7 @@ class Encoder:
                 f"about {46 * size / 1e9:,.0f} GB of memory; at most {MAX_REFERENCE_BYTES / 1e6:,.0f} MB are allowed. "
                 f"It begins with {texts[row].as_py()[:80]!r}"
             )
+        self.reference_documents += len(texts)
         return self.encode_reference(texts.to_pylist())
 
     def _encode_fast(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +196,7 @@ class Encoder:
         pieces = [encoding.ids for encoding in encodings]
         ends = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(piece) for piece in pieces], out=ends[1:])
-        ids = np.fromiter((i for piece in pieces for i in piece), np.uint32, ends[-1])
+        ids = np.fromiter(itertools.chain.from_iterable(pieces), np.uint32, ends[-1])
         return ids, ends
 
     def check(self, texts: pa.Array, ids: np.ndarray, ends: np.ndarray, rows: list[int]) -> int:

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 # Letters without a case or any peculiarity, thousands alike: each is tested in fewer surroundings.
@@ -26,6 +27,11 @@ UNIFORM_BLOCKS = (
 )
 # Of private code points one in so many stands for all.
 PRIVATE_STEP = 61
+
+PLACE = "@"
+# Marks of two classes around it, on a letter that they do not combine with: any class of its own shows.
+SINGULAR_SURROUNDINGS = "a@b @ 1@2345  @'s !@!a@!a @\n\n@A@@x\u0301@\u0316  @\n"
+UNIFORM_SURROUNDINGS = "1@a "
 
 # What stands before and after an added token: nothing, word characters of several kinds, spaces, punctuation.
 NEIGHBORS = (
@@ -79,35 +85,31 @@ NUM_SOUPS = 4000
 
 
 @functools.cache
-def code_points() -> tuple[list[int], list[int], frozenset[int]]:
-    """Those beyond ASCII, in three lists: singular ones, those that have thousands alike, and those without a
+def code_points() -> tuple[list[int], list[int], np.ndarray]:
+    """Those beyond ASCII, in three parts: singular ones, those that have thousands alike, and those without a
     character.
 
     The last are what this Python's Unicode tables do not know. The encoders' tables are newer, and not of one
-    version: a
-    letter to one of them is nothing to the other, with consequences for the text around it. They are not worth testing.
+    version: a letter to one of them is nothing to the other, with consequences for the text around it. They are not
+    worth testing.
     """
-    singular, uniform, unknown = [], [], []
-    for point in range(0x80, 0x110000):
-        category = unicodedata.category(chr(point))
-        if category == "Cn":
-            unknown.append(point)
-        elif category == "Co":
-            if point % PRIVATE_STEP == 0:
-                uniform.append(point)
-        elif category != "Cs":
-            alike = point >= UNIFORM_BLOCKS[0][0] and any(first <= point <= last for first, last in UNIFORM_BLOCKS)
-            (uniform if alike else singular).append(point)
-    return singular, uniform, frozenset(unknown)
+    points = np.r_[0x80:0x40000, 0xE0000:0x110000]  # no other plane has a character
+    categories = np.array(list(map(unicodedata.category, map(chr, points.tolist()))))
+    is_unknown = np.zeros(0x110000, bool)
+    is_unknown[0x40000:0xE0000] = True
+    is_unknown[points[categories == "Cn"]] = True
+    is_private, is_alike = categories == "Co", np.zeros(0x110000, bool)
+    for first, last in UNIFORM_BLOCKS:
+        is_alike[first : last + 1] = True
+    is_alike = np.where(is_private, points % PRIVATE_STEP == 0, is_alike[points])
+    is_tested = ~np.isin(categories, ("Cn", "Cs")) & (is_alike | ~is_private)
+    singular, uniform = points[is_tested & ~is_alike], points[is_tested & is_alike]
+    return singular.tolist(), uniform.tolist(), np.flatnonzero(is_unknown)
 
 
 def surroundings(point: int, singular: bool) -> str:
     """The code point beside letters, digits, spaces, punctuation and marks, on a line or two of its own."""
-    c = chr(point)
-    if not singular:
-        return f"1{c}a "
-    # Marks of two classes around it, on a letter that they do not combine with: any class of its own shows.
-    return f"a{c}b {c} 1{c}2345  {c}'s !{c}!a{c}!a {c}\n\n{c}A{c}{c}x\u0301{c}\u0316  {c}\n"
+    return (SINGULAR_SURROUNDINGS if singular else UNIFORM_SURROUNDINGS).replace(PLACE, chr(point))
 
 
 @functools.cache
@@ -178,9 +180,8 @@ def added_token_texts(tokens: list[dict[str, Any]]) -> Iterator[str]:
 
 def vocabulary_texts(reference: Tokenizer, per_text: int = 12) -> Iterator[str]:
     """The vocabulary's entries as text, a dozen together: every merge is called for, on every side of a border."""
-    ids = list(range(reference.get_vocab_size(with_added_tokens=False)))
-    random.Random(0).shuffle(ids)
-    pieces = reference.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    ids = np.random.default_rng(0).permutation(reference.get_vocab_size(with_added_tokens=False))
+    pieces = reference.decode_batch(ids[:, None].tolist(), skip_special_tokens=False)
     pieces = [piece for piece in pieces if piece and "\ufffd" not in piece]
     for i, start in enumerate(range(0, len(pieces), per_text)):
         yield ("", " ", "\n", "")[i % 4].join(pieces[start : start + per_text])

@@ -8,7 +8,6 @@ tokenization/encoder_battery.py for the texts.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pydoc_data.topics import topics
@@ -18,13 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization import encoder_battery as battery
-from tokenization.encoder import Encoder, PreparedTokenizer, fast_tokenizer_json
+from tokenization.encoder import Encoder
 from tokenization.encoder_choice import EncoderChoice, as_ranges
-from tokenization.job import Plan
-from utils import console
-from utils.errors import UserError
 
-TEXTS_AT_A_TIME = 4096
+# The reference takes some hundred bytes for each token.
+CHARACTERS_AT_A_TIME = 100_000
 # Above these, gigatoken works by other rules, and what it was not asked would differ too.
 MAX_CODE_POINTS = 5000
 MAX_LITERALS = 64
@@ -36,74 +33,15 @@ class _NotAttributable(Exception):
     """A difference on a text without anything peculiar; names the text."""
 
 
-def prepare_tokenizer(tokenizer_json: bytes, parse_special_tokens: bool, flag: str) -> PreparedTokenizer:
-    """tokenizer.json for both encoders, and the decision which of them takes what; a few seconds for a large one.
-
-    Args:
-        flag: how the user named the tokenizer, for messages.
-
-    Raises:
-        UserError: Hugging Face tokenizers cannot load it.
-    """
-    tokenizer_json, warnings = completed(tokenizer_json, flag)
-    fast_json = fast_tokenizer_json(tokenizer_json, parse_special_tokens)
-    try:
-        encoder = Encoder(tokenizer_json, parse_special_tokens, fast_json)
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise UserError(f"{flag}: Hugging Face tokenizers cannot load its tokenizer.json ({error}).") from error
-    choice = decide(encoder, json.loads(fast_json), tuple(warnings))
-    return PreparedTokenizer(
-        tokenizer_json,
-        fast_json,
-        choice,
-        measured_rates(encoder, choice),
-        _renumbered_ids(encoder, json.loads(tokenizer_json)),
-    )
-
-
-def completed(tokenizer_json: bytes, flag: str) -> tuple[bytes, list[str]]:
-    """tokenizer.json as both encoders can use it: flags of added tokens that are left out are off, and there is no
-    dropout.
-
-    Returns:
-        the bytes as they were given where nothing had to change, and what the user should know.
-
-    Raises:
-        UserError: an added token has no content or id.
-    """
-    tokenizer, warnings, changed = json.loads(tokenizer_json), [], False
-    for i, token in enumerate(tokenizer.get("added_tokens") or []):
-        if (
-            not isinstance(token, dict)
-            or not isinstance(token.get("content"), str)
-            or not isinstance(token.get("id"), int)
-        ):
-            raise UserError(
-                f"{flag}: added token {i} of its tokenizer.json is {token!r}. It needs a content and an id."
-            )
-        for name in ("single_word", "lstrip", "rstrip", "normalized", "special"):
-            if not isinstance(token.get(name), bool):
-                token[name], changed = False, True
-    if tokenizer.get("added_tokens", ()) is None:
-        tokenizer["added_tokens"], changed = [], True
-    if dropout := tokenizer["model"].get("dropout"):
-        warnings.append(
-            f"{flag}: its tokenizer.json has a dropout of {dropout}, which would make token ids a matter of chance; "
-            "it is left out"
-        )
-        tokenizer["model"]["dropout"], changed = None, True
-    return json.dumps(tokenizer, ensure_ascii=False).encode() if changed else tokenizer_json, warnings
-
-
-def decide(encoder: Encoder, tokenizer: dict[str, Any], warnings: tuple[str, ...] = ()) -> EncoderChoice:
+def decide(encoder: Encoder, tokenizer: dict[str, Any]) -> EncoderChoice:
     """Compare the two, and say which may take what.
 
     Args:
         encoder: as it is without a decision.
-        tokenizer: the parsed `fast_tokenizer_json`.
+        tokenizer: the parsed `fast_tokenizer_json`, as far as added_tokens and normalizer.
     """
     if encoder.backend == "tokenizers":
-        return EncoderChoice("tokenizers", f"gigatoken cannot load this one ({encoder.load_error})", warnings=warnings)
+        return EncoderChoice("tokenizers", f"gigatoken cannot load this one ({encoder.load_error})")
     comparison = _Comparison(encoder)
     try:
         code_points = _differing_code_points(comparison, _has_canonical_form(tokenizer.get("normalizer")))
@@ -112,8 +50,20 @@ def decide(encoder: Encoder, tokenizer: dict[str, Any], warnings: tuple[str, ...
         _expect_equal_but_for(choice, comparison, tokenizer)
     except _NotAttributable as error:
         reason = f"the two differ on ordinary text, such as {error}"
-        return EncoderChoice("tokenizers", reason, num_compared=comparison.num_texts, warnings=warnings)
-    return EncoderChoice("gigatoken", "", code_points, literals, comparison.num_texts, warnings)
+        return EncoderChoice("tokenizers", reason, num_compared=comparison.num_texts)
+    return EncoderChoice("gigatoken", "", code_points, literals, comparison.num_texts)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, num_characters = [], 0
+    for text in texts:
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= CHARACTERS_AT_A_TIME:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
 
 
 class _Comparison:
@@ -123,8 +73,7 @@ class _Comparison:
 
     def differing(self, texts: Iterable[str]) -> Iterator[str]:
         """Those whose ids differ."""
-        texts = iter(texts)
-        while some := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
+        for some in _batches(texts):
             self.num_texts += len(some)
             ids, ends = self.encoder.encode(pa.array(some))
             expected, expected_ends = self.encoder.encode_reference(some)
@@ -164,7 +113,7 @@ def _differing_code_points(comparison: _Comparison, canonical: bool) -> tuple[tu
         for text in comparison.differing(cases):
             if not cases[text] & found:
                 found |= cases[text]
-    return as_ranges(found | unknown_points)
+    return as_ranges(np.append(unknown_points, np.fromiter(found, np.int64)))
 
 
 def _touched(choice: EncoderChoice, texts: list[str]) -> np.ndarray:
@@ -173,8 +122,7 @@ def _touched(choice: EncoderChoice, texts: list[str]) -> np.ndarray:
 
 def _untouched(choice: EncoderChoice, texts: Iterable[str]) -> Iterator[str]:
     """The texts that gigatoken would be given."""
-    texts = iter(texts)
-    while some := list(itertools.islice(texts, TEXTS_AT_A_TIME)):
+    for some in _batches(texts):
         yield from itertools.compress(some, (~_touched(choice, some)).tolist())
 
 
@@ -246,44 +194,3 @@ def measured_rates(encoder: Encoder, choice: EncoderChoice) -> tuple[float, floa
     for document in few:  # one by one, on one core
         encoder.encode_reference([document])
     return fast, sum(map(len, few)) / (time.perf_counter() - begin)
-
-
-def _renumbered_ids(encoder: Encoder, tokenizer: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    tokens = tokenizer.get("added_tokens") or []
-    real = {token["id"]: encoder.reference.token_to_id(token["content"]) for token in tokens}
-    return tuple((stored, given) for stored, given in real.items() if stored != given)
-
-
-def check_ids(prepared: PreparedTokenizer, separators: dict[str, int | None], vocab_size: int, flag: str) -> None:
-    """See that ids which were read from tokenizer.json are those that Hugging Face tokenizers gives.
-
-    Args:
-        separators: BOS and EOS, by name.
-        vocab_size: the highest id that the output has room for, plus one.
-
-    Raises:
-        UserError: naming the token whose id is another.
-    """
-    for stored, given in prepared.renumbered:
-        for name, token_id in separators.items():
-            if token_id == stored:
-                raise UserError(
-                    f"{flag}: its tokenizer.json stores id {stored} for the {name} token, and Hugging Face tokenizers "
-                    f"gives it {given}. Number the added tokens without a gap, as tokenizers does when it saves them."
-                )
-        if given >= vocab_size:
-            raise UserError(
-                f"{flag}: Hugging Face tokenizers gives an added token the id {given} where its tokenizer.json stores "
-                f"{stored}, beyond all stored ids. Number the added tokens without a gap."
-            )
-
-
-def load_tokenizer(plan: Plan) -> PreparedTokenizer:
-    """Prepare the tokenizer once, and not once per worker; says which encoder works, why, and how fast."""
-    flag = f"--tokenizer_dir={plan.tokenizer_json.parent}"
-    prepared = prepare_tokenizer(plan.tokenizer_json.read_bytes(), plan.job.parse_special_tokens, flag)
-    check_ids(prepared, {"BOS": plan.job.bos_id, "EOS": plan.job.eos_id}, plan.tokenizer["vocab_size"], flag)
-    for warning in prepared.choice.warnings:
-        console.warn(warning)
-    console.say(prepared.choice.describe(*prepared.rates))
-    return prepared

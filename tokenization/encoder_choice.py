@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -79,13 +80,15 @@ class EncoderChoice:
             parts.append(f"the text {named}" + ", ..." * (len(self.literals) > MAX_NAMED))
         return " or ".join(parts)
 
-    def describe(self, fast_bytes_per_s: float, reference_bytes_per_s: float) -> str:
+    def describe(self, fast_bytes_per_s: float, reference_bytes_per_s: float, remembered: bool = False) -> str:
         """The sentence that a run begins with: which encoder works, why, and how fast.
 
         Args:
             fast_bytes_per_s: measured rate of gigatoken on one core; not used where it does nothing.
             reference_bytes_per_s: the same of `tokenizers`.
+            remembered: whether an earlier run found this.
         """
+        compared = f"{self.num_compared:,} test texts" + ", remembered" * remembered
         reference = f"{_megabytes(reference_bytes_per_s)} MB/s"
         if self.backend == "tokenizers":
             return (
@@ -94,7 +97,7 @@ class EncoderChoice:
             )
         slow = f"; a document with {self.triggers()} is encoded by tokenizers itself" if self.has_triggers else ""
         return (
-            f"encoder: gigatoken, equal to Hugging Face tokenizers on {self.num_compared:,} test texts{slow}; about "
+            f"encoder: gigatoken, equal to Hugging Face tokenizers on {compared}{slow}; about "
             f"{_megabytes(fast_bytes_per_s)} MB/s of English text per core"
             + (f", {reference} for such documents" if slow else "")
         )
@@ -165,12 +168,12 @@ def _code_points_at(data: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.where(lead < 0xE0, two, np.where(lead < 0xF0, three, four))
 
 
-def as_ranges(code_points: set[int]) -> tuple[tuple[int, int], ...]:
+def as_ranges(code_points: Sequence[int] | np.ndarray) -> tuple[tuple[int, int], ...]:
     """The same as sorted ranges, first and last."""
-    ranges: list[tuple[int, int]] = []
-    for point in sorted(code_points):
-        if ranges and ranges[-1][1] == point - 1:
-            ranges[-1] = (ranges[-1][0], point)
-        else:
-            ranges.append((point, point))
-    return tuple(ranges)
+    points = np.sort(code_points)
+    gaps = np.flatnonzero(np.diff(points) > 1)
+    firsts, lasts = (
+        points[np.append(0, gaps + 1)[: len(points)]],
+        points[np.append(gaps, len(points) - 1)[: len(points)]],
+    )
+    return tuple(zip(firsts.tolist(), lasts.tolist()))

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder import DocumentTooLarge, Encoder
-from tokenization.encoder_check import load_tokenizer
 from tokenization.job import Plan, Unit
 from tokenization.parquet import CorruptRowGroup, stream_texts
+from tokenization.prepared_tokenizer import load_tokenizer
 from utils import console
 from utils.files import free_bytes
 from utils.machine import available_cpus
@@ -46,7 +46,7 @@ def print_estimates(plan: Plan, output_dir: str, num_workers: int | None) -> Non
     # The sample is encoded with a cold cache, and encoding is about half of the work: the two about cancel.
     estimated_s = scale * unit_seconds / cores
     console.result(
-        f"estimate from {sampled_documents:,} documents: {console.human_count(tokens)} tokens, "
+        f"estimate from {console.counted(sampled_documents, 'document')}: {console.human_count(tokens)} tokens, "
         f"{console.human_bytes(disk_bytes)} on disk ({console.human_bytes(free_bytes(output_dir))} free), "
         f"about {console.human_seconds(estimated_s)} on {cores} cores of this kind"
     )

@@ -142,7 +142,7 @@ def _list_local(base: str) -> list[FileEntry]:
                 if not _is_hidden(item.name) and (is_directory or _is_parquet(item.name)):
                     heapq.heappush(queue, (num_links + item.is_symlink(), f"{path}/{item.name}".lstrip("/")))
     if again:
-        named = ", ".join(map(_printable, again[:MAX_LINKS_NAMED])) + ", ..." * (len(again) > MAX_LINKS_NAMED)
+        named = ", ".join(map(console.printable, again[:MAX_LINKS_NAMED])) + ", ..." * (len(again) > MAX_LINKS_NAMED)
         console.warn(
             f"{base}: {console.counted(len(again), 'further name')} of files or directories that are read already, "
             f"left out: {named}"
@@ -151,17 +151,17 @@ def _list_local(base: str) -> list[FileEntry]:
 
 
 def _local_entry(full_path: str, path: str) -> FileEntry:
-    if _printable(path) != path:
-        return FileEntry(_printable(path), 0, fault="its name is not UTF-8; rename it")
+    if console.printable(path) != path:
+        return FileEntry(console.printable(path), 0, fault="its name is not UTF-8; rename it")
     try:
         status = os.stat(full_path)
     except OSError as error:
-        what = f"a broken link to {_printable(os.readlink(full_path))}" if os.path.islink(full_path) else "not readable"
+        what = (
+            f"a broken link to {console.printable(os.readlink(full_path))}"
+            if os.path.islink(full_path)
+            else "not readable"
+        )
         return FileEntry(path, 0, fault=f"{what} ({error.strerror})")
     if not stat.S_ISREG(status.st_mode):
         return FileEntry(path, 0, fault="not an ordinary file, but a pipe, socket or device")
     return FileEntry(path, status.st_size, status.st_mtime_ns)
-
-
-def _printable(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -130,6 +130,8 @@ class UnitRecord:
     quarantined: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     encoder: str = ""
     """Library that encoded: gigatoken or tokenizers."""
+    reference_documents: int = 0
+    """Documents that tokenizers encoded: all of them, or those that gigatoken may not take."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Spent in read, hash, encode, check, assemble, write."""
     cpu_seconds: float = 0.0

@@ -24,7 +24,7 @@ from tokenization.encoder import PreparedTokenizer
 from tokenization.job import Job, Unit, UnitRecord
 from tokenization.tokenize_unit import process_encoder, tokenize_unit
 from tokenization.workers import MAX_RETRIES, Workers
-from utils.errors import WorkerDied
+from utils.errors import UserError, WorkerDied
 from utils.machine import raise_open_file_limit
 
 FOLDER = "0"
@@ -46,6 +46,9 @@ class LocalWorkers(Workers):
     Args:
         load_tokenizer: prepares the tokenizer; called once, while the processes start.
         max_retries: how often a unit is tried again when its process died.
+
+    Raises:
+        UserError: the system's limits do not allow so many processes.
     """
 
     def __init__(
@@ -59,7 +62,16 @@ class LocalWorkers(Workers):
         self._max_retries = max_retries
         self._deaths: dict[int, int] = {}
         self._tokenizer: PreparedTokenizer | None = None
-        self._workers = [self._start() for _ in range(num_workers)]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(num_workers):
+                self._workers.append(self._start())
+        except OSError as error:  # EMFILE: open files; EAGAIN: processes; ENOMEM
+            self.close()
+            raise UserError(
+                f"--num_workers={num_workers}: so many processes cannot be started here ({error.strerror}, after "
+                f"{len(self._workers)}). Give fewer, or raise the limits that `ulimit -n` and `ulimit -u` show."
+            ) from error
         self._tokenizer = load_tokenizer()
         for worker in self._workers:
             self._send(worker, self._tokenizer)

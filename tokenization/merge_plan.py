@@ -15,13 +15,25 @@ from utils.manifest import read_manifest
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A chunk of the merged dataset, and the chunk files of the source that it consists of."""
+
+    chunk: Chunk
+    """Under its name in the merged dataset; with a checksum where the source has manifests and it is one file."""
+    sources: tuple[tuple[Path, Chunk], ...]
+    """One file, which becomes the chunk as it is; or several, whose documents are gathered in it."""
+
+    @property
+    def is_gathered(self) -> bool:
+        return len(self.sources) > 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The merged dataset, before it exists."""
 
-    chunks: list[Chunk]
-    """In the order of the merged dataset, under their names in it; with checksums where the source has manifests."""
-    paths: list[Path]
-    """Where each of them is now."""
+    parts: list[Part]
+    """In the order of the merged dataset."""
     dtype: str
     chunk_tokens: int | None
     manifest: dict[str, Any] | None
@@ -29,7 +41,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        return sum(chunk.bytes for chunk in self.chunks)
+        return sum(part.chunk.bytes for part in self.parts)
 
 
 def make_plan(settings: Any) -> Plan:
@@ -64,8 +76,7 @@ def make_plan(settings: Any) -> Plan:
     if not found:
         raise UserError(f"--source_dir={source}: its {len(folders)} folders hold no chunks. Tokenize again.")
     return Plan(
-        chunks=[chunk for _, chunk in found],
-        paths=[path for path, _ in found],
+        parts=[Part(chunk, ((path, chunk),)) for path, chunk in found],
         dtype=indexes[0].dtype,
         chunk_tokens=max((index.chunk_tokens for index in indexes if index.chunk_tokens), default=None),
         manifest=above or manifests[0],

@@ -1,4 +1,4 @@
-"""The output directory of optimize_dataset.py: what survives a crash, and what is published in the end.
+"""The output directory of optimize_dataset.py: what a killed run leaves, how it is found again, what is published.
 
 OUT/plan.json           settings, tokenizer and inputs: what the directory was begun with
 OUT/progress.jsonl      a line for each finished unit
@@ -21,13 +21,13 @@ from typing import Any
 
 from tokenization.chunk_writer import make_index
 from tokenization.job import CHUNK_PATTERN, SPLITS, Plan, UnitRecord
+from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME
 from utils import console
 from utils.chunks import INDEX_NAME
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries, write_json
 from utils.manifest import MANIFEST_NAME, claim, differences, made_by, read_manifest, some, write_manifest
 
-PLAN_NAME = "plan.json"
 PROGRESS_NAME = "progress.jsonl"
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -42,7 +42,7 @@ def _is_ours(path: str) -> bool:
     folder, name = os.path.split(path)
     if folder:
         return folder.split(os.sep)[0] in SPLITS and bool(
-            CHUNK_PATTERN.fullmatch(name) or name in (INDEX_NAME, MANIFEST_NAME, "")
+            CHUNK_PATTERN.fullmatch(name) or name in (INDEX_NAME, MANIFEST_NAME, MOVED_NAME, "")
         )
     return name in (PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME, MANIFEST_NAME)
 
@@ -73,7 +73,7 @@ def was_begun_with(plan: Plan, output_dir: Path) -> bool:
     return True
 
 
-def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
+def resume_or_begin(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
     """Make `output_dir` this plan's, or find that it is.
 
     Returns:
@@ -82,15 +82,19 @@ def open_output(plan: Plan, output_dir: Path) -> dict[str, Any] | None:
     if was_begun_with(plan, output_dir):
         return read_manifest(output_dir, "tokens")
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / PLAN_NAME, _identity(plan))
+    # For the command that makes lost chunks again; no part of the identity. A URL may hold a key, a path does not.
+    made_from = {"tokenizer_dir": os.path.abspath(plan.tokenizer_json.parent)}
+    if "://" not in plan.job.input_dir:
+        made_from["input_dir"] = plan.job.input_dir
+    write_json(output_dir / PLAN_NAME, {**_identity(plan), MADE_FROM: made_from})
     return None
 
 
 class ProgressFile:
     """progress.jsonl: a line for each finished unit, written when its chunks are on disk. Locked while in use."""
 
-    def __init__(self, output_dir: Path):
-        self._output_dir = output_dir
+    def __init__(self, output_dir: Path, num_units: int):
+        self._output_dir, self._units = output_dir, range(num_units)
         self._file = open(output_dir / PROGRESS_NAME, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,8 +115,8 @@ class ProgressFile:
     def __exit__(self, *_) -> None:
         self._file.close()
 
-    def finished(self) -> dict[int, UnitRecord]:
-        """Records of units whose chunks are all there; cuts off a line that a crash left incomplete."""
+    def recorded(self) -> dict[int, UnitRecord]:
+        """Records of all units, wherever their chunks are now; cuts off a line that a crash left incomplete."""
         self._file.seek(0)
         records, good_bytes = {}, 0
         for line in self._file:
@@ -123,11 +127,17 @@ class ProgressFile:
                 record = UnitRecord.from_json(json.loads(line, object_pairs_hook=_with_shared_keys))
             except (ValueError, KeyError, TypeError):
                 continue
-            records[record.unit] = record
-        self._file.truncate(good_bytes)
+            if record.unit in self._units:  # another one is no unit of this plan
+                records[record.unit] = record
+        if self._file.seek(0, os.SEEK_END) > good_bytes:
+            self._file.truncate(good_bytes)
+        return records
+
+    def finished_units(self) -> dict[int, UnitRecord]:
+        """Records of units whose chunks are all there."""
         return {
             unit: record
-            for unit, record in records.items()
+            for unit, record in self.recorded().items()
             if all(
                 _size(self._output_dir / split / record.folder / chunk.name) == chunk.bytes
                 for split in SPLITS
@@ -237,6 +247,7 @@ def _publish_split(
             per_folder[record.folder].append(record)
     for folder, folder_records in per_folder.items():
         path = output_dir / split / folder
+        path.mkdir(parents=True, exist_ok=True)  # it is there, unless it was deleted from a finished output
         chunks = [chunk for record in folder_records for chunk in getattr(record, split).chunks]
         fingerprint = hashlib.sha256("".join(chunk.xxh3_128 for chunk in chunks).encode()).hexdigest()
         write_json(path / INDEX_NAME, make_index(chunks, plan.job.dtype, plan.job.chunk_tokens, fingerprint))

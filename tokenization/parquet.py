@@ -44,7 +44,8 @@ def is_input_failure(error: Exception) -> bool:
     """Whether reading failed, and not whether what was read is wrong: another try may succeed, so nothing may be
     quarantined. pyarrow sets errno for errors of the operating system, and only describes those of object stores."""
     remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
-    return isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
+    failed = isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
+    return failed or isinstance(error, MemoryError)  # as Arrow's own is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,8 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
         raise ValueError(f"not a readable parquet file ({error})") from error
     if text_column not in schema.names:
         raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
+    if schema.names.count(text_column) > 1:
+        raise ValueError(f"{schema.names.count(text_column)} columns are called {text_column!r}")
     if not _is_text(schema.field(text_column).type):
         raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
 

@@ -38,6 +38,18 @@ def text_hashes(texts: pa.Array) -> np.ndarray:
     return np.fromiter((digest(view[a:b]) for a, b in itertools.pairwise(bounds)), np.uint64, len(texts))
 
 
+def is_validation(hashes: np.ndarray, val_threshold: int) -> np.ndarray:
+    """A document is validation data if its text's hash is below the threshold: val_fraction of all hashes.
+
+    Args:
+        hashes: as `text_hashes` gives them, shape (n,).
+
+    Returns:
+        shape (n,), bool.
+    """
+    return hashes < np.uint64(val_threshold) if val_threshold < HASH_RANGE else np.ones(len(hashes), bool)
+
+
 def assemble(
     ids: np.ndarray, ends: np.ndarray, bos_id: int | None, eos_id: int | None, dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,12 +131,12 @@ def _tokenize_once(
     }
     held: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     sample = CheckSample(unit.text_bytes, encoder.choice, encoder.added_tokens)
-    watch, cpu_begin = _Stopwatch(), time.process_time()
+    watch, cpu_begin, reference_begin = _Stopwatch(), time.process_time(), encoder.reference_documents
 
     for path, texts in _texts_of(job, unit, excluded, record):
         watch.lap("read")
         hashes = text_hashes(texts)
-        is_val = hashes < np.uint64(job.val_threshold) if job.val_threshold < HASH_RANGE else np.ones(len(texts), bool)
+        is_val = is_validation(hashes, job.val_threshold)
         record.min_hash = min(record.min_hash, int(hashes.min()))
         watch.lap("hash")
         try:
@@ -162,6 +174,7 @@ def _tokenize_once(
         getattr(record, split).chunks = writer.chunks
     watch.lap("write")
     record.encoder, record.peak_bytes = encoder.backend, peak_resident_bytes()
+    record.reference_documents = encoder.reference_documents - reference_begin
     record.cpu_seconds = round(time.process_time() - cpu_begin, 4)
     record.seconds = {phase: round(seconds, 4) for phase, seconds in watch.seconds.items()}
     return record

@@ -13,16 +13,36 @@ import errno
 import importlib.util
 import os
 import select
+import signal
 import sys
+import time
 import traceback
-import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from utils import console
 from utils.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_BUG = 1
+EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141  # as a shell reports a process that SIGPIPE ended
+
+# What the owner of the disk can fix.
+USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+DEAF_S = 3.0
+"""After the first Ctrl-C or SIGTERM the work is put away undisturbed for so long; the next one ends it at once."""
+
+
+def _say_interrupted(kind: type[BaseException], *error) -> None:
+    """Ctrl-C while modules are imported, before `run` is there to hear of it."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, *error)
+    console.error("interrupted before anything was done")
+    os._exit(EXIT_INTERRUPTED)
+
+
+sys.excepthook = _say_interrupted
 
 
 def exit_if_not_installed(error: ModuleNotFoundError) -> None:
@@ -41,13 +61,6 @@ try:
 except ModuleNotFoundError as error:
     exit_if_not_installed(error)
     raise
-
-EXIT_BUG = 1
-EXIT_INTERRUPTED = 130
-EXIT_NO_READER = 141  # as a shell reports a process that SIGPIPE ended
-
-# What the owner of the disk can fix.
-USERS_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def make_parser(settings_class: type, description: str, positional: bool = False) -> Parser:
@@ -102,12 +115,15 @@ def _spell_out_switches(parser: Parser, argv: list[str]) -> list[str]:
 def run(main: Callable[[Any], None], settings_class: type, description: str, positional: bool = False) -> None:
     """Parse, call `main(settings)`, and leave with the exit code that tells who must act.
 
-    0: done. 2: the user's error, every problem at once, no traceback. 130: Ctrl-C.
+    0: done. 2: the user's error, every problem at once, no traceback. 130: Ctrl-C. 143: SIGTERM.
     1: a bug of ours, with traceback. After a failure the command that resumes is printed.
     141: nobody reads what is printed any more (`... | head`), and nothing is said.
     """
+    _end_in_order()
+    _make_streams_usable()
     try:
         try:
+            _check_encoding()
             main(parse_settings(settings_class, description, positional=positional))
         finally:
             sys.stdout.flush()
@@ -118,31 +134,63 @@ def run(main: Callable[[Any], None], settings_class: type, description: str, pos
             traceback.print_exc()
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        console.error(f"interrupted; what is finished is kept. {_how_to_go_on()}")
-        sys.exit(EXIT_INTERRUPTED)
+        _leave("interrupted;", EXIT_INTERRUPTED)
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # Ray's own handler, which takes the place of ours, raises the same
+            _leave("ended by SIGTERM;", 128 + signal.SIGTERM)
+        raise
     except Exception as error:
         if isinstance(error, ModuleNotFoundError):
             exit_if_not_installed(error)
         if isinstance(error, BrokenPipeError) and _drop_unread_streams():
             sys.exit(EXIT_NO_READER)
         if isinstance(error, OSError) and error.errno in USERS_ERRNOS:
-            console.error(
-                f"{error.filename or 'a file'}: {error.strerror}. Make room, or give a directory that can be written "
-                f"to. What is finished is kept. {_how_to_go_on()}"
-            )
-            sys.exit(EXIT_USER_ERROR)
-        exit_with_bug_report(error)
+            place = f"{error.filename or 'a file'}: {error.strerror}"
+            _leave(f"{place}. Make room, or give a directory that can be written to;", EXIT_USER_ERROR)
+        if isinstance(error, MemoryError):
+            _leave(f"out of memory ({error or 'no more is to be had'}). Give it more;", EXIT_USER_ERROR)
+        traceback.print_exc()
+        _leave(f"{type(error).__name__}: {error}\n", EXIT_BUG)
 
 
-def exit_with_bug_report(error: Exception) -> typing.NoReturn:
-    """Leave with a traceback: this is for us to fix."""
-    traceback.print_exc()
-    console.error(f"{type(error).__name__}: {error}\nWhat is finished is kept. {_how_to_go_on()}")
-    sys.exit(EXIT_BUG)
+def _leave(why: str, exit_code: int) -> NoReturn:
+    console.error(f"{why} what is finished is kept. The same command goes on:\n  {console.this_command()}")
+    sys.exit(exit_code)
 
 
-def _how_to_go_on() -> str:
-    return f"The same command goes on:\n  {console.this_command()}"
+def _end_in_order() -> None:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt and SystemExit once, and not again while the work is put away."""
+    first: list[float] = []
+
+    def end(number, frame):
+        if first and time.monotonic() - first[0] > DEAF_S:
+            os._exit(128 + number)
+        if not first:
+            first.append(time.monotonic())
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(number)
+
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is default:  # a shell lets what it starts in the background ignore Ctrl-C
+            signal.signal(number, end)
+
+
+def _make_streams_usable() -> None:
+    """Print to nowhere where a stream was closed (`>&-`), and letters that a stream's encoding lacks as `\\xe9`."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # or a file that is opened later would get what C code prints
+        pass
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _check_encoding() -> None:
+    """Raises UserError where paths would not survive: in this shell, or on this command line."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise UserError(f"this shell's locale is {encoding}, so file names would be lost. Set LC_ALL=C.UTF-8.")
+    wrong = [word for word in sys.argv if any("\udc80" <= c <= "\udcff" for c in word)]  # as Python reads other bytes
+    if wrong:
+        raise UserError([f"{console.printable(word)}: not UTF-8. Rename the file or directory." for word in wrong])
 
 
 def _drop_unread_streams() -> bool:

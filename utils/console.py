@@ -53,6 +53,11 @@ def this_command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
+def printable(path: str) -> str:
+    """The path with bytes that are not UTF-8 as `\\xe9`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def counted(number: int, noun: str) -> str:
     """1 chunk, 2,000 chunks."""
     return f"{number:,} {noun}{'s'[: number != 1]}"
@@ -88,13 +93,12 @@ def parse_bytes(text: str, flag: str) -> int:
 
 
 def human_seconds(seconds: float) -> str:
+    """9.5 s, 1 min 3 s, 2 h 5 min, 3 d 1 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    parts, rest = [], round(seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count or parts or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])

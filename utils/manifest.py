@@ -175,6 +175,8 @@ def claim(
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{flag}={directory}: is a file. Give a directory that is new or empty.")
+    if directory.is_symlink() and not directory.exists():
+        raise UserError(f"{flag}={directory}: is a link to {os.readlink(directory)}, which is missing. Make it first.")
     manifest = read_manifest(directory)
     if manifest is not None and manifest["kind"] == kind:
         if changed := differences({key: manifest.get(key) for key in identity}, identity):

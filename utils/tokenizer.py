@@ -13,14 +13,8 @@ from utils.errors import UserError
 
 # What litgpt and transformers look for beside the weights.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
 
 
@@ -62,6 +56,8 @@ def _template_tokens(post_processor: dict[str, Any]) -> tuple[list[str], list[st
         inner_before, inner_after = _template_tokens(processor)
         before += inner_before
         after += inner_after
+    if post_processor.get("type") in ("RobertaProcessing", "BertProcessing"):  # each names a token and its id
+        before, after = post_processor["cls"][:1], post_processor["sep"][:1]
     tokens = before
     for piece in post_processor.get("single", []):  # a TemplateProcessing
         if "Sequence" in piece:
@@ -79,7 +75,7 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
     tokenizer_config.json to say, failing that for the post-processor of tokenizer.json.
 
     Raises:
-        UserError: the directory is missing, or has no tokenizer.json.
+        UserError: the directory is missing, has no tokenizer.json, or names several tokens as BOS or EOS.
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"
@@ -115,6 +111,11 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
     def special_id(kind: str) -> int | None:
         name = names.get(f"{kind}_token")
         name = name.get("content") if isinstance(name, dict) else name
+        if not isinstance(name, str | None):
+            raise UserError(
+                f"{flag}={directory}: its {kind}_token is {name!r}. Name one token there, in tokenizer_config.json or "
+                "special_tokens_map.json."
+            )
         number = ids.get(name, numbers.get(f"{kind}_token_id"))
         number = next(iter(number), None) if isinstance(number, list) else number
         return number if isinstance(number, int) and 0 <= number < vocab_size else None

@@ -413,6 +413,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_script, conf
     assert not (tmp_path / "out").exists()
 
 
+def test_what_no_block_holds_is_reported_per_split(tmp_path, run_script, config, dataset):
+    """The test's own counts: the tokens of each chunk beyond whole sequences of context + 1."""
+    process = run_script(
+        SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "o", "--dry_run"
+    )
+    context = yaml.safe_load(config.read_text())["model_config"]["block_size"]
+    for split in ("train", "val"):
+        counts = [chunk["dim"] for chunk in json.loads((dataset / split / "index.json").read_bytes())["chunks"]]
+        share = sum(count % (context + 1) for count in counts) / sum(counts)
+        assert f"{split}: {share:.2%} of {sum(counts):,} tokens are not read" in process.stdout + process.stderr
+
+
 def test_a_dry_run_warns_of_a_model_that_cannot_be_exported(tmp_path, run_script, config, dataset):
     process = run_script(
         SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "out", "--dry_run",

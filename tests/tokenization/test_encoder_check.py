@@ -17,8 +17,8 @@ from test_optimize_dataset_exactness import odd_documents, split_tokens
 from tokenizers import Tokenizer, normalizers
 
 from tokenization.encoder import Encoder
-from tokenization.encoder_check import check_ids, prepare_tokenizer
 from tokenization.encoder_choice import EncoderChoice
+from tokenization.prepared_tokenizer import check_ids, prepare_tokenizer
 from utils.errors import UserError
 from utils.manifest import read_manifest
 

@@ -21,8 +21,8 @@ def some_documents(alphabet: str, seed: int, count: int = 400) -> list[str]:
 
 
 def test_ranges_are_sorted_and_joined():
-    assert as_ranges({7, 1, 2, 3, 9, 8}) == ((1, 3), (7, 9))
-    assert as_ranges(set()) == ()
+    assert as_ranges([7, 1, 2, 3, 9, 8]) == ((1, 3), (7, 9))
+    assert as_ranges([]) == ()
 
 
 @pytest.mark.parametrize("make", [pa.array, lambda texts: pa.array(texts, pa.large_string())])
@@ -34,7 +34,7 @@ def test_exactly_the_documents_with_a_code_point_are_found(make, ascii_letters):
     documents = some_documents(alphabet, ascii_letters, 2000 if ascii_letters > 100 else 400)
     wanted = [any(ord(c) in POINTS for c in document) for document in documents]
     assert 5 < sum(wanted) < len(wanted)
-    ranges = as_ranges(POINTS)
+    ranges = as_ranges(sorted(POINTS))
     texts = make(documents)
     found = np.zeros(len(documents), bool)
     found[documents_with(texts, ranges)] = True
@@ -45,7 +45,7 @@ def test_exactly_the_documents_with_a_code_point_are_found(make, ascii_letters):
 
 
 def test_no_text_at_all():
-    choice = EncoderChoice("gigatoken", code_points=as_ranges(POINTS), literals=("x",))
+    choice = EncoderChoice("gigatoken", code_points=as_ranges(sorted(POINTS)), literals=("x",))
     assert choice.needs_reference(pa.array([], pa.string())).tolist() == []
     assert choice.needs_reference(pa.array(["", "\U0010ffff"])).tolist() == [False, True]
 
@@ -59,7 +59,7 @@ def test_literals_are_taken_literally():
 
 
 def test_the_decision_is_a_small_frozen_value():
-    choice = EncoderChoice("gigatoken", code_points=as_ranges(POINTS), literals=("<x>",), num_compared=3)
+    choice = EncoderChoice("gigatoken", code_points=as_ranges(sorted(POINTS)), literals=("<x>",), num_compared=3)
     choice.needs_reference(pa.array(["a", "é"] * 9))
     assert pickle.loads(pickle.dumps(choice)) == choice
     assert len(pickle.dumps(choice)) < 1000

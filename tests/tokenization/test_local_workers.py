@@ -49,7 +49,7 @@ def test_an_error_that_cannot_arrives_as_text(error):
 def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet_dir, tokenizer_dir):
     """Also that as many processes start as there are descriptors for, with a low soft limit."""
     from tokenization.encoder import PreparedTokenizer
-    from tokenization.encoder_check import prepare_tokenizer
+    from tokenization.prepared_tokenizer import prepare_tokenizer
 
     def load() -> PreparedTokenizer:
         return prepare_tokenizer((tokenizer_dir / "tokenizer.json").read_bytes(), False, "--tokenizer_dir")

@@ -1,0 +1,144 @@
+"""Whether the text on disk is what was merged: its checksums, compared in the background while the run trains.
+
+Each process has a thread for it, from its start on, and the processes of a node share the chunks. A chunk that is not
+what its manifest says may have been trained on: the error names the steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from pretraining.checkpoint import list_checkpoints
+from pretraining.data_order import SequenceOrder
+from pretraining.plan import Plan
+from pretraining.settings import Settings
+from utils.chunks import read_index
+from utils.errors import UserError
+from utils.files import checksum
+from utils.manifest import read_manifest
+
+_SEQUENCES_AT_A_TIME = 1 << 20
+
+
+class DatasetCheck:
+    """Compares the chunks of a run's datasets with their manifests, in the background. Every process makes one."""
+
+    def __init__(self, settings: Settings, plan: Plan):
+        self._train_directories = plan.train_directories
+        directories = [Path(path) for path in plan.train_directories + plan.val_directories]
+        work = _checksums(directories) if settings.data.verify == "checksums" else []
+        self._work = work[int(os.environ["LOCAL_RANK"]) :: int(os.environ["LOCAL_WORLD_SIZE"])]
+        self.problem: Damage | None = None
+        """The first that was found."""
+        self._thread = threading.Thread(target=self._run, name="checksums", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for directory, name, expected in self._work:
+            try:
+                found = checksum(directory / name)
+            except OSError as error:
+                self.problem = Damage(str(directory), name, f"cannot be read ({error.strerror})")
+                return
+            if found != expected:
+                self.problem = Damage(str(directory), name, f"its checksum is {found}, its manifest says {expected}")
+                return
+
+    def raise_if_damaged(self, read: Reading, out_dir: Path, wait: bool) -> None:
+        """Called by all processes at once, when one of them has found something or the run ends.
+
+        Args:
+            wait: until every chunk has been read.
+
+        Raises:
+            UserError: on all of them, with the steps that have read from the chunk and the newest checkpoint from
+                before them.
+        """
+        if wait:
+            self._thread.join()
+        problems: list[Damage | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, self.problem)
+        problem = next((problem for problem in problems if problem is not None), None)
+        if problem is None:
+            return
+        directory = problem.directory
+        message = f"--dataset_path={directory}: {problem.chunk}: {problem.reason}. "
+        if directory not in self._train_directories:
+            raise UserError(
+                f"{message}It holds validation text: no weight depends on it. Merge the dataset again with "
+                "--verify=checksums."
+            )
+        source = self._train_directories.index(directory)
+        steps = read.steps_with(Path(directory), source, problem.chunk)
+        if not steps:
+            raise UserError(
+                f"{message}No step has read from it yet. Merge the dataset again with --verify=checksums, and run "
+                "the same command."
+            )
+        good = [checkpoint for checkpoint in list_checkpoints(out_dir)[0] if checkpoint.step < steps[0]]
+        raise UserError(
+            f"{message}{len(steps)} of {read.num_steps} steps have read from it, the first is {steps[0]}, the last "
+            f"{steps[-1]}. Newest checkpoint from before them: {good[0].path if good else 'none'}. Merge the dataset "
+            "again with --verify=checksums; remove the later checkpoints, and run the same command to train these "
+            "steps again."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """A chunk that is not what its manifest says."""
+
+    directory: str
+    chunk: str
+    reason: str
+
+
+def _checksums(directories: list[Path]) -> list[tuple[Path, str, str]]:
+    """Dataset, name and checksum of every chunk whose checksum is known."""
+    found = []
+    for directory in directories:
+        manifest = read_manifest(directory) or {}
+        entries = (entry for entry in manifest.get("files", []) if isinstance(entry, dict) and "xxh3_128" in entry)
+        found += [(directory, entry["name"], entry["xxh3_128"]) for entry in entries]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a run has read so far."""
+
+    order: SequenceOrder
+    positions: Callable[[np.ndarray], np.ndarray]
+    """Of the sequences that the run reads, by their number (see left_out.LeftOut)."""
+    block_tokens: int
+    global_batch_size: int
+    num_steps: int
+
+    def steps_with(self, directory: Path, source: int, chunk_name: str) -> list[int]:
+        """The steps, from 1, whose global batch held a sequence of this chunk; ascending.
+
+        Args:
+            source: the dataset's number in `order`.
+        """
+        index = read_index(directory, "--dataset_path")
+        ends = np.cumsum([chunk.tokens // self.block_tokens for chunk in index.chunks])
+        place = next(i for i, chunk in enumerate(index.chunks) if chunk.name == chunk_name)
+        first, end = int(ends[place - 1]) if place else 0, int(ends[place])
+        steps: set[int] = set()
+        for numbers in _pieces(self.num_steps * self.global_batch_size):
+            located = self.order.locate(self.positions(numbers))
+            inside = (located.source == source) & (located.block >= first) & (located.block < end)
+            steps.update((numbers[inside] // self.global_batch_size + 1).tolist())
+        return sorted(steps)
+
+
+def _pieces(count: int) -> Iterator[np.ndarray]:
+    for start in range(0, count, _SEQUENCES_AT_A_TIME):
+        yield np.arange(start, min(count, start + _SEQUENCES_AT_A_TIME), dtype=np.int64)

@@ -1,0 +1,64 @@
+"""float8 for the blocks' linear layers: torchao's tensorwise recipe, with weights gathered in float8 under FSDP2.
+
+Weights and optimizer stay in float32, and their names what they are; output layer, embedding and norms compute in
+bfloat16. Inputs and weights of a linear layer are scaled to e4m3, gradients to e5m2, each tensor by its own largest
+value (Micikevicius et al., arXiv:2209.05433), and multiplied in float8; on a CPU the same values are multiplied in
+float32. Validation multiplies in bfloat16; weights are rounded to float8 there too, for so they are gathered.
+
+torchao is an extra: parallelism.py imports this module where the precision is float8-mixed only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training, precompute_float8_dynamic_scale_for_fsdp
+from torchao.float8.float8_linear import Float8Linear
+from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
+from utils.errors import UserError
+
+OLDEST_CAPABILITY = (8, 9)
+
+
+class _Linear(Float8Linear):
+    """Evaluates in bfloat16."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return super().forward(input)
+        weight = self.weight
+        if isinstance(weight, Float8TrainingTensor):
+            weight = weight.to_original_precision()
+        return functional.linear(input, weight, self.bias)
+
+
+def convert_block(block: torch.nn.Module, device_type: str, compiled: bool) -> None:
+    """Make a block's linear layers compute in float8; before it is sharded.
+
+    Args:
+        compiled: whether the block will be: uncompiled, each scaling is several passes over memory, and slower on a
+            GPU than bfloat16.
+
+    Raises:
+        UserError: the GPU has no products in float8, or the block is not compiled for it.
+    """
+    on_gpu = device_type == "cuda"
+    if on_gpu and not compiled:
+        raise UserError("--precision=float8-mixed: slower than bf16-mixed without --parallel.compile=true. Set it.")
+    if on_gpu and (capability := torch.cuda.get_device_capability()) < OLDEST_CAPABILITY:
+        raise UserError(
+            f"--precision=float8-mixed: {torch.cuda.get_device_name()} has compute capability "
+            f"{capability[0]}.{capability[1]}; products in float8 need 8.9 or newer (Ada, Hopper, Blackwell). Use "
+            "bf16-mixed."
+        )
+    config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=not on_gpu)
+    # The router of a mixture of experts decides on small differences, and costs nothing.
+    convert_to_float8_training(block, config=config, module_filter_fn=lambda _, name: not name.endswith("gate"))
+    for module in block.modules():
+        if type(module) is Float8Linear:
+            module.__class__ = _Linear
+
+
+update_scales = precompute_float8_dynamic_scale_for_fsdp
+"""The scales of all weights of a model in one all-reduce, after they have changed; without, each gather needs one."""
