@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tools.provenance_places import find_parquet
 from tools.read_documents import Blocks, Part, occurrences
 from tools.run_data import Run, RunData
-from tools.source_rows import DatasetRows, NotTold, Row, Source, unit_of
+from tools.source_rows import DatasetRows, NotTold, Row, Source
 from utils import console
 from utils.errors import UserError
 from utils.manifest import read_manifest
@@ -63,16 +63,16 @@ class View:
 
     # --- sequences ----------------------------------------------------------------------------------------------------
 
-    def describe(self, positions: list[int], num_processes: int) -> Iterator[list[str]]:
-        """The lines of each sequence."""
+    def describe(self, positions: list[int], notes: list[str]) -> Iterator[list[str]]:
+        """The lines of each sequence; `notes` stand behind the positions."""
         located = self.data.sequences.order.locate(np.array(positions))
         places = list(zip(positions, located.source.tolist(), located.block.tolist(), located.epoch.tolist()))
         parts = {position: self._blocks[source].parts(block) for position, source, block, _ in places}
         origins = self._origins([part for found in parts.values() for part in found])
-        for position, source, block, epoch in places:
+        for (position, source, block, epoch), note in zip(places, notes):
             chunk, token = self._blocks[source].place(block)
             name = self._blocks[source].index.chunks[chunk].name
-            title = f"position {position:,} (rank {position % num_processes} of {num_processes}): "
+            title = f"position {position:,} ({note}): "
             title += f"{self.directories[source]}, epoch {epoch}, block {block:,}: "
             yield [title + f"{name}, tokens {token:,} to {token + self.data.block_tokens - 1:,}"] + [
                 line for part in parts[position] for line in self._describe_part(part, origins[part])
@@ -95,8 +95,8 @@ class View:
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def _origins(self, parts: list[Part]) -> dict[Part, str]:
-        """Where each part's document came from; in the order of the units, each of which is then read once."""
-        ordered = sorted(parts, key=lambda part: (part.dataset, unit_of(part.chunk) or 0))
+        """Where each part's document came from; in the order of the dataset, so that each unit is read once."""
+        ordered = sorted(parts, key=lambda part: (part.dataset, part.document_of_dataset))
         return {part: self._origin(part) for part in ordered}
 
     def _origin(self, part: Part) -> str:
@@ -127,7 +127,7 @@ class View:
         if not source.is_whole:
             first = [*source.changed, *(f"{path}: missing" for path in source.missing)][0]
             return f"{near} is not what was tokenized ({first})"
-        return DatasetRows(source, self._blocks[dataset].index, manifest["split"])
+        return DatasetRows(source, manifest)
 
     def _gives(self, part: Part, row: Row) -> bool:
         """Whether the row's text, encoded as the reference encoder does it, gives the document's tokens."""

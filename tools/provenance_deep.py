@@ -11,16 +11,17 @@ import numpy as np
 
 from tokenization.chunk_reader import read_documents
 from tokenization.encoder import Encoder
-from tokenization.encoder_check import prepare_tokenizer
 from tokenization.job import SPLITS, UnitRecord
+from tokenization.prepared_tokenizer import prepare_tokenizer
 from tokenization.tokenize_unit import tokenize_unit
 from tools.provenance import AGREES, CHANGED, UNKNOWN, Node
 from tools.source_rows import NotTold, Source, unit_of
 from utils import console
 from utils.errors import UserError
 
-Stored = dict[str, dict[str, tuple[Path, dict[str, Any]]]]
-"""By split and chunk name: the file, and its entry in a manifest."""
+Stored = dict[str, dict[str, tuple[Path, dict[str, Any], int]]]
+"""By split and chunk name: the file, its entry in a manifest, and the first of its documents in the file, where chunks
+were gathered into a larger one."""
 
 
 def check_retokenized(node: Node, source: Source, tokenizer_json: Path, stored: Stored, num_units: int) -> None:
@@ -73,7 +74,7 @@ def _tokenize(source: Source, unit: int, encoder: Encoder, directory: Path, want
 def _is_wanted(record: UnitRecord, wanted: Stored) -> bool:
     return all(
         {chunk.name: chunk.documents for chunk in getattr(record, split).chunks}
-        == {name: entry["documents"] for name, (_, entry) in chunks.items()}
+        == {name: entry["documents"] for name, (_, entry, _) in chunks.items()}
         for split, chunks in wanted.items()
     )
 
@@ -87,26 +88,28 @@ def _differences(source: Source, record: UnitRecord, directory: Path, wanted: St
             lines.append(f"--deep: {split}: {name}: {where}")
         first = 0  # number of the chunk's first document among those of the unit
         for name in sorted(again.keys() & wanted[split].keys()):
-            path, entry = wanted[split][name]
+            path, entry, skip = wanted[split][name]
             if again[name].xxh3_128 != entry["xxh3_128"] or not path.is_file():
                 total = getattr(record, split).documents
-                lines.append(_first_difference(source, split, path, directory / split / "again" / name, first, total))
+                made = directory / split / "again" / name
+                lines.append(_first_difference(source, split, (path, skip), made, first, total))
             first += again[name].documents
     return lines
 
 
-def _first_difference(source: Source, split: str, stored: Path, again: Path, first: int, total: int) -> str:
+def _first_difference(source: Source, split: str, stored: tuple[Path, int], again: Path, first: int, total: int) -> str:
     """Names the first document of a chunk that the text does not give, and its row."""
-    prefix = f"--deep: {split}: {stored.name}"
+    path, skip = stored
+    prefix = f"--deep: {split}: {again.name}"
     try:
-        pairs = list(zip(read_documents(stored, source.job.dtype), read_documents(again, source.job.dtype)))
+        pairs = list(zip(read_documents(path, source.job.dtype)[skip:], read_documents(again, source.job.dtype)))
     except (OSError, ValueError) as error:
         return f"{prefix}: cannot be compared ({error})"
     number = next((i for i, (a, b) in enumerate(pairs) if not np.array_equal(a, b)), None)
     if number is None:
         return f"{prefix}: the text gives other bytes than the manifest's checksum stands for"
     try:
-        row = str(source.rows(unit_of(stored.name), split, total)[first + number])
+        row = str(source.rows(unit_of(again.name), split, total)[first + number])
     except NotTold as error:
         row = f"a row that cannot be told: {error}"
     return f"{prefix}: document {number} is not what the text gives now: {row}"
@@ -121,7 +124,7 @@ def check_batches(node: Node, checkpoint: Path, directories: list[Path], num_ste
     if not digests:
         node.add(UNKNOWN, "--deep: no batch_digest was logged beside the checkpoint")
         return
-    data = node.collect(RunData, run.manifest["settings"], directories)
+    data = node.collect(RunData, run.manifest["settings"], directories, run.left_out)
     if data is None:
         return
     steps = sorted(digests)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pretraining.left_out import LeftOut
 from pretraining.plan import identity_of
 from tools.provenance import AGREES, CHANGED, UNKNOWN, Node, check_files
 from utils import console
@@ -67,7 +68,8 @@ def _check_state(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
 
     content, settings = manifest["content"], manifest["settings"]
     sequences = content["step"] * settings["train"]["global_batch_size"]
-    counted = {"position": sequences, "tokens": sequences * settings["context_tokens"]}
+    left_out = LeftOut(tuple((first, end) for first, end in content.get("left_out") or ()))
+    counted = {"position": left_out.end_of(sequences), "tokens": sequences * settings["context_tokens"]}
     sound = node.expect("content", {key: content.get(key) for key in counted}, counted, "step x global batch")
     path = directory / WEIGHTS_NAME / "meta.pt"
     if path.is_file():
@@ -76,7 +78,7 @@ def _check_state(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
         except Exception as error:  # whatever a damaged archive raises
             node.add(CHANGED, f"meta.pt: not readable ({type(error).__name__})")
             return
-        keys = ("step", "tokens", "position", "val_loss")
+        keys = ("step", "tokens", "position", "val_loss", *(["left_out"] if "left_out" in content else []))
         expected = {key: content.get(key) for key in keys}
         sound &= node.expect("meta.pt", {key: state.get(key) for key in keys}, expected, MANIFEST_NAME)
         sound &= node.expect("meta.pt: seed", state.get("seed"), settings.get("seed"), MANIFEST_NAME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.chunk_reader import verify
+from tokenization.gather import checksum_of_gathered
 from tokenization.job import SPLITS, UnitRecord, fingerprint_of_identity
-from tokenization.merge_plan import fingerprint_of
-from tokenization.output import PLAN_NAME, PROGRESS_NAME, QUARANTINE_NAME
+from tokenization.merge_plan import Part, fingerprint_of
+from tokenization.missing_chunks import MADE_FROM, PLAN_NAME, chunk_of, recorded_chunks
+from tokenization.output import PROGRESS_NAME, QUARANTINE_NAME
 from tools.provenance import AGREES, CHANGED, MISSING, UNKNOWN, Node, cached_checksum, in_threads
 from utils import console
 from utils.chunks import INDEX_NAME, Chunk, read_index
@@ -106,7 +109,8 @@ def _check_plan(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
         return
     try:
         plan = json.loads(path.read_bytes())
-    except ValueError as error:
+        plan.pop(MADE_FROM, None)  # where the command read, which shapes nothing
+    except (ValueError, AttributeError) as error:
         node.add(CHANGED, f"{PLAN_NAME}: not readable ({error})")
         return
     if node.expect(PLAN_NAME, plan, {key: manifest[key] for key in ("settings", "tokenizer", "inputs")}, MANIFEST_NAME):
@@ -193,7 +197,12 @@ def check_dataset(node: Node, directory: Path, manifest: dict[str, Any] | None) 
         node.add(UNKNOWN, f"no {MANIFEST_NAME}: neither checksums nor where it came from")
         return
     check_chunks(node, directory, manifest)
-    listed = [Chunk(**{key: entry.get(key) for key in Chunk.__slots__}) for entry in manifest["files"]]
+    listed = [chunk_of(entry) for entry in manifest["files"]]
+    for entry in manifest["files"]:
+        parts = entry.get("gathered", [entry])
+        for key in ("documents", "tokens"):
+            found = sum(part[key] for part in parts)
+            node.expect(f"{entry['name']}: {key} of the chunks gathered in it", found, entry[key], MANIFEST_NAME)
     if node.expect("fingerprint of its chunks", fingerprint_of(listed), manifest.get("fingerprint"), MANIFEST_NAME):
         node.add(AGREES, f"fingerprint of its chunks: {manifest['fingerprint'][:12]}...")
     if index is not None:
@@ -217,17 +226,42 @@ def check_merge(node: Node, manifest: dict[str, Any], tokens_dir: Path, tokens: 
     for key in ("settings", "tokenizer", *["inputs"] * bool(manifest["inputs"])):
         sound &= node.expect(key, manifest.get(key), tokens.get(key), f"{tokens_dir.name}/{MANIFEST_NAME}")
     sound &= node.expect("tokenized_by", manifest.get("tokenized_by"), tokens.get("made_by"), "the tokens' made_by")
-    expected = {key: tokens["content"].get(split, {}).get(key) for key in COUNTS}  # of the whole split
-    sound &= node.expect("content", {key: manifest["content"].get(key) for key in COUNTS}, expected, "the tokens'")
-    there: dict[str, dict[str, Any]] = {}
+    counts = [key for key in COUNTS if key != "chunks"]  # small ones may have been gathered into larger ones
+    expected = {key: tokens["content"].get(split, {}).get(key) for key in counts}
+    found = {key: manifest["content"].get(key) for key in counts}
+    sound &= node.expect("content", found, expected, "the tokens' manifest")
+    there: dict[str, Chunk] = {}
+    paths: dict[str, Path] = {}
     for path in sorted((tokens_dir / str(split)).glob(f"*/{MANIFEST_NAME}")):
         folder = node.collect(read_manifest, path.parent, "tokens")
-        there |= {entry["name"]: entry for entry in folder["files"]} if folder else {}
-    here = {Path(entry["name"]).name: {**entry, "name": Path(entry["name"]).name} for entry in manifest["files"]}
+        there |= {entry["name"]: chunk_of(entry) for entry in folder["files"]} if folder else {}
+        paths |= {name: path.parent / name for name in there if name not in paths}
+    here = {Path(name).name: dataclasses.replace(chunk, name=Path(name).name)
+            for name, chunk in recorded_chunks(manifest).items()}  # fmt: skip
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             sound = False
             where = "the dataset alone" if name not in there else "the tokens alone" if name not in here else None
             node.add(CHANGED, f"{name}: " + (f"is in {where}" if where else "another chunk than the tokens have"))
+    sound &= _check_gathered(node, manifest, paths)
     if sound:
         node.add(AGREES, f"settings, counts and all {len(here):,} chunks are those of the tokens")
+
+
+def _check_gathered(node: Node, manifest: dict[str, Any], paths: dict[str, Path]) -> bool:
+    """Gather small chunks again, without writing, and compare checksums; those that were moved away are passed over."""
+    sound = True
+    for entry in manifest["files"]:
+        sources = tuple((paths.get(part["name"]), chunk_of(part)) for part in entry.get("gathered", ()))
+        if not sources or not all(path is not None and path.is_file() for path, _ in sources):
+            continue
+        try:
+            same = (
+                checksum_of_gathered(Part(chunk_of(entry), sources), manifest["content"]["dtype"]) == entry["xxh3_128"]
+            )
+        except (OSError, ValueError):  # a damaged source, which is named among the tokens
+            continue
+        if not same:
+            node.add(CHANGED, f"{entry['name']}: not what the tokens' chunks give when they are gathered")
+        sound &= same
+    return sound

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from tokenization.job import SPLITS
-from tokenization.output import PLAN_NAME
+from tokenization.missing_chunks import MADE_FROM, PLAN_NAME, recorded_chunks
 from tools.provenance import ABSENT, UNKNOWN, Node, check_embedded, check_files
 from tools.provenance_inputs import check_parquet, check_tokenizer
 from tools.provenance_places import find_parquet, find_recorded, find_tokenizer, find_tokens, manifest_or_none
@@ -162,7 +163,7 @@ class Walk:
         for neighbour in (directory, *(directory.parent / other for other in SPLITS)):
             own = manifest_or_none(neighbour)
             if own is not None and own["kind"] == "dataset":
-                files = {entry["name"]: entry.get("xxh3_128") for entry in own["files"]}
+                files = {name: chunk.xxh3_128 for name, chunk in recorded_chunks(own).items()}
                 self._files_of_datasets.setdefault(own.get("split"), {}).update(files)
         given = self._settings.tokens_dir
         source = Path(given) if given is not None else find_tokens(manifest, directory)
@@ -199,7 +200,8 @@ class Walk:
             node.add(UNKNOWN, "the manifest names none")
             return [node]
         nodes, source = [], None
-        parquet_dir = self._settings.parquet_dir or find_parquet(manifest["inputs"], near)
+        named = _made_from(near)
+        parquet_dir = self._settings.parquet_dir or find_parquet(manifest["inputs"], near) or named.get("input_dir")
         if parquet_dir is None:
             nodes.append(_absent(f"parquet files  ({len(manifest['inputs']):,})", "--parquet_dir"))
         else:
@@ -209,6 +211,8 @@ class Walk:
         recorded = manifest["tokenizer"]
         given = self._settings.tokenizer_dir
         directory = Path(given) if given is not None else find_tokenizer(recorded, near)
+        if directory is None and "tokenizer_dir" in named:
+            directory = Path(named["tokenizer_dir"])
         if directory is None:
             nodes.append(_absent("tokenizer", "--tokenizer_dir"))
         else:
@@ -237,7 +241,23 @@ class Walk:
 
 
 def _stored(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    return {Path(entry["name"]).name: (directory / entry["name"], entry) for entry in manifest["files"]}
+    """Each chunk as step 1 made it: its file, its entry, and its first document in the file."""
+    found = {}
+    for entry in manifest["files"]:
+        first = 0
+        for part in entry.get("gathered", [entry]):
+            found[Path(part["name"]).name] = directory / entry["name"], part, first
+            first += part["documents"]
+    return found
+
+
+def _made_from(tokens_dir: Path) -> dict[str, str]:
+    """The directories that the command of step 1 named, as far as they are there."""
+    try:
+        named = json.loads((tokens_dir / PLAN_NAME).read_bytes())[MADE_FROM]
+        return {key: path for key, path in named.items() if Path(path).exists()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _corpus_beside(tokenizer_dir: Path) -> Path | None:

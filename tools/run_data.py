@@ -11,6 +11,7 @@ import numpy as np
 
 from pretraining.checkpoint import list_checkpoints
 from pretraining.data import Sequences, rank_micro_batches, read_micro_batch
+from pretraining.left_out import LeftOut, read_left_out
 from pretraining.plan import identity_of
 from pretraining.settings import TrainSettings
 from tools.provenance_places import find_recorded
@@ -27,6 +28,13 @@ class Run:
     directory: Path
     checkpoint_dir: Path
     manifest: dict[str, Any]
+
+    @property
+    def left_out(self) -> LeftOut:
+        """Positions that the run went back over; it knows of more than an early checkpoint does."""
+        found = read_left_out(self.directory)
+        ranges = self.manifest["content"].get("left_out") or ()
+        return found if found.ranges else LeftOut(tuple((first, end) for first, end in ranges))
 
     @property
     def last_step(self) -> int:
@@ -95,9 +103,11 @@ class RunData:
     Args:
         settings: of a checkpoint's manifest.
         directories: of the training datasets, in the order of the run.
+        left_out: the positions that the run leaves out.
     """
 
-    def __init__(self, settings: dict[str, Any], directories: list[Path]):
+    def __init__(self, settings: dict[str, Any], directories: list[Path], left_out: LeftOut):
+        self._left_out = left_out
         batch = settings["train"]["global_batch_size"]
         self.global_batch_size = batch
         self.block_tokens = settings["context_tokens"] + 1
@@ -107,7 +117,8 @@ class RunData:
 
     def batches(self, steps: range) -> Iterator[np.ndarray]:
         """The positions of each global batch; a step has the number that metrics.jsonl gives it, from 1."""
-        return rank_micro_batches(range(steps.start - 1, steps.stop - 1), self._train, rank=0, world_size=1)
+        numbers = rank_micro_batches(range(steps.start - 1, steps.stop - 1), self._train, rank=0, world_size=1)
+        return map(self._left_out.positions, numbers)
 
     def positions(self, step: int) -> np.ndarray:
         """Those of the batch that took the run to `step`."""

@@ -96,9 +96,10 @@ def show_steps(settings: Settings, view: View, steps: range) -> int:
         if logged.get(step, digest) != digest:
             as_logged, wrong = f"NOT THE ONE THAT WAS LOGGED, {logged[step]}", wrong + 1
         console.result(f"step {step}: positions {positions[0]:,} to {positions[-1]:,}; digest {digest}, {as_logged}")
-        if settings.rank is not None:
-            positions = positions[positions % num_processes == settings.rank]
-        for lines in view.describe(positions.tolist(), num_processes):
+        ranks = range(len(positions))  # a sequence goes to a process by its number, which has no gaps
+        ranks = [((step - 1) * len(positions) + i) % num_processes for i in ranks]
+        chosen = [i for i, rank in enumerate(ranks) if settings.rank in (None, rank)]
+        for lines in view.describe(positions[chosen].tolist(), [f"rank {ranks[i]} of {num_processes}" for i in chosen]):
             console.result("\n".join(lines))
     return wrong
 
@@ -111,7 +112,7 @@ def main(settings: Settings) -> None:
     run = find_run(settings.run_dir)
     steps = steps_of(settings.step, run.last_step) if settings.step is not None else None
     directories = find_datasets(run, settings.dataset_dir)
-    view = View(run, RunData(run.manifest["settings"], directories), directories, settings)
+    view = View(run, RunData(run.manifest["settings"], directories, run.left_out), directories, settings)
     if settings.search is not None:
         show_search(settings, view)
     elif steps is not None:
@@ -121,7 +122,7 @@ def main(settings: Settings) -> None:
     else:
         if settings.position < 0:
             raise UserError(f"--position={settings.position}: positions begin with 0.")
-        for lines in view.describe([settings.position], settings.num_processes or view.num_processes()):
+        for lines in view.describe([settings.position], ["by itself"]):
             console.result("\n".join(lines))
 
 

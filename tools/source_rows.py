@@ -21,9 +21,8 @@ from tokenization.input_files import FileEntry, list_parquet_files
 from tokenization.job import CHUNK_PATTERN, HASH_RANGE, InputStamp, Job, Unit
 from tokenization.parquet import CorruptRowGroup, read_footers, stream_texts
 from tokenization.plan import JOB_SETTINGS
-from tokenization.tokenize_unit import text_hashes
+from tokenization.tokenize_unit import is_validation, text_hashes
 from tokenization.units import UnitPacker
-from utils.chunks import Index
 
 
 class NotTold(Exception):
@@ -127,7 +126,7 @@ class Source:
         return [Row(self.job.paths[file], row_group, row) for file, row_group, row in places]
 
     def _is_val(self, hashes: np.ndarray, split: str, num_documents: int) -> np.ndarray:
-        is_val = hashes < np.uint64(self.job.val_threshold) if self.job.val_threshold < HASH_RANGE else hashes >= 0
+        is_val = is_validation(hashes, self.job.val_threshold)
         expected = int(is_val.sum()) if split == "val" else int((~is_val).sum())
         if expected != num_documents and not is_val.any() and len(hashes):
             # A small input has no hash below the threshold: then the smallest of all is validation data.
@@ -191,27 +190,29 @@ class DatasetRows:
     """The rows of a merged dataset's documents, by chunk and number.
 
     Args:
-        index: of the dataset.
-        split: "train" or "val", as its manifest says.
+        manifest: of the dataset; it names the units' chunks, also where small ones were gathered into a larger one.
     """
 
-    def __init__(self, source: Source, index: Index, split: str):
-        self._source, self._split = source, split
+    def __init__(self, source: Source, manifest: dict[str, Any]):
+        self._source, self._split = source, manifest["split"]
         self._documents: dict[int, int] = {}
-        self._before: dict[str, tuple[int, int]] = {}
-        for chunk in index.chunks:
-            unit = unit_of(chunk.name)
-            if unit is None:
-                continue
-            self._before[chunk.name] = unit, self._documents.get(unit, 0)
-            self._documents[unit] = self._documents.get(unit, 0) + chunk.documents
+        self._parts: dict[str, list[tuple[int, int, int | None, int]]] = {}
+        """By chunk: first document and the one after the last, the unit, and its documents before."""
+        for entry in manifest["files"]:
+            first = 0
+            for part in entry.get("gathered", [entry]):
+                unit, end = unit_of(part["name"]), first + part["documents"]
+                before = self._documents.get(unit, 0)
+                self._parts.setdefault(entry["name"], []).append((first, end, unit, before))
+                self._documents[unit] = before + part["documents"]
+                first = end
 
     def row(self, chunk: str, document: int) -> Row:
         """Raises NotTold where the row is not certain."""
-        if chunk not in self._before:
-            raise NotTold(f"{chunk} is not named after a unit")
-        unit, before = self._before[chunk]
-        return self._source.rows(unit, self._split, self._documents[unit])[before + document]
+        for first, end, unit, before in self._parts.get(chunk, ()):
+            if first <= document < end and unit is not None:
+                return self._source.rows(unit, self._split, self._documents[unit])[before + document - first]
+        raise NotTold(f"{chunk} is not named after a unit")
 
 
 def unit_of(chunk_name: str) -> int | None:

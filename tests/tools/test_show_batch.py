@@ -81,7 +81,7 @@ def test_every_batch_is_the_one_whose_digest_was_logged(work, capsys):
 
 def test_the_documents_of_a_sequence_are_its_tokens(work):
     run = find_run(str(work / "run"))
-    data = RunData(run.manifest["settings"], find_datasets(run, None))
+    data = RunData(run.manifest["settings"], find_datasets(run, None), run.left_out)
     blocks = [Blocks(i, index, data.block_tokens) for i, index in enumerate(data.indexes)]
     positions = np.arange(NUM_STEPS * BATCH)
     located, num_several = data.sequences.order.locate(positions), 0
@@ -123,7 +123,7 @@ def test_a_search_finds_every_step_at_which_a_text_was_read(work, capsys, tokeni
 
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     run = find_run(str(work / "run"))
-    data = RunData(run.manifest["settings"], find_datasets(run, None))
+    data = RunData(run.manifest["settings"], find_datasets(run, None), run.left_out)
     sequences = {
         step: tokenizer.decode_batch(data.sequences.read(data.positions(step)).tolist(), skip_special_tokens=False)
         for step in range(1, NUM_STEPS + 1)
@@ -153,7 +153,8 @@ def test_a_text_that_no_document_has_is_an_error(work):
 def test_a_rank_shows_its_own_sequences(work, capsys):
     said = show(capsys, work, step="4", rank=1, num_processes=2, rows=False)
     assert [int(p) for p in re.findall(r"^position (\d+) \(rank 1 of 2\)", said, re.M)] == [25, 27, 29, 31]
-    assert "(rank 0 of 1)" in show(capsys, work, position=100, rows=False)  # as the last part of the run had it
+    assert "(rank 0 of 1)" in show(capsys, work, step="20", rows=False)  # as the last part of the run had it
+    assert "position 100 (by itself)" in show(capsys, work, position=100, rows=False)
 
 
 def test_a_batch_that_is_not_the_logged_one_is_told(work, capsys, tmp_path):

@@ -456,6 +456,23 @@ def test_a_changed_letter_is_found_by_tokenizing_again(
     assert len(found) == 1 and "1.parquet, row group 1, row 5" in found[0], found
 
 
+def test_a_dataset_of_gathered_chunks_is_tokenized_again_without_the_tokens(
+    tokens_of_plain_text, capsys, tmp_path, tokenizer_dir
+):
+    work = Path(shutil.copytree(tokens_of_plain_text, tmp_path / "a" / "b" / "copy"))
+    for split in ("train", "val"):
+        run_a_script("merge_files.py", f"--source_dir={work}/tokens/{split}", f"--target_dir={work}/dataset/{split}")
+    assert list(work.glob("dataset/train/*-to-*.bin"))
+    verify(capsys, work / "dataset")
+    shutil.rmtree(work / "tokens")
+    settings = {"tokenizer_dir": str(tokenizer_dir), "deep": True, "num_units": 100}
+    said = verify(capsys, work / "dataset" / "train", **settings)
+    assert re.search(r"tokenized again: 5\d documents", said), said
+    flip(first_chunk(work / "dataset" / "train"))
+    found = wrong_lines(verify(capsys, work / "dataset" / "train", code=1, **settings))
+    assert [line for line in found if "its content is not the one" in line], found
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
