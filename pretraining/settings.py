@@ -207,6 +207,8 @@ class Settings:
     """Check everything, print the plan, and stop."""
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
+    profile_memory: bool = field(default=False, metadata=PLACE)
+    """With profile_steps: every allocation in the trace, and on a GPU a snapshot of its memory beside it."""
     train: TrainSettings = field(default_factory=TrainSettings)
     data: DataSettings = field(default_factory=DataSettings, metadata=PLACE)
     eval: EvalSettings = field(default_factory=EvalSettings)

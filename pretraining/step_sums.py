@@ -24,16 +24,25 @@ class StepSums:
     checkpoint_error: bool
     dataset_problem: bool
 
-    def summed(self, device: torch.device) -> StepSums:
+    def summed(self, norm: torch.Tensor) -> tuple[StepSums, float]:
         """Entropy, digest and seconds added up, flags raised that are raised on any process; equal on all of them.
 
-        It waits for the device: `entropy` comes back as a number.
+        This is where a step waits for its device, and the only place: `entropy` comes back as a number.
+
+        Args:
+            norm: a scalar that is equal on all processes already, on the device.
+
+        Returns:
+            The sums, and the norm as a number.
         """
         limbs = [self.digest >> bits & 0xFFFF for bits in _LIMB_BITS]  # exact in float64 when summed
         flags = [self.stop, self.poll_preemption, self.checkpoint_error, self.dataset_problem]
-        sums = torch.tensor([0.0, self.data_wait_s, *limbs, *flags], dtype=torch.float64, device=device)
+        values = [0.0, self.data_wait_s, *limbs, *flags]
+        # From page-locked memory: an ordinary copy to a GPU would wait for it once more.
+        sums = torch.tensor(values, dtype=torch.float64, pin_memory=norm.is_cuda).to(norm.device, non_blocking=True)
         sums[0] = self.entropy
         dist.all_reduce(sums)
-        entropy, data_wait_s, *rest = sums.tolist()
+        norm_value, entropy, data_wait_s, *rest = torch.cat([norm.double().view(1), sums]).tolist()
         digest = sum(int(limb) << bits for limb, bits in zip(rest, _LIMB_BITS)) % 2**64
-        return StepSums(entropy, digest, data_wait_s, *(flag > 0 for flag in rest[len(_LIMB_BITS) :]))
+        flags = (flag > 0 for flag in rest[len(_LIMB_BITS) :])
+        return StepSums(entropy, digest, data_wait_s, *flags), norm_value

@@ -1,11 +1,8 @@
-"""How fast a run is: what a record says of the steps since the one before, and the profiler's trace."""
+"""How fast a run is: what a record says of the steps since the one before."""
 
 from __future__ import annotations
 
-import contextlib
 import resource
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -76,19 +73,3 @@ class Throughput:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextlib.contextmanager
-def profiled(num_steps: int, directory: Path) -> Iterator[Callable[[], None]]:
-    """Write a trace of `num_steps` steps (0: of none) to `directory`; what is yielded is called after each step."""
-    if not num_steps:
-        yield lambda: None
-        return
-    directory.mkdir(exist_ok=True)
-    with torch.profiler.profile(
-        # Two steps of warm-up: the first ones allocate, compile and tune.
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=num_steps, repeat=1),
-        on_trace_ready=lambda profile: profile.export_chrome_trace(str(directory / "trace.json")),
-        record_shapes=True,
-    ) as profiler:
-        yield profiler.step

@@ -37,11 +37,12 @@ from pretraining.optimizer import (
 from pretraining.parallelism import launch_fabric
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
+from pretraining.profiling import garbage_collected, profiled
 from pretraining.run_state import RunState
 from pretraining.settings import Settings
 from pretraining.step_sums import StepSums
 from pretraining.stopping import Stopping
-from pretraining.throughput import Throughput, profiled
+from pretraining.throughput import Throughput
 from pretraining.validation import Validation
 from utils import console
 from utils.errors import UserError
@@ -146,12 +147,13 @@ class Trainer:
         numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
         positions = map(self.state.left_out.positions, numbers)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
-        profile_steps = self.settings.profile_steps if self.rank == 0 else 0
-        with contextlib.closing(batches), profiled(profile_steps, self.out_dir / "profile") as step_profiler:
+        profiler = profiled(self.settings, self.out_dir / "profile", self.rank)
+        with contextlib.closing(batches), garbage_collected() as collect_garbage, profiler as step_profiler:
             while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
                 result = self._train_step(batches)
                 step_profiler()
+                collect_garbage()
                 data_wait_s = result.sums.data_wait_s / self.world_size
                 self.throughput.add_step(result.loss, time.perf_counter() - started, data_wait_s)
                 self.state.step += 1
@@ -212,8 +214,8 @@ class Trainer:
         failed, damaged = self.writer.error is not None, self.dataset_check.problem is not None
         sums = StepSums(entropy, digest, wait_s, stop, poll, failed, damaged)
         norm = global_gradient_norm(self.parameters)
-        sums = sums.summed(self.device)
-        loss, grad_norm = sums.entropy / self.plan.tokens_per_step, norm.item()
+        sums, grad_norm = sums.summed(norm)
+        loss = sums.entropy / self.plan.tokens_per_step
         verdict = self.state.bad_steps.judge(loss, grad_norm)
         if verdict is None:
             if self.settings.train.max_norm is not None:
