@@ -13,7 +13,7 @@ from tokenization.chunk_reader import verify
 from tokenization.gather import checksum_of_gathered
 from tokenization.job import SPLITS, UnitRecord, fingerprint_of_identity
 from tokenization.merge_plan import Part, fingerprint_of
-from tokenization.missing_chunks import MADE_FROM, PLAN_NAME, chunk_of, recorded_chunks
+from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME, chunk_of, moved_to, recorded_chunks
 from tokenization.output import PROGRESS_NAME, QUARANTINE_NAME
 from tools.provenance import AGREES, CHANGED, MISSING, UNKNOWN, Node, cached_checksum, in_threads
 from utils import console
@@ -66,7 +66,7 @@ def check_chunks(node: Node, directory: Path, manifest: dict[str, Any], moved: d
     gone = [chunk for chunk in chunks if moved and not (directory / chunk.name).exists()]
     gone = [chunk for chunk in gone if moved.get(chunk.name) == chunk.xxh3_128]
     if gone:
-        node.add(AGREES, f"{console.counted(len(gone), 'chunk')} of {directory.name}: moved into the dataset")
+        node.add(AGREES, f"{console.counted(len(gone), 'chunk')}: moved into the dataset")
     here = [chunk for chunk in sorted(chunks, key=lambda chunk: chunk.name) if chunk not in gone]
     wrong = [line for line in in_threads(functools.partial(_check_chunk, directory, index.dtype), here) if line]
     node.lines.extend(wrong)
@@ -130,6 +130,7 @@ def _check_split(node: Node, directory: Path, split: str, above: dict[str, Any],
         for key in ("settings", "tokenizer", "inputs", "fingerprint"):
             node.expect(f"{split}/{MANIFEST_NAME}: {key}", manifest.get(key), above.get(key), MANIFEST_NAME)
         folders = manifest.get("folders", [])
+    moved = _moved(path, moved)
     content = above["content"].get(split, {})
     node.expect(f"{split}/{MANIFEST_NAME}: content", manifest["content"], content, MANIFEST_NAME)
     parts = []
@@ -149,6 +150,16 @@ def _check_split(node: Node, directory: Path, split: str, above: dict[str, Any],
         expected = {key: content.get(key) for key in COUNTS}
         if node.expect(f"{split}: sum over its folders", sums, expected, MANIFEST_NAME):
             node.add(AGREES, f"{split}: {sums['documents']:,} documents, {sums['tokens']:,} tokens in all its folders")
+
+
+def _moved(split_dir: Path, of_dataset: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Checksums by name of the chunks that merge_files.py --mode=move may have taken; None: it took none."""
+    target = moved_to(split_dir)
+    if target is not None and (manifest := read_manifest(target)) is not None:
+        return {name: chunk.xxh3_128 for name, chunk in recorded_chunks(manifest).items()}
+    # Earlier versions left no note of it, but they took all.
+    is_noted, is_empty = (split_dir / MOVED_NAME).is_file(), not any(split_dir.glob("*/*.bin"))
+    return of_dataset if is_noted or is_empty else None
 
 
 def _check_progress(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
