@@ -38,6 +38,8 @@ class TrainSettings:
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
     max_seq_length: int | None = None
     """Tokens per sequence, the context (null: the model's block_size)."""
+    document_masking: bool = False
+    """A token attends to the tokens of its own document only (false: to all earlier tokens of its sequence)."""
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints (null: only the final one)."""
     log_interval: int = 1
@@ -139,10 +141,13 @@ class ParallelSettings:
     more memory, less communication)."""
     reduce_every_micro_batch: bool = False
     """Reduce gradients after every micro-batch instead of once per step: less memory (no unsharded gradients kept),
-    more communication."""
+    more communication among the processes that share a copy. Copies are summed once per step in any case."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The type in which gradients are summed, over processes and over micro-batches that were not reduced. bf16: half
+    the traffic and half the memory of unsharded gradients, rounded to 8 bits at each addition."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
-    product."""
+    """full: keep only each block's input and recompute the rest; selective: keep attention and every second
+    matrix product that the backward pass needs."""
     compile: bool = False
     """torch.compile each block."""
     loss_chunk_tokens: int = 1024
@@ -205,6 +210,9 @@ class Settings:
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
+    tokens: float | None = field(default=None, metadata=PLACE)
+    """With dry_run: plan for a dataset of this many tokens, 10e9 for example, without reading one, nor a tokenizer
+    (null: dataset_path is read)."""
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
     profile_memory: bool = field(default=False, metadata=PLACE)

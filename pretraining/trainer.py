@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pretraining.attention import fastest_kernels
 from pretraining.bad_steps import Verdict
 from pretraining.checkpoint import FINAL_NAME, find_newest_good, step_name
 from pretraining.checkpoint_content import checkpoint_manifest, write_configs
@@ -34,7 +35,7 @@ from pretraining.optimizer import (
     set_learning_rate,
     update_scales,
 )
-from pretraining.parallelism import launch_fabric
+from pretraining.parallelism import launch_fabric, schedule_reductions
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.profiling import garbage_collected, profiled
@@ -83,8 +84,8 @@ class Trainer:
         self.learning_rate = make_schedule(settings, plan)
 
         directories = [Path(path) for path in plan.train_directories]
-        vocab_size = plan.model_config["padded_vocab_size"]
-        self.sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, settings.seed, vocab_size)
+        block_tokens, vocab_size = plan.context_tokens + 1, plan.model_config["padded_vocab_size"]
+        self.sequences = Sequences(directories, plan.weights, block_tokens, settings.seed, vocab_size, plan.separators)
         self.validation = Validation(self.wrapped, settings, plan, self.device)
         flops_per_token = training_flops_per_token(
             self.model.config, self.num_parameters, plan.context_tokens, settings.train.tie_embeddings
@@ -141,14 +142,19 @@ class Trainer:
     def _run_until_spikes(self) -> bool:
         """Train from `step` on; returns whether it must go back."""
         train, evaluation = self.settings.train, self.settings.eval
-        if self.state.step == 0 and evaluation.initial_validation:
-            self._log({"step": 0, "tokens": 0, **self._validate()})
         steps = range(self.state.step, self.plan.total_steps)
         numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
         positions = map(self.state.left_out.positions, numbers)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
         profiler = profiled(self.settings, self.out_dir / "profile", self.rank)
-        with contextlib.closing(batches), garbage_collected() as collect_garbage, profiler as step_profiler:
+        with (
+            fastest_kernels(self.device),
+            contextlib.closing(batches),
+            garbage_collected() as collect_garbage,
+            profiler as step_profiler,
+        ):
+            if self.state.step == 0 and evaluation.initial_validation:
+                self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
                 result = self._train_step(batches)
@@ -200,11 +206,9 @@ class Trainer:
             batch = next(batches)
             wait_s += time.perf_counter() - waited
             digest += batch.digest
-            tokens = batch.tokens.to(self.device, non_blocking=True)
-            accumulate = micro_step + 1 < self.accumulation and not self.settings.parallel.reduce_every_micro_batch
-            with self.fabric.no_backward_sync(self.wrapped, enabled=accumulate):
-                micro_entropy, objective = self.wrapped(tokens[:, :-1], tokens[:, 1:])
-                self.fabric.backward(objective * scale)
+            schedule_reductions(self.model, self.settings, last=micro_step + 1 == self.accumulation)
+            micro_entropy, objective = self.wrapped(*batch.to(self.device))
+            self.fabric.backward(objective * scale)
             entropy += micro_entropy
         return self._update(entropy, digest, wait_s)
 
