@@ -27,7 +27,7 @@ def write_parquet(path: Path, texts: list[str | None]) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=4)
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def work(tmp_path_factory, documents, tokenizer_dir) -> Path:
     large = [None, *documents[:5], "", *documents[5:14]]
     small = [*documents[20:22], None, *documents[22:25]]
     for name, texts, flags in (("large", large, []), ("small", small, ["--shuffle_seed=3"])):
-        write_parquet(work / name / "parquet" / "a.parquet", texts[:6])
-        write_parquet(work / name / "parquet" / "sub" / "b.parquet", texts[6:])
+        write_parquet(work / name / "parquet" / "a.parquet", texts[: len(texts) // 2])
+        write_parquet(work / name / "parquet" / "sub" / "b.parquet", texts[len(texts) // 2 :])
         places = ["--input_dir=parquet", f"--tokenizer_dir={tokenizer_dir}", "--output_dir=tokens"]
         how = ["--address=local", "--num_workers=1", "--unit_bytes=9000", "--chunk_tokens=900", "--val_fraction=0.2"]
         run_a_script("optimize_dataset.py", *places, *how, *flags, cwd=work / name)
