@@ -142,7 +142,7 @@ def make_plan(settings: Settings) -> Plan:
         tokenizer=next(
             (manifest["tokenizer"] for manifest in manifests if manifest and manifest.get("tokenizer")), None
         ),
-        data_identity=[_identity(index) for index in train],
+        data_identity=[identity_of(index) for index in train],
     )
 
 
@@ -290,7 +290,7 @@ def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None
     return 1 / (mean * math.log(2))
 
 
-def _identity(index: Index) -> str:
+def identity_of(index: Index) -> str:
     """A hash of what the blocks hold: sizes and order of the chunks, and their checksums where a manifest has them."""
     manifest = read_manifest(index.directory) or {}
     files = {entry["name"]: entry.get("xxh3_128") for entry in manifest.get("files", []) if isinstance(entry, dict)}
