@@ -113,7 +113,7 @@ def make_plan(settings: Settings) -> Plan:
                     f"sequence of {context + 1}. Give more text, or a smaller --train.max_seq_length."
                 )
     problems.raise_if_any()
-    for split, indexes in (("train", train), ("val", val)):
+    for split, indexes in (("train", train), ("val", val)) if settings.tokens is None else ():
         _say_unread(split, indexes, context)
 
     tokens_per_step = settings.train.global_batch_size * context
