@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, settings_of, weights_of
-from tiny_runs import TINY_MODEL, tokenize_dataset, write_config
+from tiny_runs import TINY_MODEL, write_config
 
 from pretraining.checkpoint import find_newest_good, list_checkpoints
 from pretraining.checkpoint_writer import shortage
 from pretraining.events import read_events
 from utils.manifest import damaged_files
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
-    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", documents[:40], tokenizer_dir)
 
 
 @pytest.fixture(scope="module")

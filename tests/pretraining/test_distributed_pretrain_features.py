@@ -38,11 +38,6 @@ OTHER_RESULT = {
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
-    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", documents[:40], tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     return write_config(
         tmp_path_factory.mktemp("config") / "tiny.yaml", train={"max_steps": 6}, eval={"interval": None}

@@ -9,7 +9,7 @@ import sys
 
 import torch
 from pretrain_ranks import ROOT, free_port, settings_of
-from tiny_runs import tokenize_dataset, write_config
+from tiny_runs import write_config
 
 from pretraining.plan import make_plan
 from pretraining.replicas import fingerprint
@@ -51,8 +51,7 @@ def test_any_one_bit_and_the_places_of_tensors_show():
     assert fingerprint(tensors).item() == before
 
 
-def test_a_bit_that_flips_in_one_copy_ends_the_run_on_all_processes(tmp_path, documents, tokenizer_dir):
-    dataset = tokenize_dataset(tmp_path / "merged", documents[:40], tokenizer_dir)
+def test_a_bit_that_flips_in_one_copy_ends_the_run_on_all_processes(tmp_path, dataset):
     config = write_config(tmp_path / "tiny.yaml", train={"max_steps": 9}, eval={"interval": None})
     settings = settings_of(
         config, dataset, tmp_path / "run", 2, parallel__sharding="replicate", parallel__compare_copies_every=2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_a_script
+from conftest import run_a_script, said_by
 from pretrain_ranks import run_ranks, settings_of
 from tiny_runs import write_config
 
@@ -60,15 +60,7 @@ def work(tmp_path_factory, documents, tokenizer_dir) -> Path:
 
 
 def show(capsys, work: Path, code: int = 0, **settings) -> str:
-    capsys.readouterr()
-    try:
-        main(Settings(str(work / "run"), **settings))
-        found = 0
-    except SystemExit as left:
-        found = left.code
-    said = capsys.readouterr().out
-    assert found == code, said
-    return said
+    return said_by(capsys, lambda: main(Settings(str(work / "run"), **settings)), code)
 
 
 def test_every_batch_is_the_one_whose_digest_was_logged(work, capsys):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_a_script
+from conftest import ROOT, run_a_script, said_by
 from pretrain_ranks import run_ranks, settings_of
 from tiny_runs import TINY_MODEL, write_config
 
@@ -44,16 +44,7 @@ def copy(made, tmp_path) -> Path:
 
 
 def verify(capsys, directory: Path, code: int = 0, **settings) -> str:
-    """What the command prints, once its exit code is as expected."""
-    capsys.readouterr()
-    try:
-        main(Settings(str(directory), **settings))
-        found = 0
-    except SystemExit as left:
-        found = left.code
-    said = capsys.readouterr().out
-    assert found == code, said
-    return said
+    return said_by(capsys, lambda: main(Settings(str(directory), **settings)), code)
 
 
 def wrong_lines(said: str) -> list[str]:
