@@ -51,6 +51,8 @@ def with_cluster(settings: Settings) -> Settings:
     room = sorted((int(resources.get(resource, 0)) for resources in nodes), reverse=True)
     num_devices = settings.num_devices or (room[0] if accelerator == "cuda" else 1)
     fitting = sum(count >= num_devices > 0 for count in room)
+    if accelerator == "cuda" and not any(room):
+        raise UserError("--accelerator=cuda: no node of the cluster has a GPU. Give --accelerator=cpu, or GPU nodes.")
     if fitting < settings.num_nodes:
         raise UserError(
             f"--num_nodes={settings.num_nodes} with --num_devices={num_devices}: the cluster has {fitting} nodes with "
