@@ -58,6 +58,9 @@ class Settings:
     """What must hold before anything is published. weights: every stored value equals the checkpoint's; logits: that,
     and litgpt and transformers give the same logits, layer by layer in bounded memory; off: nothing is checked."""
 
+    pad_token: str | None = None
+    """Token that fills up the shorter texts of a batch, by name; best one that no text holds. null: none is chosen."""
+
     dry_run: bool = False
     """Check everything, print what would be written, and stop."""
 
@@ -71,6 +74,7 @@ class Settings:
             "dtype": self.dtype,
             "max_shard_bytes": self.max_shard_bytes(),
             "verify": self.verify,
+            "pad_token": self.pad_token,
         }
 
 
@@ -95,12 +99,24 @@ def main(settings: Settings) -> None:
     export(plan, settings)
     console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
     if settings.formats != "hf":
-        console.next_command(f"litgpt chat {quote(settings.export_dir)}", "talk to it")
+        console.next_command(f"litgpt chat {quote(settings.export_dir)}{litgpt_precision()}", "talk to it")
     if plan.layout:
         console.next_command(
             f"lm_eval --model hf --model_args {quote(f'pretrained={settings.export_dir}')} --tasks hellaswag",
             "evaluate it",
         )
+    if plan.layout and "low_freq_factor" in (plan.config.rope_adjustments or {}):
+        console.say(
+            "\nnot for ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong"
+        )
+
+
+def litgpt_precision() -> str:
+    """What litgpt needs on a machine without accelerator: its default is bfloat16, which gives other text than float32,
+    and is slow on processors without instructions for it."""
+    import torch
+
+    return "" if torch.accelerator.is_available() else " --precision 32-true"
 
 
 # Before the work ------------------------------------------------------------------------------------------------------
@@ -151,7 +167,13 @@ def check(settings: Settings) -> ExportPlan:
 
     from export.checks import make_plan
 
-    return make_plan(checkpoint_dir, checkpoint, for_hf=settings.formats != "litgpt", dtype=settings.dtype)
+    return make_plan(
+        checkpoint_dir,
+        checkpoint,
+        for_hf=settings.formats != "litgpt",
+        dtype=settings.dtype,
+        pad_token=settings.pad_token,
+    )
 
 
 def needed_bytes(plan: ExportPlan, settings: Settings) -> dict[str, int]:
@@ -200,11 +222,13 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
 
     shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
-    write_json(directory / "generation_config.json", generation_config(bos_id, eos_id))
+    write_json(directory / "generation_config.json", generation_config(bos_id, eos_id, plan.pad_id))
     if plan.layout:
-        write_json(directory / "config.json", hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id))
+        config = hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id, plan.pad_id)
+        write_json(directory / "config.json", config)
     if plan.tokenizer:
-        write_tokenizer(plan.tokenizer, directory, check=plan.layout is not None)
+        check = plan.layout is not None
+        write_tokenizer(plan.tokenizer, directory, plan.config.block_size, plan.pad_token, check)
 
 
 def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
@@ -283,6 +307,7 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
         "tied": plan.tied,
         "dtype": plan.dtype_name,
         "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
+        "puts_bos": plan.tokenizer.adds_bos if plan.tokenizer else False,
         "proof": proof,
         "made_by": made_by(SCRIPT, *PACKAGES),
     }

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -37,6 +38,7 @@ from pretraining.checkpoint import (
     list_checkpoints,
     rename_final_to_its_step,
 )
+from pretraining.failures import EXIT_FAILED, TrainingEnded
 from pretraining.left_out import read_left_out, set_aside_checkpoints
 from pretraining.loggers import Follower, make_logger, progress_line
 from pretraining.metrics_writer import rewind_metrics
@@ -81,6 +83,9 @@ def main(settings: Settings) -> None:
         newest = rename_final_to_its_step(out_dir, newest)
         try:
             train(settings, plan, newest)
+        except TrainingEnded as error:
+            console.error(f"{error}\n  {console.this_command()}")
+            sys.exit(EXIT_FAILED)
         finally:
             (out_dir / STOP_NAME).unlink(missing_ok=True)
     report(settings, plan, as_given)
@@ -123,12 +128,19 @@ def train(settings: Settings, plan: Plan, newest: Checkpoint | None) -> None:
     wandb_key = os.environ.pop("WANDB_API_KEY", None)  # before Ray starts: what Ray starts inherits this environment
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line of a worker twice
     from pretraining.cluster import check_training_nodes, fit, stop_on_sigterm, with_cluster
 
     out_dir = Path(settings.out_dir)
     with ray_session(find_cluster(settings.address)):
         settings = with_cluster(settings)
-        check_training_nodes(settings, plan)
+        nodes = check_training_nodes(settings, plan)
+        if settings.checks_hardware():
+            from pretraining.node_facts import check_nodes_for_training  # torch takes seconds
+
+            check_nodes_for_training(
+                nodes, settings.accelerator, settings.num_devices, settings.out_dir, settings.parallel.compile
+            )
         world_size = settings.num_nodes * settings.num_devices
         accumulation = micro_batches_per_step(settings, world_size)
         shard_size(settings, world_size, settings.num_devices)

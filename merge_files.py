@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
-import hashlib
 import os
 from pathlib import Path
 from shlex import quote
@@ -30,7 +29,7 @@ from utils import cli, console  # first: it says how to install the packages if 
 from tokenization.chunk_writer import make_index
 from tokenization.gather import gather_small
 from tokenization.merge_chunks import collect_chunks
-from tokenization.merge_plan import Plan, make_plan
+from tokenization.merge_plan import Plan, fingerprint_of, make_plan
 from tokenization.merge_restore import restore_missing
 from tokenization.missing_chunks import moved_to, recorded_chunks, write_moved
 from utils.chunks import INDEX_NAME, Chunk
@@ -111,12 +110,6 @@ def identity_of(settings: Settings) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Publish
-
-
-def fingerprint_of(chunks: list[Chunk]) -> str:
-    """Changes when the merged dataset changes; from checksums where they are known, else from names and counts."""
-    parts = [f"{chunk.name} {chunk.xxh3_128 or (chunk.documents, chunk.tokens, chunk.bytes)}" for chunk in chunks]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:

@@ -105,6 +105,11 @@ def describe_plan(plan: Plan, settings: Settings) -> None:
         f"tokens: {' and '.join(around)} added to each document, stored as {plan.job.dtype}, vocabulary of "
         f"{plan.tokenizer['vocab_size']:,}"
     )
+    if plan.job.eos_id is None:
+        console.warn(
+            "documents begin with BOS and do not end with EOS: a model trained on them will not learn to stop. "
+            "--add_eos=true puts one after each document."
+        )
     unit_bytes = plan.text_bytes / max(len(plan.units), 1)
     console.say(
         f"work: {console.counted(len(plan.units), 'unit')} of about {console.human_bytes(unit_bytes)} of text, "

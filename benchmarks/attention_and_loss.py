@@ -5,7 +5,8 @@
 Loss: forward and backward pass over a vocabulary of 128,256, beside torch's linear_cross_entropy and the loss from all
 logits at once. Each measurement has a process of its own, whose largest resident size, less that of a process that only
 makes the inputs, is the memory. Attention: forward and backward pass of one layer beside litgpt's, with the same
-weights; our masks, which the layers of a model share, are made for each pass. Rounds alternate between the contestants.
+weights; our masks, which the layers of a model share, are made for each pass. litgpt has no mask of documents; it is
+given one of T x T, made for each pass too. Rounds alternate between the contestants.
 Time is the processor's, of all threads, because other processes change that least; the fastest round counts. Prints
 JSON, then tables.
 """
@@ -34,6 +35,7 @@ LLAMA = {"name": "Llama-3.2-1B", "n_embd": 512, "n_head": 8, "n_query_groups": 2
 GEMMA = {"name": "Gemma-3-1b-it", "n_embd": 256, "n_head": 4, "n_query_groups": 1, "head_size": 64}
 ATTENTION_CASES = {
     "grouped queries, 2,048 tokens": {**LLAMA, "tokens": 2048},
+    "the same, documents of 300 tokens masked": {**LLAMA, "tokens": 2048, "document_tokens": 300},
     "window of 512 (Gemma 3 1B), 4,096 tokens": {**GEMMA, "tokens": 4096},
     "the same, 8,192 tokens": {**GEMMA, "tokens": 8192},
     "window of 2,048, soft cap (Gemma 2), 4,096 tokens": {
@@ -116,15 +118,24 @@ def compare_attention(case: dict, rounds: int, threads: int) -> dict:
 
     torch.set_num_threads(threads)
     case = dict(case)
-    tokens = case.pop("tokens")
+    tokens, document_tokens = case.pop("tokens"), case.pop("document_tokens", None)
     config = Config.from_name(**case, n_layer=1, block_size=tokens, sliding_window_indices=[1], rope_indices=None)
     theirs, ours = CausalSelfAttention(config, 0), Attention(config, 0)
     ours.load_state_dict(theirs.state_dict())
     cos, sin = (table[None] for table in build_rope_cache(tokens, config.rope_n_elem))
     x = torch.randn(1, tokens, config.n_embd, requires_grad=True)
+    positions, offsets = torch.arange(tokens), None
+    if document_tokens:
+        offsets = torch.tensor([*range(0, tokens, document_tokens), tokens], dtype=torch.int32)
+
+    def their_mask() -> torch.Tensor | None:
+        documents = positions // (document_tokens or tokens)
+        same = documents[:, None] == documents
+        return same & (positions <= positions[:, None]) if document_tokens else None
+
     run = {
-        "litgpt": lambda: theirs(x, cos, sin),
-        "ours": lambda: ours(x, cos, sin, attention_patterns(config, x)[0]),
+        "litgpt": lambda: theirs(x, cos, sin, their_mask()),
+        "ours": lambda: ours(x, cos, sin, attention_patterns(config, x, offsets)[0]),
     }
     torch.testing.assert_close(run["ours"](), run["litgpt"](), rtol=1e-4, atol=1e-5)
     fastest_s = dict.fromkeys(run, float("inf"))

@@ -91,8 +91,8 @@ def main(settings: Settings) -> None:
     show_tree(demo)
     console.next_command(
         f"source .venv/bin/activate\n"
-        f"  litgpt chat {demo}/export\n"
-        f"  litgpt generate {demo}/export --prompt 'Return a new'\n"
+        f"  litgpt chat {demo}/export --precision 32-true\n"
+        f"  litgpt generate {demo}/export --prompt 'Return a new' --precision 32-true\n"
         f"  lm_eval --model hf --model_args pretrained={demo}/export --tasks hellaswag --limit 20  # needs the network",
         what="try",
     )

@@ -15,23 +15,28 @@ from export.hf_config import export_problems, family_of
 from export.hf_layout import hf_layout
 from export.plan import ExportPlan
 from export.stored_tensor import StoredTensor
+from export.tokenizer_files import id_of_token, tokenizer_of_training
 from utils import console
 from utils.errors import Problems, UserError
 from utils.tokenizer import TokenizerInfo, read_tokenizer_info
 
 
-def make_plan(checkpoint_dir: Path, checkpoint: dict[str, Any] | None, for_hf: bool, dtype: str) -> ExportPlan:
+def make_plan(
+    checkpoint_dir: Path, checkpoint: dict[str, Any] | None, for_hf: bool, dtype: str, pad_token: str | None
+) -> ExportPlan:
     """Check everything that can be checked without reading all weights; every problem is reported at once.
 
     Args:
         checkpoint: its manifest.
         for_hf: whether Hugging Face's format is made.
         dtype: of the exported weights, as "bfloat16"; "same" keeps the checkpoint's.
+        pad_token: of the exported tokenizer; None: no choice.
     """
     problems = Problems()
     config = problems.collect(read_model_config, checkpoint_dir, for_hf)
     found = problems.collect(find_weights, checkpoint_dir)
-    tokenizer = problems.collect(find_tokenizer, checkpoint_dir, config)
+    tokenizer = problems.collect(find_tokenizer, checkpoint_dir, config, checkpoint)
+    pad_id = problems.collect(find_pad_id, checkpoint_dir, tokenizer, pad_token)
     problems.raise_if_any()
 
     weights = fit_weights(found, config, checkpoint_dir)
@@ -40,7 +45,7 @@ def make_plan(checkpoint_dir: Path, checkpoint: dict[str, Any] | None, for_hf: b
         rounded = getattr(torch, dtype)
         weights = {name: dataclasses.replace(tensor, rounded_dtype=rounded) for name, tensor in weights.items()}
     layout = hf_layout(family_of(config), config, weights, tied) if for_hf else None
-    return ExportPlan(checkpoint_dir, checkpoint, config, tokenizer, weights, tied, layout)
+    return ExportPlan(checkpoint_dir, checkpoint, config, tokenizer, pad_token, pad_id, weights, tied, layout)
 
 
 def read_model_config(checkpoint_dir: Path, for_hf: bool) -> Config:
@@ -62,15 +67,17 @@ def read_model_config(checkpoint_dir: Path, for_hf: bool) -> Config:
     return config
 
 
-def find_tokenizer(checkpoint_dir: Path, config: Config | None) -> TokenizerInfo | None:
-    """The tokenizer beside the weights, which must fit the embedding of `config`."""
+def find_tokenizer(
+    checkpoint_dir: Path, config: Config | None, checkpoint: dict[str, Any] | None
+) -> TokenizerInfo | None:
+    """The tokenizer beside the weights, with BOS and EOS of training; it must fit the embedding of `config`."""
     if not (checkpoint_dir / "tokenizer.json").is_file():
         console.warn(
             f"{checkpoint_dir} has no tokenizer.json: the export gets none, and generation does not know its end "
             "token. Copy the tokenizer's files there first, or into the export afterwards."
         )
         return None
-    tokenizer = read_tokenizer_info(checkpoint_dir, flag="checkpoint_dir")
+    tokenizer = tokenizer_of_training(read_tokenizer_info(checkpoint_dir, flag="checkpoint_dir"), checkpoint)
     if config is not None and tokenizer.vocab_size > config.padded_vocab_size:
         raise UserError(
             f"{checkpoint_dir}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding "
@@ -79,6 +86,21 @@ def find_tokenizer(checkpoint_dir: Path, config: Config | None) -> TokenizerInfo
     if tokenizer.eos_id is None:
         console.warn(f"{checkpoint_dir}: the tokenizer names no eos_token: generation will only stop at its length.")
     return tokenizer
+
+
+def find_pad_id(checkpoint_dir: Path, tokenizer: TokenizerInfo | None, pad_token: str | None) -> int | None:
+    """The id of `pad_token`, a choice of the user's."""
+    if pad_token is None:
+        return None
+    if tokenizer is None:
+        raise UserError(f"--pad_token={pad_token}: {checkpoint_dir} has no tokenizer.json. Leave the flag out.")
+    pad_id = id_of_token(checkpoint_dir, pad_token, "--pad_token")
+    if pad_id in (tokenizer.bos_id, tokenizer.eos_id):
+        console.warn(
+            f"--pad_token={pad_token}: texts begin or end with it. Trainers that leave padding out of the loss leave "
+            "it out there too, so that the model forgets where a text ends. A token that no text holds is better."
+        )
+    return pad_id
 
 
 def fit_weights(found: dict[str, StoredTensor], config: Config, checkpoint_dir: Path) -> dict[str, StoredTensor]:

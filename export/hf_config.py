@@ -46,6 +46,12 @@ _GELU = "gelu_pytorch_tanh"
 _GEMMA = {"mlp_class_name": "GemmaMLP", "scale_embeddings": True, "gelu_approximate": "tanh"}
 _POST_NORMS = {"post_attention_norm": True, "post_mlp_norm": True}
 
+# `transformers_version` of config.json. transformers looks at it where a vocabulary has more than 100,000 tokens, since
+# some of Mistral's tokenizers were published with a wrong regular expression. Tried: 4.57.6 suspects every model whose
+# entry is missing or below 5.0.0, 5.3.0 every one without the entry, 5.24.0 every Mistral below 5.0.0. They then advise
+# fix_mistral_regex=True, which silently changes the ids of a tokenizer that was right. None suspects 5.0.0.
+_TRANSFORMERS_VERSION = "5.0.0"
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -224,14 +230,16 @@ def export_problems(config: Config) -> list[str]:
     return problems
 
 
-def hf_config(config: Config, tied: bool, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+def hf_config(
+    config: Config, tied: bool, dtype: str, bos_id: int | None, eos_id: int | None, pad_id: int | None = None
+) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
         tied: whether lm_head equals the embedding and is not stored.
         dtype: of the stored weights, such as "bfloat16".
-        bos_id, eos_id: of the tokenizer; None where it has none. They are always written, since transformers puts a
-            family's own numbers where they are missing.
+        bos_id, eos_id, pad_id: of the tokenizer; None where it has none. They are always written, since transformers
+            puts a family's own numbers where they are missing.
     """
     model_type = family_of(config)
     family = FAMILIES[model_type]
@@ -249,8 +257,9 @@ def hf_config(config: Config, tied: bool, dtype: str, bos_id: int | None, eos_id
         "tie_word_embeddings": tied,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
-        "pad_token_id": None,
+        "pad_token_id": pad_id,
         "torch_dtype": dtype,
+        "transformers_version": _TRANSFORMERS_VERSION,
         "use_cache": True,
     }
     if model_type != "gpt_neox":
@@ -262,7 +271,10 @@ def hf_config(config: Config, tied: bool, dtype: str, bos_id: int | None, eos_id
     return fields | family.fields(config)
 
 
-def generation_config(bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """The content of generation_config.json: without an end token generation never stops."""
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+def generation_config(bos_id: int | None, eos_id: int | None, pad_id: int | None = None) -> dict[str, Any]:
+    """The content of generation_config.json: without an end token generation never stops.
+
+    Where no padding was chosen, finished texts of a batch are filled up with EOS.
+    """
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id if pad_id is None else pad_id}
     return {name: value for name, value in ids.items() if value is not None}

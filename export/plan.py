@@ -27,6 +27,9 @@ class ExportPlan:
     """The checkpoint's manifest."""
     config: Config
     tokenizer: TokenizerInfo | None
+    """With BOS and EOS as training had them."""
+    pad_token: str | None
+    pad_id: int | None
     weights: dict[str, StoredTensor]
     """By litgpt name, in the model's order; their dtype is that of the export."""
     tied: bool

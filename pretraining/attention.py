@@ -14,53 +14,46 @@ turns it into what the layers need, and all layers with the same window share it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from litgpt.model import CausalSelfAttention, apply_rope, apply_rope_interleave
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-# Room for documents of this length on average, before the list of offsets grows and a compiled model is compiled again.
-_MEAN_DOCUMENT_TOKENS = 128
+# What the kernels below are to autograd: dear to compute and small to keep, for recomputation that selects.
+ATTENTION_OPERATIONS = frozenset(
+    {
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.higher_order.flex_attention,
+    }
+)
+# torch would try cuDNN last, although it is the fastest of them on Hopper.
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 # More blocks compute fewer scores for nothing, but copy each key more often; four take 0.6 of the time of one.
 _BLOCKS_PER_WINDOW = 4
 
 
-def document_offsets(inputs: Tensor, *, bos_id: int | None = None, eos_id: int | None = None) -> Tensor:
-    """Where the documents of a micro-batch start, for the thread that reads ahead.
-
-    Each row starts a document, and so does each BOS token, or, without BOS, each token after an EOS token.
-
-    Args:
-        inputs: int64, shape (B, T), on the CPU.
-
-    Returns:
-        int32: the starts in the flattened inputs, ascending, then B * T until the end. The length depends on B and T
-        alone unless documents are shorter than 128 tokens on average; then it doubles, as often as needed.
-    """
-    tokens = inputs.numpy()
-    starts = np.zeros(tokens.shape, dtype=bool)
-    starts[:, 0] = True
-    if bos_id is not None:
-        starts |= tokens == bos_id
-    elif eos_id is not None:
-        starts[:, 1:] |= tokens[:, :-1] == eos_id
-    else:
-        raise ValueError("document boundaries need a BOS or an EOS token")
-    first_tokens = np.flatnonzero(starts)
-    room = max(tokens.size // _MEAN_DOCUMENT_TOKENS, len(tokens))
-    while room < len(first_tokens):
-        room *= 2
-    offsets = np.full(room + 1, tokens.size, dtype=np.int32)
-    offsets[: len(first_tokens)] = first_tokens
-    return torch.from_numpy(offsets)
+def fastest_kernels(device: torch.device) -> contextlib.AbstractContextManager:
+    """In this context torch chooses the fastest kernel that can take its arguments. For the whole process, so once
+    around the run is enough: the backward pass, which has threads of its own, and compilation choose alike."""
+    return sdpa_kernel(_FASTEST_FIRST, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Attention(CausalSelfAttention):
@@ -96,11 +89,21 @@ class Attention(CausalSelfAttention):
         return torch.cat((rotate(heads[..., :width], cos, sin), heads[..., width:]), dim=-1)
 
 
+def _scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Causal without a mask."""
+    if q.is_cuda and q.dtype == torch.float32 and q.size(1) != k.size(1):
+        # The one fused kernel for float32 has no groups; without it all T x T scores would be in memory.
+        k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
 class Causal(NamedTuple):
     """A token sees every token up to its own."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return _scaled_dot_product_attention(q, k, v, None, scale)
 
 
 class Masked(NamedTuple):
@@ -112,7 +115,7 @@ class Masked(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         if softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=True)
+            return _scaled_dot_product_attention(q, k, v, self.mask, scale)
         # The queries of a group stand one below the other, so that k and v need not be repeated.
         batch, groups, _, head_size = k.shape
         scores = torch.tanh((q * (scale / softcap)).reshape(batch, groups, -1, head_size) @ k.mT)
@@ -150,7 +153,7 @@ class Varlen(NamedTuple):
     """FlashAttention over documents that lie one behind the other, whatever rows they were in."""
 
     offsets: Tensor
-    """int32, shape (documents + 1,), on the device; see `document_offsets`."""
+    """int32, shape (documents + 1,), on the device; see `documents.document_offsets`."""
     window: int | None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -194,7 +197,7 @@ def attention_patterns(config: Any, x: Tensor, offsets: Tensor | None = None) ->
     Args:
         config: litgpt's Config.
         x: the embedded tokens, shape (B, T, n_embd), for their shape, type and device.
-        offsets: where documents start (see `document_offsets`), on the device; None: a row is one document.
+        offsets: where documents start (see `documents.document_offsets`), on the device; None: a row is one document.
 
     Returns:
         For litgpt's latent attention, which keeps its own forward pass, None (causal).

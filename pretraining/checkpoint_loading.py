@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,57 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pretraining.checkpoint import WEIGHTS_NAME
+from pretraining.checkpoint import WEIGHTS_NAME, Checkpoint, list_checkpoints
+from pretraining.events import record_event
 from pretraining.parallelism import fill_local_shard, local_shard, plain
 from utils.errors import UserError
+from utils.manifest import damaged_files
 
+_HASHING_THREADS = 2  # of each process; hashing releases the interpreter's lock
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
+
+
+def agree_on_checkpoint(out_dir: Path, verify: str, still_working: Callable[[], None]) -> Checkpoint | None:
+    """The newest checkpoint whose files are what its manifest says, the same on every process. Collective.
+
+    Each process compares its share of the files, so that a large checkpoint is read at the speed of all nodes.
+
+    Args:
+        verify: "checksums" or "sizes".
+        still_working: called after each file.
+    """
+    found: list[Any] = [list_checkpoints(out_dir) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)  # rank 0's word: a network file system may be late
+    checkpoints, skipped = found[0]
+    newest = None
+    for checkpoint in checkpoints:
+        problems = _damage(checkpoint, verify == "checksums", still_working)
+        if not problems:
+            newest = checkpoint
+            break
+        skipped.append(f"{checkpoint.path}: {'; '.join(problems[:3])}")
+    if dist.get_rank() == 0:
+        for line in skipped:
+            record_event(out_dir, "checkpoint refused", f"skipped checkpoint {line}", taken=newest and str(newest.path))
+    return newest
+
+
+def _damage(checkpoint: Checkpoint, checksums: bool, still_working: Callable[[], None]) -> list[str]:
+    """What is wrong with any of a checkpoint's files, on every process."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    entries = sorted(checkpoint.manifest["files"], key=str)  # the shards follow each other, and are about equal in size
+    mine: list[str] = []
+
+    def compare(entry: dict[str, Any]) -> list[str]:
+        return damaged_files(checkpoint.path, [entry], checksums=checksums)
+
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for problems in pool.map(compare, entries[rank::world_size]):
+            mine += problems
+            still_working()
+    everyones: list[Any] = [None] * world_size
+    dist.all_gather_object(everyones, mine)
+    return [problem for problems in everyones for problem in problems]
 
 
 def load_training_state(path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

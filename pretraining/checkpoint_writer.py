@@ -109,6 +109,13 @@ class CheckpointWriter:
             self._write(temporary, name, state, primitives)
         return time.perf_counter() - started
 
+    def check_space(self) -> None:
+        """Raises UserError on every process when not even one checkpoint fits."""
+        missing = [shortage(self.out_dir, self.state_bytes()) if self._rank == 0 else None]
+        dist.broadcast_object_list(missing, group=self._group)
+        if missing[0]:
+            raise UserError(f"--out_dir={self.out_dir}: {missing[0]}. Free space, or use another directory.")
+
     def state_bytes(self) -> int:
         """Size of a checkpoint: weights, and as many optimizer moments as there are (two, before the first step)."""
         moments = 0

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.settings import Settings
+from utils import console
 from utils.errors import Problems, UserError
 
+WORTHWHILE_EPOCHS = 4
 _POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.max_tokens", "train.max_steps", "train.epochs",
-    "train.max_time", "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
+    "train.max_time", "train.step_timeout", "train.slow_timeout",
+    "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
     "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "optimizer.lr", "optimizer.eps", "num_nodes",
-    "num_devices", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads", "checkpoint.keep_last",
-    "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",
+    "num_devices", "tokens", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads",
+    "checkpoint.keep_last", "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",
+    "parallel.compare_copies_every",
 )  # fmt: skip
 _NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "optimizer.weight_decay")
 _FRACTIONS = ("train.lr_warmup_fraction", "train.lr_decay_fraction")
@@ -43,6 +48,8 @@ def check_numbers(settings: Settings, problems: Problems) -> None:
         problems.add(
             "--train.max_tokens: say how long to train, by --train.max_tokens, --train.max_steps or --train.epochs."
         )
+    if settings.tokens is not None and not settings.dry_run:
+        problems.add("--tokens: only says how large a dataset to plan for. Give --dry_run too, or leave it out.")
     if train.min_lr > settings.optimizer.lr and train.lr_schedule != "constant":
         problems.add(f"--train.min_lr={train.min_lr}: above the peak --optimizer.lr={settings.optimizer.lr}. Lower it.")
     if settings.num_devices and all_positive:  # they divide by these numbers
@@ -88,3 +95,23 @@ def _values(settings: Settings, names: tuple[str, ...]) -> list[tuple[str, float
         if value is not None:
             found.append((name, value))
     return found
+
+
+def warn_of_repetition(settings: Settings, epochs: float, epoch_tokens: int) -> None:
+    if epochs > WORTHWHILE_EPOCHS:
+        given = [name for name in ("max_tokens", "max_steps", "epochs") if getattr(settings.train, name) is not None]
+        console.warn(
+            f"{' and '.join(f'--train.{name}={getattr(settings.train, name):,}' for name in given)}: that is "
+            f"{epochs:,.0f} epochs of the dataset's {console.human_count(epoch_tokens)} tokens. Up to about "
+            f"{WORTHWHILE_EPOCHS} epochs repeated text is worth nearly as much as new text, then less and less "
+            "(Muennighoff et al. 2023, arXiv:2305.16264). Use more text, or a lower limit."
+        )
+
+
+def warn_of_documents_without_end(directory: Path, manifest: dict[str, Any]) -> None:
+    made_with = manifest.get("settings", {})
+    if made_with.get("bos_id") is not None and made_with.get("eos_id") is None:
+        console.warn(
+            f"{directory}: its documents begin with BOS and do not end with EOS, so the model will not learn to stop: "
+            "what it writes runs on into another document. Tokenize with --add_eos=true if that matters."
+        )

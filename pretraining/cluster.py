@@ -5,26 +5,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import secrets
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from pretraining.failures import Failure, Restarts, TrainingEnded, UnevenPlacement, failure_of
 from pretraining.plan import Plan
+from pretraining.ray_output import hide_crash_reports
 from pretraining.settings import STOP_NAME, Settings
 from pretraining.user_error_note import RAY_NAME, note_path, read_note
+from pretraining.watchdog import Watchdog, Watchers
+from pretraining.worker_environment import ChooseInterface, worker_environment
 from utils import console
 from utils.errors import UserError
 from utils.node_check import check_nodes, probe_in
 
-# Settings of these libraries reach the workers on a joined cluster only if they are handed on.
-FORWARDED_PREFIXES = ("NCCL_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "CUDA_", "GLOO_", "FI_")
+_GROUP_EXTRA_S = 600
 CHECKED_PACKAGES = ("torch", "lightning", "litgpt", "litdata", "ray", "numpy", "xxhash")
 
 
@@ -57,8 +61,11 @@ def with_cluster(settings: Settings) -> Settings:
     return dataclasses.replace(settings, accelerator=accelerator, num_devices=num_devices, precision=precision)
 
 
-def check_training_nodes(settings: Settings, plan: Plan) -> None:
+def check_training_nodes(settings: Settings, plan: Plan) -> list[dict[str, str]]:
     """Check that the nodes that can take part run this software, and see the data and out_dir.
+
+    Returns:
+        Those nodes, as `check_nodes` does.
 
     Raises:
         UserError: with all nodes that do not.
@@ -70,7 +77,7 @@ def check_training_nodes(settings: Settings, plan: Plan) -> None:
         if getattr(settings, flag) is not None:
             paths[f"--{flag}"] = [getattr(settings, flag)]
     with probe_in(settings.out_dir) as probe:
-        check_nodes({**paths, "--out_dir": [probe]}, CHECKED_PACKAGES, node_ids=able)
+        return check_nodes({**paths, "--out_dir": [probe]}, CHECKED_PACKAGES, node_ids=able)
 
 
 class _Trainer(TorchTrainer):
@@ -82,7 +89,8 @@ class _Trainer(TorchTrainer):
     # dashboard it complains every second, and outlives a killed driver. Ray frees a dead driver's resources anyway.
     def _create_default_callbacks(self):
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        kept = [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [*kept, ChooseInterface()]
 
 
 def _start_worker(job: dict[str, Any]) -> None:
@@ -90,16 +98,6 @@ def _start_worker(job: dict[str, Any]) -> None:
     from pretraining.worker import train_worker
 
     train_worker(**job)
-
-
-def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the driver's shell that workers get; never a secret, since Ray's dashboard shows them."""
-    secret = ("KEY", "TOKEN", "SECRET", "PASSWORD")
-    return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(FORWARDED_PREFIXES) and not any(word in name for word in secret)
-    }
 
 
 def placement_of(num_nodes: int, num_devices: int, room: list[int]) -> str:
@@ -114,39 +112,41 @@ def placement_of(num_nodes: int, num_devices: int, room: list[int]) -> str:
 def fit(settings: Settings, plan: Plan) -> None:
     """Start the workers by Ray Train, wait for them, and start them again after a failure as often as allowed.
 
+    Ray Train's own restarts (FailureConfig) are not used: it counts every failure of a run, however far it got between
+    them, and says nothing.
+
     Raises:
         UserError: what a worker raised, or the cluster is gone.
+        TrainingEnded: they failed too often.
     """
-    note_path(settings.out_dir).unlink(missing_ok=True)  # of a driver that was killed
+    out_dir = Path(settings.out_dir)
+    note_path(out_dir).unlink(missing_ok=True)  # of a driver that was killed
     if sum(node["Alive"] for node in ray.nodes()) == 1:
         # The driver is on the only node: it would go with it. SIGTERM is the notice then.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    resource = resource_of(settings.accelerator)
-    room = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
-    trainer = _Trainer(
-        _start_worker,
-        train_loop_config={"settings": settings, "plan": plan, "verbosity": console.VERBOSITY},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_nodes * settings.num_devices,
-            use_gpu=settings.accelerator == "cuda",
-            resources_per_worker={resource: 1},
-            placement_strategy=placement_of(settings.num_nodes, settings.num_devices, room),
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray_train",
-            storage_path=str(Path(settings.out_dir) / RAY_NAME),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            worker_runtime_env={"env_vars": forwarded} if (forwarded := forwarded_environment(os.environ)) else None,
-            logging_config=ray.train.LoggingConfig(log_level="INFO" if console.VERBOSITY >= 2 else "ERROR"),
-        ),
-    )
+    if console.VERBOSITY < 2:
+        hide_crash_reports()
+    restarts, watchers = Restarts(out_dir, settings.max_failures), Watchers()
     try:
-        trainer.fit()
-        if problems := read_note(settings.out_dir):
-            raise UserError(problems)
-    except ray.train.WorkerGroupError as error:
-        raise_user_error_of(error)
-        raise
+        while True:
+            token = secrets.token_hex(8)
+            watchers.start()
+            with Watchdog(watchers, token, settings) as watchdog:
+                error = fit_once(settings, plan, token)
+            user_error = user_error_of(error)
+            if problems := read_note(out_dir):
+                raise UserError(problems)
+            if user_error is not None and not isinstance(user_error, UnevenPlacement):
+                raise user_error
+            if error is None:
+                return
+            try:
+                restarts.add(watchdog.hang or failure_seen(error, watchers, token, out_dir))
+            except TrainingEnded:
+                if user_error is not None:
+                    raise user_error from None
+                raise
+            watchers.forget(token)
     except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
@@ -156,18 +156,55 @@ def fit(settings: Settings, plan: Plan) -> None:
             f"`ray status`. What is finished is kept; the same command goes on:\n  {console.this_command()}"
         ) from error
     finally:
-        shutil.rmtree(Path(settings.out_dir) / RAY_NAME, ignore_errors=True)
+        shutil.rmtree(out_dir / RAY_NAME, ignore_errors=True)
+        with contextlib.suppress(ray.exceptions.RayError):
+            watchers.forget(token)
+            watchers.close()
 
 
-def raise_user_error_of(error: ray.train.WorkerGroupError) -> None:
-    """Raise the UserError that a worker raised, if that is what ended the run."""
-    for failure in error.worker_failures.values():
-        seen: BaseException | None = failure
-        while seen is not None:
-            for candidate in (seen, getattr(seen, "cause", None), getattr(seen, "_base_exc", None)):
-                if isinstance(candidate, UserError):
-                    raise candidate from None
-            seen = seen.__cause__
+def fit_once(settings: Settings, plan: Plan, token: str) -> Exception | None:
+    """Start the workers once; returns what ended them, or None when they came to their end."""
+    resource = resource_of(settings.accelerator)
+    room = [int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"]]
+    environment = worker_environment(os.environ, settings.accelerator)
+    trainer = _Trainer(
+        _start_worker,
+        train_loop_config={"settings": settings, "plan": plan, "verbosity": console.VERBOSITY, "token": token},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.num_nodes * settings.num_devices,
+            use_gpu=settings.accelerator == "cuda",
+            resources_per_worker={resource: 1},
+            placement_strategy=placement_of(settings.num_nodes, settings.num_devices, room),
+        ),
+        # Beyond what the watchdog allows anything to take: it ends a hang, and says who hangs.
+        torch_config=TorchConfig(timeout_s=int(settings.train.slow_timeout) + _GROUP_EXTRA_S),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=str(Path(settings.out_dir) / RAY_NAME),
+            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0),
+            worker_runtime_env={"env_vars": environment} if environment else None,
+            logging_config=ray.train.LoggingConfig(log_level="INFO" if console.VERBOSITY >= 2 else "CRITICAL"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        return error
+    return None
+
+
+def failure_seen(error: Exception, watchers: Watchers, token: str, out_dir: Path) -> Failure:
+    """What ended a start of the workers, with what is left of them on their nodes."""
+    seen = watchers.look(token)
+    ranks = [one.rank for one in seen if one.rank in getattr(error, "worker_failures", {})]
+    errors = {rank: found for rank in ranks if (found := watchers.error(token, rank))}
+    return failure_of(error, seen, errors, lambda rank: watchers.log(token, rank), out_dir)
+
+
+def user_error_of(error: Exception | None) -> UserError | None:
+    """The UserError that a worker raised, if one did."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return next((failure for failure in failures if isinstance(failure, UserError)), None)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from litdata.streaming.item_loader import TokensLoader
 from litdata.streaming.serializers import _get_serializers
 
 from pretraining.data_order import SequenceOrder
+from pretraining.documents import Separator, document_offsets
+from pretraining.plan import Plan
 from pretraining.settings import TrainSettings
 from utils.chunks import CODE_OF_DTYPE, Index, read_index
 from utils.errors import UserError
@@ -100,6 +102,7 @@ class Sequences:
 
     Args:
         vocab_size: of the model; None: ids are not looked at.
+        separators: of the datasets, where documents are masked from one another.
     """
 
     def __init__(
@@ -109,29 +112,53 @@ class Sequences:
         block_tokens: int,
         seed: int,
         vocab_size: int | None = None,
+        separators: list[Separator] | None = None,
     ):
         self._vocab_size = vocab_size
         self.datasets = [TokenBlocks(directory, block_tokens) for directory in directories]
+        self.separators = separators
         self.num_blocks = [len(dataset) for dataset in self.datasets]
         self.order = SequenceOrder(self.num_blocks, weights, seed)
 
     def read(self, positions: np.ndarray) -> torch.Tensor:
-        """int64, shape (len(positions), block_tokens).
+        """int64, shape (len(positions), block_tokens)."""
+        return self.read_with_offsets(positions)[0]
+
+    def read_with_offsets(self, positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens, and where documents start in all but the last of each block, which is no input.
+
+        Returns:
+            int64, shape (len(positions), block_tokens), and int32 as `document_offsets` says, None without separators.
 
         Raises:
             UserError: a token id has no embedding. On a GPU it would be an assertion in a kernel, without a place.
         """
         located = self.order.locate(positions)
-        blocks = [self.datasets[s][b] for s, b in zip(located.source.tolist(), located.block.tolist())]
-        tokens = torch.stack(blocks).long()
+        sources = located.source.tolist()
+        tokens = torch.stack([self.datasets[s][b] for s, b in zip(sources, located.block.tolist())]).long()
         if self._vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             row, place = ((tokens < 0) | (tokens >= self._vocab_size)).nonzero()[0].tolist()
-            where = self.datasets[located.source[row]].describe(int(located.block[row]), place)
+            where = self.datasets[sources[row]].describe(int(located.block[row]), place)
             raise UserError(
                 f"--dataset_path: token id {int(tokens[row, place])} at {where}; the model has {self._vocab_size} "
                 "embeddings. The dataset is damaged, or was made with another tokenizer: make it again."
             )
-        return tokens
+        if self.separators is None:
+            return tokens, None
+        offsets = document_offsets(tokens[:, :-1].numpy(), [self.separators[s] for s in sources])
+        return tokens, torch.from_numpy(offsets)
+
+
+def plan_sequences(plan: Plan, directories: list[str], seed: int) -> Sequences:
+    """The sequences of a plan's training or validation data."""
+    return Sequences(
+        [Path(path) for path in directories],
+        plan.weights,
+        plan.context_tokens + 1,
+        seed,
+        plan.model_config["padded_vocab_size"],
+        plan.separators,
+    )
 
 
 def rank_positions(first: int, count: int, rank: int, world_size: int) -> np.ndarray:
@@ -152,17 +179,28 @@ def rank_micro_batches(steps: range, train: TrainSettings, rank: int, world_size
 class MicroBatch:
     tokens: torch.Tensor
     """int64, shape (sequences, block_tokens)."""
+    offsets: torch.Tensor | None
+    """Where documents start, if they are masked from one another: int32, of one length for all micro-batches, as
+    `documents.document_offsets` says."""
     digest: int
     """Sum over sequences of a 64-bit hash of position and tokens, modulo 2^64: it tells which sequences a global batch
     holds, in whatever pieces they were read."""
 
+    def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the model takes: inputs, targets and offsets. From page-locked memory no one waits for the copy."""
+        tokens = self.tokens.to(device, non_blocking=True)
+        offsets = self.offsets if self.offsets is None else self.offsets.to(device, non_blocking=True)
+        return tokens[:, :-1], tokens[:, 1:], offsets
+
 
 def read_micro_batch(sequences: Sequences, positions: np.ndarray, pin_memory: bool) -> MicroBatch:
-    tokens = sequences.read(positions)
+    tokens, offsets = sequences.read_with_offsets(positions)
     digest = sum(
         xxhash.xxh3_64_intdigest(row.numpy(), seed=position) for row, position in zip(tokens, positions.tolist())
     )
-    return MicroBatch(tokens.pin_memory() if pin_memory else tokens, digest % 2**64)
+    if pin_memory:
+        tokens, offsets = tokens.pin_memory(), offsets if offsets is None else offsets.pin_memory()
+    return MicroBatch(tokens, offsets, digest % 2**64)
 
 
 def prefetch(

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+
+from litgpt.config import Config
 
 from pretraining.memory import MemoryPlan, plan_memory
+from pretraining.model import training_flops_per_token
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.settings import Settings
+from pretraining.throughput import PEAK_FLOPS
 from utils import console
 from utils.console import human_bytes, human_count
 from utils.errors import UserError
 from utils.files import free_bytes
+
+MFUS = (0.3, 0.4, 0.5)
+FASTEST_NAME = "find_fastest.jsonl"
 
 
 def print_dry_run(settings: Settings, plan: Plan) -> None:
@@ -28,14 +37,18 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
     epoch_tokens = plan.train_blocks * plan.context_tokens
     num_checkpoints = _num_checkpoints(settings, plan)
     disk_bytes = num_checkpoints * memory.checkpoint
+    flops_per_token = training_flops_per_token(
+        Config(**plan.model_config), memory.num_parameters, plan.context_tokens, settings.train.tie_embeddings
+    )
     lines = {
         "model": f"{plan.model_config['name']}, {memory.num_parameters:,} parameters",
         "processes": f"{world_size}: {settings.num_nodes} x {num_devices} per node, precision {precision}",
         "data": f"{plan.train_blocks:,} sequences of {plan.context_tokens} tokens, {human_count(epoch_tokens)} tokens "
-        "per epoch",
+        f"per epoch{'' if settings.tokens is None else ' (--tokens; no dataset was read)'}",
         "steps": f"{plan.total_steps:,} of {human_count(plan.tokens_per_step)} tokens ({accumulation} x "
         f"{settings.train.micro_batch_size} sequences per process)",
         "tokens": f"{human_count(tokens)}, {tokens / epoch_tokens:.2f} epochs",
+        **_durations(settings, plan, tokens, flops_per_token, world_size),
         "memory per process": human_bytes(memory.total),
         "  parameters": human_bytes(memory.parameters),
         "  gradients": human_bytes(memory.gradients),
@@ -45,7 +58,9 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
         "  gathered weights": human_bytes(memory.gathered),
         "  activations": f"{human_bytes(memory.activations)} (estimate, checkpointing: "
         f"{settings.parallel.activation_checkpointing})",
-        "  logits": human_bytes(memory.logits),
+        "  logits": f"{human_bytes(memory.logits)}; later in their place: "
+        f"{human_bytes(memory.recomputed + memory.reductions)} (a block computed again, gradients on their way)",
+        "  overhead": f"{human_bytes(memory.overhead)} (CUDA, NCCL, fragmentation)",
         "checkpoint": f"{human_bytes(memory.checkpoint)} on disk; {num_checkpoints} at once = "
         f"{human_bytes(disk_bytes)}",
     }
@@ -54,6 +69,54 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
     if problems := _problems(settings, memory, disk_bytes):
         raise UserError(problems)
     console.result("no problems found")
+
+
+def _durations(settings: Settings, plan: Plan, tokens: int, flops_per_token: float, num_gpus: int) -> dict[str, str]:
+    """Hours and GPU-hours of training steps: at usual shares of an H100's peak, and as find_fastest measured here."""
+    if settings.accelerator == "cpu":
+        return {}
+
+    def hours(tokens_per_s_per_device: float) -> str:
+        needed = tokens / (tokens_per_s_per_device * num_gpus) / 3600
+        return f"{needed:,.1f} h, {needed * num_gpus:,.0f} GPU-hours"
+
+    lines = {}
+    for mfu in MFUS:
+        rate = mfu * PEAK_FLOPS["H100"] / flops_per_token
+        lines[f"H100, {mfu:.0%} MFU"] = f"{hours(rate)} ({rate:,.0f} tokens/s per GPU)"
+    if measured := fastest_rate(Path(settings.out_dir) / FASTEST_NAME, settings, plan):
+        lines["as measured"] = f"{hours(measured)} ({measured:,.0f} tokens/s per GPU, {FASTEST_NAME})"
+    return lines
+
+
+def fastest_rate(path: Path, settings: Settings, plan: Plan) -> float | None:
+    """Tokens/s per device that `tools.find_fastest` measured for these settings, the newest; None where it did not.
+
+    Args:
+        path: find_fastest.jsonl, one trial per line.
+    """
+    wanted = {
+        "model": plan.model_config,
+        "context_tokens": plan.context_tokens,
+        "num_nodes": settings.num_nodes,
+        "num_devices": settings.num_devices,
+        "parallel": dataclasses.asdict(settings.parallel),
+    }
+    wanted = json.loads(json.dumps(wanted))
+    rate = None
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            used = row["settings"]
+            same = (
+                row["outcome"] == "ok"
+                and used["train"]["micro_batch_size"] == settings.train.micro_batch_size
+                and {name: used[name] for name in wanted} == wanted
+            )
+            rate = row["tokens_per_s_per_device"] if same else rate
+        except (ValueError, KeyError, TypeError):  # cut short by a kill, or of another version
+            continue
+    return rate
 
 
 def _num_checkpoints(settings: Settings, plan: Plan) -> int:
@@ -70,7 +133,7 @@ def _num_checkpoints(settings: Settings, plan: Plan) -> int:
 def _problems(settings: Settings, memory: MemoryPlan, disk_bytes: int) -> list[str]:
     problems = []
     free = free_bytes(settings.out_dir)
-    if disk_bytes > free:
+    if disk_bytes > free and settings.tokens is None:  # made-up data is planned for where the run will not be
         problems.append(
             f"--out_dir={settings.out_dir}: {human_bytes(free)} free, checkpoints need {human_bytes(disk_bytes)}. "
             "Use a larger file system, or a smaller --checkpoint.keep_last."

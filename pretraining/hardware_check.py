@@ -112,6 +112,10 @@ def check_hardware(
     """
     report = measure_hardware(node, index, processes_per_node, device, 0.25, multiply)
     if dist.get_rank() == 0:
+        console.say(
+            f"checked {console.counted(len(report.processes), 'device')} in {console.human_seconds(report.seconds)}: "
+            f"product {report.median('tflop_s'):.3g} TFLOP/s, copy {report.median('memory_gb_s'):.3g} GB/s"
+        )
         for line in report.slow():
             console.warn(f"{line} Every step waits for the slowest.")
     if wrong := report.wrong():

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pretraining.checkpoint import list_checkpoints
-from utils import console
+from pretraining.events import record_event
 from utils.errors import UserError
 from utils.files import atomic_write, fsync_directory
 
@@ -147,9 +147,10 @@ def leave_out(out_dir: Path, left_out: LeftOut, numbers: range, step: int) -> st
             f"{MAX_RETURNS_TO_A_STEP} times before, to read other text (--train.max_spikes). The text is not the "
             "reason: lower --optimizer.lr, lengthen the warm-up, or look at what changed at that step, and start again."
         )
-    console.warn(
+    write_left_out(out_dir, dataclasses.replace(more, went_back=(*left_out.went_back, (step, to_step))))
+    message = (
         f"step {step}: going back to step {to_step}; the {len(numbers):,} sequences of the last bad steps are left out "
         f"from now on ({LEFT_OUT_NAME})"
     )
-    write_left_out(out_dir, dataclasses.replace(more, went_back=(*left_out.went_back, (step, to_step))))
+    record_event(out_dir, "went back", message, step=step, to_step=to_step, ranges=[list(pair) for pair in more.ranges])
     return None

@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+IGNORED_TARGET = -1
+"""A target that counts for nothing, in the loss as in its gradients: that of a row which only fills a batch."""
+
 
 class OutputLayer(torch.nn.Linear):
     """The output layer, with the loss as its forward pass.
@@ -59,7 +62,7 @@ def next_token_loss(
         hidden: shape (N, width), the output of the last norm.
         weight: of the output layer, shape (vocabulary, width), of the type of `hidden`.
         bias: shape (vocabulary,), or None.
-        targets: int64, shape (N,).
+        targets: int64, shape (N,); IGNORED_TARGET where a row counts for nothing.
         chunk_tokens: rows whose logits are held at once.
         z_loss: weight of the squared log-partition function (PaLM, arXiv:2204.02311, section 5).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118); None: off.
@@ -92,6 +95,8 @@ class _NextTokenLoss(torch.autograd.Function):
         for first in range(0, len(hidden), chunk_tokens):
             rows = hidden[first : first + chunk_tokens].to(factor_dtype)
             target = targets[first : first + chunk_tokens, None]
+            counts = (target != IGNORED_TARGET).to(sum_dtype)
+            target = target.clamp(min=0)
             logits = _multiply(rows, weight.T, out=buffer[: len(rows)])
             if bias is not None:
                 logits += bias
@@ -103,15 +108,15 @@ class _NextTokenLoss(torch.autograd.Function):
             exponentials = logits.sub_(largest).exp_()
             denominator = exponentials.sum(dim=1, keepdim=True)
             log_partition = largest + denominator.log()
-            entropy += (log_partition - target_logit).sum()
+            entropy += ((log_partition - target_logit) * counts).sum()
             if z_loss:
-                squares += log_partition.square().sum()
+                squares += (log_partition.square() * counts).sum()
             if not any(wanted):
                 continue
 
             # softmax * (1 + 2 z log_partition) - one_hot(target), in the memory of the logits.
-            scale = (1 + 2 * z_loss * log_partition) / denominator
-            logits_gradient = exponentials.mul_(scale).scatter_add_(1, target, torch.full_like(scale, -1.0))
+            scale = (1 + 2 * z_loss * log_partition) / denominator * counts
+            logits_gradient = exponentials.mul_(scale).scatter_add_(1, target, -counts)
             if softcap:
                 logits_gradient *= slope
             if bias_gradient is not None:

@@ -2,24 +2,36 @@
 
 Parameters, gradients and optimizer state follow from the shapes and are exact. Activations are found by running the
 forward pass of the model with one and with two blocks on tensors without storage (torch's FakeTensorMode) and adding up
-what autograd keeps; further blocks cost what the second one cost.
+what autograd keeps; further blocks cost what the second one cost. A compiled block keeps what torch's partitioner
+chooses, two thirds of it or less, so it is asked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from litgpt.config import Config
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from pretraining.model import build_model, count_parameters
-from pretraining.parallelism import checkpoint_activations, local_shard
+from pretraining.attention import attention_patterns
+from pretraining.documents import Separator, document_offsets
+from pretraining.model import PretrainGPT, build_model, count_parameters
+from pretraining.parallelism import SELECTED_IS_COUNTABLE, checkpoint_activations, local_shard
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step, shard_size
 from pretraining.settings import Settings
+
+OVERHEAD_BYTES = 4_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +51,22 @@ class MemoryPlan:
     activations: int
     """Kept by autograd for one micro-batch, without the logits."""
     logits: int
-    """Logits and their softmax that are held at once, in float32."""
+    """Logits that are held at once, in float32, and the gradients that come from them. Gone when the backward pass of
+    the blocks begins, which then needs the next two."""
+    recomputed: int
+    """What one block keeps, when it is computed again in the backward pass."""
+    reductions: int
+    """Gradients on their way: those of the output layer and of a block in the buffers that are reduced, and those of
+    the next block."""
+    overhead: int
+    """On GPUs: CUDA's context, NCCL's buffers, and what fragmentation leaves unused."""
     checkpoint: int
     """On disk: weights and optimizer state of the whole model."""
 
     @property
     def total(self) -> int:
-        in_memory = ("parameters", "gradients", "optimizer", "unsharded_gradients", "gathered", "activations", "logits")
-        return sum(getattr(self, name) for name in in_memory)
+        always = self.parameters + self.gradients + self.optimizer + self.unsharded_gradients + self.gathered
+        return always + self.activations + max(self.logits, self.recomputed + self.reductions) + self.overhead
 
 
 def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int) -> MemoryPlan:
@@ -79,16 +99,23 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
     gathers = shard > 1 or compute_bytes < storage_bytes
     share_of_blocks = min(1.0, 2 / plan.model_config["n_layer"]) if parallel.reshard_after_forward else 1.0
     num_parameters = count_parameters(model)
+    reduce_bytes = 2 if parallel.reduce_dtype == "bf16" else 4
+    output_layer = 0 if settings.train.tie_embeddings else model.lm_head.weight.numel()
+    block = blocks // plan.model_config["n_layer"]
+    activations, recomputed = _activation_bytes(settings, plan)
     state_per_parameter = storage_bytes * (2 if settings.optimizer.name == "muon" else 3)
     return MemoryPlan(
         num_parameters=num_parameters,
         parameters=local * storage_bytes,
         gradients=local * storage_bytes,
         optimizer=optimizer,
-        unsharded_gradients=4 * (blocks + root) if accumulates and shard > 1 else 0,
+        unsharded_gradients=reduce_bytes * (blocks + root) if accumulates and shard > 1 else 0,
         gathered=int((share_of_blocks * blocks + root) * compute_bytes) if gathers else 0,
-        activations=_activation_bytes(settings, plan),
+        activations=activations + _document_bytes(settings, plan),
         logits=_logit_bytes(settings, plan),
+        recomputed=recomputed,
+        reductions=reduce_bytes * (output_layer + block) + compute_bytes * block,
+        overhead=0 if settings.accelerator == "cpu" else OVERHEAD_BYTES,
         checkpoint=num_parameters * state_per_parameter,
     )
 
@@ -104,20 +131,46 @@ def _logit_bytes(settings: Settings, plan: Plan) -> int:
     return held + (tokens + vocabulary) * plan.model_config["n_embd"] * (4 + 2 * computes_in_bf16)
 
 
-def _activation_bytes(settings: Settings, plan: Plan) -> int:
-    """What autograd keeps of all blocks, embedding and last norm for one micro-batch."""
-    first, second = (_bytes_saved_for_backward(settings, plan, layers) for layers in (1, 2))
-    kept = first + (plan.model_config["n_layer"] - 1) * (second - first)
-    if settings.parallel.activation_checkpointing == "none":
-        return kept
-    # The backward pass computes one block at a time again, and holds what that block keeps.
+def _document_bytes(settings: Settings, plan: Plan) -> int:
+    """What hides documents from one another, shared by layers: offsets, and masks where no fused kernel takes these."""
+    if not settings.train.document_masking:
+        return 0
+    inputs = np.zeros((settings.train.micro_batch_size, plan.context_tokens), np.int64)
+    num_offsets = len(document_offsets(inputs, [Separator(1, begins=True)] * len(inputs)))
+    dtype = torch.float32 if settings.precision == "32-true" else torch.bfloat16
+    with FakeTensorMode(), torch.device("cpu" if settings.accelerator == "cpu" else "cuda"):
+        offsets = torch.empty(num_offsets, dtype=torch.int32)
+        patterns = attention_patterns(Config(**plan.model_config), torch.empty(*inputs.shape, 1, dtype=dtype), offsets)
+    shared = {id(part): part.nbytes for part in tree_leaves((offsets, patterns)) if isinstance(part, torch.Tensor)}
+    return sum(shared.values())
+
+
+def _activation_bytes(settings: Settings, plan: Plan) -> tuple[int, int]:
+    """What is kept for the backward pass of all blocks, embedding and last norm for one micro-batch; and what one block
+    keeps besides while the backward pass computes it again."""
+    how = settings.parallel.activation_checkpointing
+    compiled = settings.parallel.compile or (how == "selective" and not SELECTED_IS_COUNTABLE)
     plain = dataclasses.replace(
         settings, parallel=dataclasses.replace(settings.parallel, activation_checkpointing="none")
     )
-    return kept + _bytes_saved_for_backward(plain, plan, 2) - _bytes_saved_for_backward(plain, plan, 1)
+    one = _bytes_saved_for_backward(plain, plan, 1)
+    per_eager_block = _bytes_saved_for_backward(plain, plan, 2) - one
+    rest = one - per_eager_block  # of the embedding and the last norm
+
+    def per_block(settings: Settings) -> int:
+        if compiled:
+            return _bytes_kept_by_compiled_block(settings, plan)
+        if settings is plain:
+            return per_eager_block
+        return _bytes_saved_for_backward(settings, plan, 2) - _bytes_saved_for_backward(settings, plan, 1)
+
+    kept = rest + plan.model_config["n_layer"] * per_block(plain if how == "none" else settings)
+    return kept, 0 if how == "none" else per_block(plain)
 
 
-def _bytes_saved_for_backward(settings: Settings, plan: Plan, num_layers: int) -> int:
+@contextlib.contextmanager
+def _fake_model(settings: Settings, plan: Plan, num_layers: int) -> Iterator[tuple[PretrainGPT, torch.Tensor]]:
+    """The model with so many blocks, in the type of computation, and a micro-batch, as tensors without storage."""
     config = {**plan.model_config, "n_layer": num_layers}
     if config["mlp_class_name"] == "LLaMAMoE":
         # Which expert a token goes to cannot be known here; each token passes through so many of them.
@@ -138,10 +191,41 @@ def _bytes_saved_for_backward(settings: Settings, plan: Plan, num_layers: int) -
         for block in model.transformer.h:
             if settings.parallel.activation_checkpointing != "none":
                 checkpoint_activations(block, settings.parallel.activation_checkpointing)
-        tokens = torch.zeros(settings.train.micro_batch_size, plan.context_tokens, dtype=torch.int64)
-        with tensors_saved_for_backward(model) as saved:
-            model.hidden_states(tokens)
-        return sum(saved.values())
+        yield model, torch.zeros(settings.train.micro_batch_size, plan.context_tokens, dtype=torch.int64)
+
+
+def _bytes_saved_for_backward(settings: Settings, plan: Plan, num_layers: int) -> int:
+    with _fake_model(settings, plan, num_layers) as (model, tokens), tensors_saved_for_backward(model) as saved:
+        model.hidden_states(tokens)
+    return sum(saved.values())
+
+
+def _bytes_kept_by_compiled_block(settings: Settings, plan: Plan) -> int:
+    """Its input, and what its forward graph hands to its backward graph, as inductor's partitioner divides them."""
+    kept: dict[int, int] = {}
+
+    def record(graph: torch.fx.GraphModule, _) -> Callable:
+        (output,) = graph.graph.find_nodes(op="output")
+        for node in output.args[0][1:]:  # the first is the block's result
+            value = node.meta.get("val") if isinstance(node, torch.fx.Node) and node.op != "placeholder" else None
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                kept[storage._cdata] = storage.nbytes()
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=record,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    torch._dynamo.reset()
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # "context_fn is passed to .."
+    with _fake_model(settings, plan, 1) as (model, tokens):
+        model.transformer.h[0].compile(backend=backend)
+        hidden = model.hidden_states(tokens)
+    torch._dynamo.reset()
+    return hidden.numel() * hidden.element_size() + sum(kept.values())
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
+from pretraining.attention import Attention, attention_patterns
 from pretraining.loss import OutputLayer
 from pretraining.parallelism import fill_local_shard, local_shard
 from pretraining.settings import Settings
@@ -22,27 +23,37 @@ class PretrainGPT(GPT):
     def __init__(self, config: Config, settings: Settings):
         super().__init__(config)
         self.lm_head = OutputLayer(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+        if not config.latent_attention:
+            for i, block in enumerate(self.transformer.h):
+                block.attn = Attention(config, i)
         self._chunk_tokens, self._z_loss = settings.parallel.loss_chunk_tokens, settings.train.z_loss
 
-    def hidden_states(self, inputs: torch.Tensor) -> torch.Tensor:
-        """GPT.forward up to the output layer: inputs (B, T) -> (B, T, n_embd)."""
+    def hidden_states(self, inputs: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        """GPT.forward up to the output layer: inputs (B, T) -> (B, T, n_embd).
+
+        Args:
+            offsets: where documents start (see `documents.document_offsets`); None: a sequence is one document.
+        """
         positions = inputs.size(1)
         cos, sin = self.cos[:positions].unsqueeze(0), self.sin[:positions].unsqueeze(0)  # (1, T, rotary width)
         x = self.transformer.wte(inputs)  # (B, T, n_embd)
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+        patterns = attention_patterns(self.config, x, offsets)
         for i, block in enumerate(self.transformer.h):
             if self.config.rope_indices is not None:
                 which = self.config.rope_indices[i]
-                x = block(x, cos[..., which], sin[..., which])
+                x = block(x, cos[..., which], sin[..., which], patterns[i])
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, patterns[i])
         return self.transformer.ln_f(x)
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, inputs: torch.Tensor, targets: torch.Tensor, offsets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B, T) -> cross entropy and objective, both summed: see `loss.next_token_loss`."""
         return self.lm_head(
-            self.hidden_states(inputs).flatten(0, 1),
+            self.hidden_states(inputs, offsets).flatten(0, 1),
             targets.flatten(),
             chunk_tokens=self._chunk_tokens,
             z_loss=self._z_loss,

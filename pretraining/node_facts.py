@@ -288,11 +288,3 @@ def _write_speed(directory: str) -> tuple[float | None, str | None]:
         return None, error.strerror or str(error)
     finally:
         path.unlink(missing_ok=True)
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that holds an IP address of this machine, such as "eth0"; None: no interface has it."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] == address for entry in addresses):
-            return name
-    return None

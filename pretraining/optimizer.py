@@ -87,6 +87,20 @@ def global_gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     return squares.sqrt().float()
 
 
+def apply_gradients(optimizers: list[torch.optim.Optimizer], norm: torch.Tensor, max_norm: float | None) -> None:
+    """Update the weights, with gradients scaled down to max_norm where their global norm is above (None: never)."""
+    if max_norm is not None:
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        scale_gradients([parameter for group in groups for parameter in group["params"]], norm, max_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def drop_gradients(optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
 @torch.no_grad()
 def scale_gradients(parameters: list[torch.nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
     """Scale all gradients so that their global norm is at most max_norm, as torch.nn.utils.clip_grad_norm_ does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -16,9 +17,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from pretraining.attention import ATTENTION_OPERATIONS
 from pretraining.process_layout import shard_size
 from pretraining.settings import Settings
 from utils.machine import available_cpus
+
+# Lets saved_tensors_hooks see what selective recomputation keeps, so that memory.py can count it. New in torch 2.14;
+# before it the plan counts such blocks as if they were compiled.
+SELECTED_IS_COUNTABLE = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+_COUNTABLE = {"respect_saved_tensors_hooks": True} if SELECTED_IS_COUNTABLE else {}
 
 
 def launch_fabric(settings: Settings) -> L.Fabric:
@@ -65,7 +72,7 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
         "reshard_after_forward": parallel.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if settings.precision in ("bf16-mixed", "float8-mixed") else None,
-            reduce_dtype=torch.float32 if settings.precision != "32-true" else None,
+            reduce_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.reduce_dtype],
             # The table of rotary positions must stay in float32: bfloat16 cannot tell position 8,191 from 8,192.
             cast_forward_inputs=False,
         ),
@@ -88,8 +95,23 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
     fully_shard(model, **sharding)
 
 
+def schedule_reductions(model: torch.nn.Module, settings: Settings, last: bool) -> None:
+    """Say what the next backward pass reduces; `last`: it is that of the step's last micro-batch.
+
+    A copy of the model may reduce among its own processes after each micro-batch, which saves memory. Between copies
+    (across nodes, where sharding is hybrid) the sum of all micro-batches is enough: the same gradient, for one
+    all-reduce per step.
+    """
+    model.set_requires_gradient_sync(last or settings.parallel.reduce_every_micro_batch)
+    model.set_requires_all_reduce(last)  # after the line above, which sets both
+
+
 def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
-    """Replace the block's forward pass by one that keeps only its input, and if `how` is "selective" some products too.
+    """Replace the block's forward pass by one that keeps only its input, and if `how` is "selective" what is dear to
+    make and small to keep: attention, and every second of the matrix products that the backward pass needs.
+
+    A product of inner width k costs k multiplications per number kept, and k is the model's width for each of them:
+    keeping another one would save as much per byte. Attention costs as many as the context has tokens.
 
     Setting `forward` instead of wrapping the module leaves the names of parameters as they are.
     """
@@ -99,20 +121,17 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         return
 
     aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
+    # Which argument is the second factor; _scaled_mm is float8's.
+    products = {aten.mm.default: 1, aten._scaled_mm.default: 1, aten.addmm.default: 2}
+    never_needed = _shape_of_last_product(block)
 
     def contexts():
         num_products = {True: 0, False: 0}
 
         def policy(context, operation, *args, **kwargs):
-            if operation in attention:
+            if operation in ATTENTION_OPERATIONS:
                 return CheckpointPolicy.MUST_SAVE
-            if operation in (aten.mm.default, aten.addmm.default):
+            if operation in products and args[products[operation]].shape != never_needed:
                 num_products[context.is_recompute] += 1
                 if num_products[context.is_recompute] % 2 == 1:
                     return CheckpointPolicy.MUST_SAVE
@@ -126,8 +145,15 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=contexts,
-        respect_saved_tensors_hooks=True,  # what torch will do by default, so that saved tensors can be counted
+        **_COUNTABLE,
     )
+
+
+def _shape_of_last_product(block: torch.nn.Module) -> torch.Size | None:
+    """Of the second factor. The result goes into the residual stream, which only adds, so that the backward pass does
+    not need it; with a norm in between it does, and with experts other products have this shape."""
+    projection = getattr(block.mlp, "proj", None)
+    return None if projection is None or block.config.post_mlp_norm else projection.weight.T.shape
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:

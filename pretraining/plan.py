@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.checks import check_float8, check_numbers
+from pretraining.checks import check_float8, check_numbers, warn_of_documents_without_end, warn_of_repetition
 from pretraining.data_order import interleave
 from pretraining.dataset_index import check_index_agrees
+from pretraining.documents import Separator, separator_of
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
 from pretraining.settings import Settings
@@ -44,6 +45,8 @@ class Plan:
     decay_steps: int
     bits_per_nat: float | None
     """Bits per byte of text for a loss of one nat per token; None: bytes unknown."""
+    separators: list[Separator] | None
+    """Per dataset, the token between its documents; None: documents are not masked from one another."""
     tokenizer: dict[str, Any] | None
     """TokenizerInfo.record() of the dataset."""
     data_identity: list[str]
@@ -85,9 +88,11 @@ def make_plan(settings: Settings) -> Plan:
     context = _check_context(settings, config, problems) if config is not None else None
     if config is not None:
         problems.collect(check_float8, settings, config)
-    located = problems.collect(data_directories, settings)
+    located = problems.collect(data_directories, settings) if settings.tokens is None else ([], None)
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
-    _check_vocabulary(settings, config, manifests, problems)
+    if settings.tokens is None:
+        _check_vocabulary(settings, config, manifests, problems)
+    separators = _separators(settings, config, train, manifests, problems)
     if config is not None and context < config.block_size:
         console.say(
             f"context: trained on {context:,} tokens; the exported model will claim {config.block_size:,}, "
@@ -108,15 +113,18 @@ def make_plan(settings: Settings) -> Plan:
                     f"sequence of {context + 1}. Give more text, or a smaller --train.max_seq_length."
                 )
     problems.raise_if_any()
-    for split, indexes in (("train", train), ("val", val)):
+    for split, indexes in (("train", train), ("val", val)) if settings.tokens is None else ():
         _say_unread(split, indexes, context)
 
     tokens_per_step = settings.train.global_batch_size * context
     train_blocks = sum(_count_blocks(index, context) for index in train)
+    if settings.tokens is not None:
+        train_blocks = max(1, int(settings.tokens) // (context + 1))
     total = _total_steps(settings, tokens_per_step, train_blocks)
     warmup = _warmup_steps(settings, tokens_per_step, total)
     if warmup >= total > 1:
         console.warn(f"the learning rate warms up for {warmup} steps of a run of {total}: it never reaches its course")
+    warn_of_repetition(settings, total * settings.train.global_batch_size / train_blocks, train_blocks * context)
     return Plan(
         model_config=dataclasses.asdict(config),
         context_tokens=context,
@@ -130,10 +138,11 @@ def make_plan(settings: Settings) -> Plan:
         warmup_steps=min(warmup, total),
         decay_steps=math.ceil(settings.train.lr_decay_fraction * total),
         bits_per_nat=_bits_per_nat(val, located[1]),
+        separators=separators,
         tokenizer=next(
             (manifest["tokenizer"] for manifest in manifests if manifest and manifest.get("tokenizer")), None
         ),
-        data_identity=[_identity(index) for index in train],
+        data_identity=[identity_of(index) for index in train],
     )
 
 
@@ -184,6 +193,8 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
             indexes.append(index)
             if split == "train":
                 manifests.append(manifest)
+                if manifest is not None:
+                    warn_of_documents_without_end(directory, manifest)
             if index is not None and manifest is None:
                 console.warn(
                     f"{directory / split} has no manifest.json: its tokenizer and its bytes of text are unknown and "
@@ -215,6 +226,20 @@ def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems
             f"{max(sizes)} tokens. Set model_config.padded_vocab_size to at least {max(sizes)}, or use the model's own "
             "tokenizer."
         )
+
+
+def _separators(
+    settings: Settings, config: Any, train: list[Index | None], manifests: list, problems: Problems
+) -> list[Separator] | None:
+    if not settings.train.document_masking:
+        return None
+    if config is not None and config.latent_attention:
+        problems.add(
+            f"--train.document_masking=true: not possible for {config.name}, whose latent attention is litgpt's own "
+            "and takes no mask of documents. Leave it out, or choose another model."
+        )
+    present = [(index.directory, manifest) for index, manifest in zip(train, manifests) if index is not None]
+    return [problems.collect(separator_of, directory, manifest) for directory, manifest in present]
 
 
 def _check_out_dir(settings: Settings, problems: Problems) -> None:
@@ -251,6 +276,8 @@ def _warmup_steps(settings: Settings, tokens_per_step: int, total_steps: int) ->
 
 def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None:
     """tokens / bytes / ln 2, over the validation data; mixtures by their weights."""
+    if not val:
+        return None
     bytes_per_token = []
     for index in val:
         manifest = read_manifest(index.directory)
@@ -263,7 +290,7 @@ def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None
     return 1 / (mean * math.log(2))
 
 
-def _identity(index: Index) -> str:
+def identity_of(index: Index) -> str:
     """A hash of what the blocks hold: sizes and order of the chunks, and their checksums where a manifest has them."""
     manifest = read_manifest(index.directory) or {}
     files = {entry["name"]: entry.get("xxh3_128") for entry in manifest.get("files", []) if isinstance(entry, dict)}

@@ -36,8 +36,15 @@ class TrainSettings:
     """Passes over the training data (null: no limit)."""
     max_time: float | None = field(default=None, metadata=PLACE)
     """Seconds after which this invocation saves a checkpoint and ends; the same command goes on (null: no limit)."""
+    step_timeout: float | None = field(default=None, metadata=PLACE)
+    """Seconds for which a process may stand still within a step before it counts as hung (null: 10 median steps, at
+    least 60, at most 600)."""
+    slow_timeout: float = field(default=3600.0, metadata=PLACE)
+    """The same for what takes longer: start, first steps, validation, saves."""
     max_seq_length: int | None = None
     """Tokens per sequence, the context (null: the model's block_size)."""
+    document_masking: bool = False
+    """A token attends to the tokens of its own document only (false: to all earlier tokens of its sequence)."""
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints (null: only the final one)."""
     log_interval: int = 1
@@ -139,14 +146,19 @@ class ParallelSettings:
     more memory, less communication)."""
     reduce_every_micro_batch: bool = False
     """Reduce gradients after every micro-batch instead of once per step: less memory (no unsharded gradients kept),
-    more communication."""
+    more communication among the processes that share a copy. Copies are summed once per step in any case."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The type in which gradients are summed, over processes and over micro-batches that were not reduced. bf16: half
+    the traffic and half the memory of unsharded gradients, rounded to 8 bits at each addition."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """full: keep only each block's input and recompute the rest; selective: keep attention and every second matrix
-    product."""
+    """full: keep only each block's input and recompute the rest; selective: keep attention and every second
+    matrix product that the backward pass needs."""
     compile: bool = False
     """torch.compile each block."""
     loss_chunk_tokens: int = 1024
     """Tokens whose logits are held at once."""
+    compare_copies_every: int | None = field(default=100, metadata=PLACE)
+    """Steps after which copies of the model (hybrid, replicate) are compared, bit for bit (null: never)."""
     cpu_threads: int | None = None
     """Threads of a CPU process (null: cores of the machine divided by its processes)."""
 
@@ -199,12 +211,19 @@ class Settings:
     matrix products in float8 (null: bf16-mixed on cuda, 32-true on cpu)."""
     seed: int = 42
     """Decides initial weights and the order of the data."""
-    max_failures: int = field(default=0, metadata=PLACE)
-    """How often Ray Train restarts the workers after one died (0: never, -1: always)."""
+    max_failures: int = field(default=3, metadata=PLACE)
+    """Failures in a row, without a new checkpoint between them, after each of which the training processes are started
+    again: one died or hung (0: never, -1: always)."""
+    check_hardware: Literal["auto", "always", "never"] = field(default="auto", metadata=PLACE)
+    """Before training, check driver, compiler and disk of each node, and speed and results of each device, in a few
+    seconds (auto: on GPUs)."""
     logger_name: Literal["csv", "tensorboard", "wandb"] = field(default="csv", metadata=PLACE)
     """Where metrics go besides metrics.jsonl."""
     dry_run: bool = field(default=False, metadata=PLACE)
     """Check everything, print the plan, and stop."""
+    tokens: float | None = field(default=None, metadata=PLACE)
+    """With dry_run: plan for a dataset of this many tokens, 10e9 for example, without reading one, nor a tokenizer
+    (null: dataset_path is read)."""
     profile_steps: int = field(default=0, metadata=PLACE)
     """Write a trace of this many steps, from the third on, to out_dir/profile (0: off)."""
     profile_memory: bool = field(default=False, metadata=PLACE)
@@ -216,3 +235,7 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings, metadata=PLACE)
+
+    def checks_hardware(self) -> bool:
+        """Whether nodes and devices are checked before training; the accelerator is settled."""
+        return self.check_hardware == "always" or (self.check_hardware == "auto" and self.accelerator == "cuda")

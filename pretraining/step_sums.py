@@ -7,6 +7,8 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
+from pretraining.bad_steps import Verdict
+
 _LIMB_BITS = (0, 16, 32, 48)
 
 
@@ -46,3 +48,15 @@ class StepSums:
         digest = sum(int(limb) << bits for limb, bits in zip(rest, _LIMB_BITS)) % 2**64
         flags = (flag > 0 for flag in rest[len(_LIMB_BITS) :])
         return StepSums(entropy, digest, data_wait_s, *flags), norm_value
+
+
+@dataclasses.dataclass
+class StepResult:
+    """One optimizer step, equal on all processes."""
+
+    loss: float
+    """Mean cross entropy in nats per token, over the global batch."""
+    grad_norm: float
+    verdict: Verdict | None
+    """What is wrong with it, if anything: then nothing was changed."""
+    sums: StepSums

@@ -7,7 +7,6 @@ made from sums over all of them: one small all-reduce per step carries the loss,
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,31 +15,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretraining.bad_steps import Verdict
-from pretraining.checkpoint import FINAL_NAME, find_newest_good, step_name
+from pretraining.attention import fastest_kernels
+from pretraining.checkpoint import FINAL_NAME, step_name
 from pretraining.checkpoint_content import checkpoint_manifest, write_configs
-from pretraining.checkpoint_loading import load_initial_weights, load_training_state
-from pretraining.checkpoint_writer import CheckpointWriter, shortage
-from pretraining.data import MicroBatch, Sequences, prefetch, rank_micro_batches
+from pretraining.checkpoint_loading import agree_on_checkpoint, load_initial_weights, load_training_state
+from pretraining.checkpoint_writer import CheckpointWriter
+from pretraining.data import MicroBatch, plan_sequences, prefetch, rank_micro_batches
 from pretraining.dataset_check import DatasetCheck, Reading
+from pretraining.events import record_event
+from pretraining.heartbeat import Heartbeat
 from pretraining.left_out import LeftOut, leave_out, read_left_out, set_aside_checkpoints
 from pretraining.metrics_writer import MetricsFile, rewind_metrics
 from pretraining.model import build_model, count_parameters, initialise, training_flops_per_token
 from pretraining.optimizer import (
+    apply_gradients,
+    drop_gradients,
     global_gradient_norm,
     make_optimizers,
     make_schedule,
-    scale_gradients,
     set_learning_rate,
     update_scales,
 )
-from pretraining.parallelism import launch_fabric
+from pretraining.parallelism import launch_fabric, schedule_reductions
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.profiling import garbage_collected, profiled
+from pretraining.replicas import check_replicas
 from pretraining.run_state import RunState
 from pretraining.settings import Settings
-from pretraining.step_sums import StepSums
+from pretraining.step_sums import StepResult, StepSums
 from pretraining.stopping import Stopping
 from pretraining.throughput import Throughput
 from pretraining.validation import Validation
@@ -49,28 +52,24 @@ from utils.errors import UserError
 from utils.files import remove_temporaries
 
 
-@dataclasses.dataclass
-class StepResult:
-    """One optimizer step, equal on all processes."""
-
-    loss: float
-    """Mean cross entropy in nats per token, over the global batch."""
-    grad_norm: float
-    verdict: Verdict | None
-    """What is wrong with it, if anything: then nothing was changed."""
-    sums: StepSums
-
-
 class Trainer:
     """Sets up the process, the model and the data; `run` trains to the end.
 
     Args:
         settings: accelerator, num_devices and precision are settled.
         preempted_nodes: see stopping.Stopping.
+        heartbeat: where this process says what it does (None: nowhere).
     """
 
-    def __init__(self, settings: Settings, plan: Plan, preempted_nodes: Callable[[], list[str] | None] = lambda: None):
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        preempted_nodes: Callable[[], list[str] | None] = lambda: None,
+        heartbeat: Heartbeat | None = None,
+    ):
         self.settings, self.plan, self.out_dir = settings, plan, Path(settings.out_dir)
+        self.heartbeat = heartbeat or Heartbeat()
         self.dataset_check = DatasetCheck(settings, plan)
         self.model = build_model(plan.model_config, settings, plan.context_tokens)
         self.num_parameters = count_parameters(self.model)
@@ -82,9 +81,7 @@ class Trainer:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.learning_rate = make_schedule(settings, plan)
 
-        directories = [Path(path) for path in plan.train_directories]
-        vocab_size = plan.model_config["padded_vocab_size"]
-        self.sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, settings.seed, vocab_size)
+        self.sequences = plan_sequences(plan, plan.train_directories, settings.seed)
         self.validation = Validation(self.wrapped, settings, plan, self.device)
         flops_per_token = training_flops_per_token(
             self.model.config, self.num_parameters, plan.context_tokens, settings.train.tie_embeddings
@@ -101,34 +98,27 @@ class Trainer:
 
     def resume_or_initialise(self) -> None:
         """Take up the newest good checkpoint; without one, draw or load the first weights."""
-        newest, left_out = None, LeftOut()
+        left_out = LeftOut()
         if self.rank == 0:
             remove_temporaries(self.out_dir)
             left_out = read_left_out(self.out_dir)
             for path in set_aside_checkpoints(self.out_dir, left_out):
                 console.warn(f"a checkpoint has read text that is left out since: it is {path} now")
-            newest, skipped = find_newest_good(self.out_dir, self.settings.checkpoint.verify == "checksums")
-            for line in skipped:
-                console.warn(f"skipped checkpoint {line}")
+        newest = agree_on_checkpoint(self.out_dir, self.settings.checkpoint.verify, self.heartbeat.again)
+        if self.rank == 0:
             rewind_metrics(self.out_dir, newest.step if newest else -1)
             self.metrics = MetricsFile(self.out_dir)
-        self._check_space()
-        path, left_out = self.fabric.broadcast((newest.path if newest else None, left_out))
+        self.writer.check_space()
+        left_out = self.fabric.broadcast(left_out)
         self.state = RunState(self.settings, self.plan.tokens_per_step, left_out)
-        self.writer.last_good = path
-        if path is not None:
-            self.state.restore(load_training_state(path, self.model, self.optimizers))
+        self.writer.last_good = newest.path if newest else None
+        if newest is not None:
+            self.state.restore(load_training_state(newest.path, self.model, self.optimizers))
         elif self.settings.initial_checkpoint_dir is not None:
             load_initial_weights(self.settings.initial_checkpoint_dir, self.model)
         else:
             initialise(self.model, self.model.config, self.settings.seed)
         update_scales(self.model, self.settings)
-
-    def _check_space(self) -> None:
-        """Raises UserError on every process when not even one checkpoint fits."""
-        missing = self.fabric.broadcast(shortage(self.out_dir, self.writer.state_bytes()) if self.rank == 0 else None)
-        if missing:
-            raise UserError(f"--out_dir={self.out_dir}: {missing}. Free space, or use another directory.")
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -136,36 +126,46 @@ class Trainer:
         """Train to the plan's last step, or until something asks to stop; goes back as often as spikes ask for it."""
         while self._run_until_spikes():
             self._go_back()
+        self.heartbeat.beat("save")
         self.writer.wait_and_report(final=self.state.step == self.plan.total_steps)
 
     def _run_until_spikes(self) -> bool:
         """Train from `step` on; returns whether it must go back."""
         train, evaluation = self.settings.train, self.settings.eval
-        if self.state.step == 0 and evaluation.initial_validation:
-            self._log({"step": 0, "tokens": 0, **self._validate()})
         steps = range(self.state.step, self.plan.total_steps)
         numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
         positions = map(self.state.left_out.positions, numbers)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
         profiler = profiled(self.settings, self.out_dir / "profile", self.rank)
-        with contextlib.closing(batches), garbage_collected() as collect_garbage, profiler as step_profiler:
+        with (
+            fastest_kernels(self.device),
+            contextlib.closing(batches),
+            garbage_collected() as collect_garbage,
+            profiler as step_profiler,
+        ):
+            if self.state.step == 0 and evaluation.initial_validation:
+                self._log({"step": 0, "tokens": 0, **self._validate()})
             while self.state.step < self.plan.total_steps:
                 started = time.perf_counter()
                 result = self._train_step(batches)
                 step_profiler()
                 collect_garbage()
-                data_wait_s = result.sums.data_wait_s / self.world_size
-                self.throughput.add_step(result.loss, time.perf_counter() - started, data_wait_s)
+                wait_s = result.sums.data_wait_s / self.world_size
+                self.throughput.add_step(result.loss, time.perf_counter() - started, wait_s)
                 self.state.step += 1
+                self.heartbeat.step_done(self.state.step)
                 last = self.state.step == self.plan.total_steps
                 if last or result.sums.dataset_problem:
+                    self.heartbeat.beat("save")
                     self.dataset_check.raise_if_damaged(self._reading(), self.out_dir, wait=last)
                 stop = result.sums.stop or (result.sums.poll_preemption and self.stopping.poll())
                 self.state.bad_steps.count(result.verdict, result.loss, result.grad_norm)
                 if result.verdict and self.rank == 0:
-                    console.warn(f"step {self.state.step} updates nothing: {result.verdict.reason}")
+                    step, reason = self.state.step, result.verdict.reason
+                    record_event(self.out_dir, "skipped step", f"step {step} updates nothing: {reason}", step=step)
                 if self.state.bad_steps.must_go_back:
                     return True
+                check_replicas(self.parameters, self.optimizers, self.state.step, self.settings)
 
                 record = None
                 give_up = self.state.bad_steps.must_give_up
@@ -197,19 +197,20 @@ class Trainer:
         wait_s, digest = 0.0, 0
         for micro_step in range(self.accumulation):
             waited = time.perf_counter()
+            self.heartbeat.beat("reading data")
             batch = next(batches)
             wait_s += time.perf_counter() - waited
+            self.heartbeat.beat("forward and backward pass")
             digest += batch.digest
-            tokens = batch.tokens.to(self.device, non_blocking=True)
-            accumulate = micro_step + 1 < self.accumulation and not self.settings.parallel.reduce_every_micro_batch
-            with self.fabric.no_backward_sync(self.wrapped, enabled=accumulate):
-                micro_entropy, objective = self.wrapped(tokens[:, :-1], tokens[:, 1:])
-                self.fabric.backward(objective * scale)
+            schedule_reductions(self.model, self.settings, last=micro_step + 1 == self.accumulation)
+            micro_entropy, objective = self.wrapped(*batch.to(self.device))
+            self.fabric.backward(objective * scale)
             entropy += micro_entropy
         return self._update(entropy, digest, wait_s)
 
     def _update(self, entropy: torch.Tensor, digest: int, wait_s: float) -> StepResult:
         """Sum over processes, clip, and update unless something is not finite."""
+        self.heartbeat.beat("reduction and update")
         stop, poll = self.stopping.wanted(), self.stopping.poll_is_due()
         failed, damaged = self.writer.error is not None, self.dataset_check.problem is not None
         sums = StepSums(entropy, digest, wait_s, stop, poll, failed, damaged)
@@ -218,22 +219,20 @@ class Trainer:
         loss = sums.entropy / self.plan.tokens_per_step
         verdict = self.state.bad_steps.judge(loss, grad_norm)
         if verdict is None:
-            if self.settings.train.max_norm is not None:
-                scale_gradients(self.parameters, norm, self.settings.train.max_norm)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            apply_gradients(self.optimizers, norm, self.settings.train.max_norm)
             update_scales(self.model, self.settings)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        drop_gradients(self.optimizers)
         return StepResult(loss, grad_norm, verdict, sums)
 
     def _validate(self) -> dict[str, float]:
+        self.heartbeat.beat("validation")
         values = self.validation.run()
         self.state.val_loss = values["val_loss"]
         return values
 
     def _go_back(self) -> None:
         """Leave out what the bad steps read, and take up the newest checkpoint from before them."""
+        self.heartbeat.beat("start")
         self.writer.wait()
         numbers = self.state.sequences_of_last(self.state.bad_steps.in_a_row)
         problem = leave_out(self.out_dir, self.state.left_out, numbers, self.state.step) if self.rank == 0 else None
@@ -276,6 +275,7 @@ class Trainer:
     def _save(self, last: bool) -> float:
         """Returns the seconds for which training was held up."""
         started = time.perf_counter()
+        self.heartbeat.beat("save")
         self.writer.wait_and_report()  # the save before this one
         name = FINAL_NAME if last else step_name(self.state.step)
         self.writer.save(name, self.state.primitives(), self.settings.checkpoint.asynchronous and not last)

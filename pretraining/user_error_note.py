@@ -1,7 +1,7 @@
 """How a worker's user error reaches the driver: a file in out_dir.
 
-Ray Train starts the workers again after any error (--max_failures), and the user's would come again each time. So the
-failing worker leaves a note, and the next workers end at once: the driver then says what the note holds.
+The workers are started again after other errors (--max_failures), and the user's would come again each time. What Ray
+Train tells the driver may be only that other processes lost the one that failed; the note says why.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretraining.data import Sequences, rank_positions
+from pretraining.data import plan_sequences, rank_positions, read_micro_batch
+from pretraining.loss import IGNORED_TARGET
 from pretraining.plan import Plan
 from pretraining.settings import Settings
 
@@ -24,11 +24,10 @@ class Validation:
 
     def __init__(self, model: torch.nn.Module, settings: Settings, plan: Plan, device: torch.device):
         self._model, self._device, self._bits_per_nat = model, device, plan.bits_per_nat
-        directories = [Path(path) for path in plan.val_directories]
-        vocab_size = plan.model_config["padded_vocab_size"]
-        self._sequences = Sequences(directories, plan.weights, plan.context_tokens + 1, 0, vocab_size)
+        self._sequences = plan_sequences(plan, plan.val_directories, seed=0)
         count = min(plan.val_blocks, settings.eval.max_iters * settings.train.global_batch_size)
-        size, world_size = settings.train.micro_batch_size, dist.get_world_size()
+        self._batch_size = size = settings.train.micro_batch_size
+        world_size = dist.get_world_size()
         mine = rank_positions(0, count, dist.get_rank(), world_size)
         # All processes must make the same number of forward passes, for they gather weights together.
         num_rounds = math.ceil(math.ceil(count / world_size) / size)
@@ -40,10 +39,14 @@ class Validation:
         self._model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # cross entropy, tokens
         for positions in self._micro_batches:
-            counts = float(len(positions) > 0)
-            tokens = self._sequences.read(positions if counts else np.zeros(1, np.int64)).to(self._device)
-            entropy, _ = self._model(tokens[:, :-1], tokens[:, 1:])
-            sums += counts * torch.stack([entropy.double(), torch.full_like(sums[0], tokens[:, 1:].numel())])
+            # Always of the same shape: for another one compiled blocks would be compiled once more. What fills it up
+            # is read but not counted.
+            filled = np.resize(positions if len(positions) else np.zeros(1, np.int64), self._batch_size)
+            inputs, targets, offsets = read_micro_batch(self._sequences, filled, pin_memory=False).to(self._device)
+            targets = targets.clone()
+            targets[len(positions) :] = IGNORED_TARGET
+            entropy, _ = self._model(inputs, targets, offsets)
+            sums += torch.stack([entropy.double(), torch.full_like(sums[0], targets[: len(positions)].numel())])
         dist.all_reduce(sums)
         self._model.train()
         loss = (sums[0] / sums[1]).item()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,27 @@ def tokenizer_dir(tmp_path_factory, documents) -> Path:
     )
     (directory / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
     return directory
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
+    """A merged dataset of forty documents; what needs another one defines its own."""
+    from tiny_runs import tokenize_dataset
+
+    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", documents[:40], tokenizer_dir)
+
+
+def said_by(capsys, command: Callable[[], None], code: int = 0) -> str:
+    """What a tool's `main` prints, once its exit code is as expected."""
+    capsys.readouterr()
+    found = 0
+    try:
+        command()
+    except SystemExit as left:
+        found = left.code
+    said = capsys.readouterr().out
+    assert found == code, said
+    return said
 
 
 def write_parquet(path: Path, texts: list[str | None], row_group_size: int = 20, column: str = "text") -> None:

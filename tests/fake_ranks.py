@@ -27,7 +27,7 @@ from pretraining.memory import plan_memory
 from pretraining.model import build_model, count_parameters
 from pretraining.model_config import resolve_model_config
 from pretraining.optimizer import make_optimizers
-from pretraining.parallelism import device_mesh, local_shard, shard_model
+from pretraining.parallelism import device_mesh, local_shard, schedule_reductions, shard_model
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.settings import Settings
 from utils.cli import parse_settings
@@ -94,7 +94,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         with tracker, counted_collectives() as (calls, num_bytes):
             for micro_step in range(accumulation):
                 last = micro_step + 1 == accumulation
-                model.set_requires_gradient_sync(last or settings.parallel.reduce_every_micro_batch)
+                schedule_reductions(model, settings, last)
                 tracker.reset_mod_stats()
                 _, objective = model(tokens, tokens)
                 objective.backward()
@@ -118,7 +118,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "layers": config["n_layer"],
         "peak_bytes": peak_bytes + sum(state.numel() * state.element_size() for state in states),
-        "planned_bytes": plan.total,
+        "planned_bytes": plan.total - plan.overhead,
     }
 
 

@@ -54,6 +54,7 @@ def test_tokenization_is_measured_beside_what_people_use_now(tmp_path, run_scrip
         ["pretrain_speed.py", "--cases", "small", "--steps", "8", "--rounds", "1"],
         ["pretrain_checkpoint.py"],
         ["pretrain_data.py", "--contexts", "1024"],
+        ["attention_and_loss.py", "--parts", "attention", "--rounds", "1"],
         ["export_streaming.py", "--compare=100M", "--sizes=[100M]", "--num_repeats=1"],
     ],
     ids=lambda command: command[0],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,9 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
-
-from tokenization.chunk_writer import chunk_header, make_index
-from utils.chunks import Chunk
+from tiny_runs import write_dataset
 
 CONFIGS = sorted((ROOT / "config_hub").glob("*.yaml"))
 EXPECTED = {
@@ -24,15 +21,10 @@ BIG_ENOUGH_DISK = "checkpoints need"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Long enough for two sequences of 32,768 tokens in both splits."""
+    """Long enough for two sequences of 32,768 tokens in both splits, with EOS between documents."""
     root = tmp_path_factory.mktemp("dataset")
     for split in ("train", "val"):
-        (root / split).mkdir()
-        tokens = np.zeros(70_000, np.uint16)
-        raw = chunk_header(np.array([len(tokens)]), "uint16").tobytes() + tokens.tobytes()
-        (root / split / "chunk-0.bin").write_bytes(raw)
-        index = make_index([Chunk("chunk-0.bin", 1, len(tokens), len(raw))], "uint16", None, "0" * 12)
-        (root / split / "index.json").write_text(json.dumps(index))
+        write_dataset(root / split, [np.zeros(70_000, np.int64)], 1, separators={"bos_id": None, "eos_id": 0})
     return root
 
 
@@ -77,6 +69,12 @@ def test_dry_run_plans_it_on_80_gb(path, dataset, tmp_path, run_script):
         assert gigabytes == pytest.approx(float(stated[1]), abs=0.11)
     else:
         assert path.stem == "demo-cpu"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_documents_are_masked_from_4096_tokens_on(path):
+    train = yaml.safe_load(path.read_text())["train"]
+    assert train.get("document_masking", False) == (train.get("max_seq_length", 0) >= 4096)
 
 
 def test_unknown_key_is_refused_naming_file_and_key(tmp_path, run_script):

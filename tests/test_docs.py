@@ -63,6 +63,9 @@ RUN_BY = {
         "test_config_hub.py::test_dry_run_plans_it_on_80_gb"
     ),
     r"python distributed_pretrain\.py --config config_hub/llama3-8b\.yaml": "needs GPUs",
+    r"python distributed_pretrain\.py --config config_hub/llama3\.2-1b\.yaml.* --dry_run --tokens": (
+        "pretraining/test_dry_run.py::test_it_needs_neither_data_nor_a_tokenizer_and_says_how_long_a_run_takes"
+    ),
     r"python distributed_pretrain\.py --config config_hub/demo-cpu\.yaml": ".ci/run",
     r"python -m lightning\.pytorch\.utilities\.consolidate_checkpoint ": (
         "test_pipeline.py::test_consolidation_with_its_renames_then_conversion_gives_the_same_model"
@@ -81,8 +84,16 @@ RUN_BY = {
         "export/test_convert_pretrained_checkpoint_commands.py::test_litgpt_finetune_accepts_the_directory"
     ),
     r"python -m tools\.check_cluster ": "tools/test_check_cluster.py::test_a_sound_cluster_shows_a_table_and_a_report",
+    r"python -m tools\.find_fastest ": (
+        "tools/test_find_fastest.py::test_each_combination_is_a_row_whatever_becomes_of_it"
+    ),
     r"python -m tools\.inspect_dataset ": "tools/test_inspect_dataset.py::test_shows_counts_samples_and_a_picture",
     r"python -m tools\.plot_curves ": "tools/test_plot_curves.py::test_one_picture_of_one_and_of_several_runs",
+    r"python -m tools\.verify ": ("tools/test_verify.py::test_everything_agrees_from_the_export_to_the_parquet_files"),
+    r"python -m tools\.show_batch ": ("tools/test_show_batch.py::test_every_batch_is_the_one_whose_digest_was_logged"),
+    r"python -m tools\.suggest ": "tools/test_suggest.py::test_training_accepts_the_yaml",
+    r"python distributed_pretrain\.py --config my-run\.yaml": "tools/test_suggest.py::test_training_accepts_the_yaml",
+    r"python benchmarks/gpu_acceptance\.py": "test_gpu_acceptance.py::test_every_row_runs_in_small_and_without_ray",
     r"python benchmarks/": "test_benchmarks.py::test_every_benchmark_runs",
     r"bash pipeline\.sh": "test_pipeline.py::test_again_has_nothing_to_do",
     r"(hf|litgpt) download |pip install |git clone |docker |wandb sync": "needs a network",

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_a_script
 
+from utils.files import write_json
+
 RELEASED = ROOT / "tests" / "released"
 TOKENIZE = [
     "--input_dir=parquet", "--tokenizer_dir=tokenizer", "--output_dir=tokens", "--val_fraction=0.15", "--add_eos=true",
@@ -164,11 +166,28 @@ def test_a_checkpoint_with_tensor_parallelism_is_refused_with_the_reason(tmp_pat
 # --- step 5 -----------------------------------------------------------------------------------------------------------
 
 
+# What later versions add on purpose, since clients took its absence for something else; see docs/export.md.
+ADDED = {
+    "config.json": {"transformers_version": "5.0.0"},
+    "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False},
+}
+
+
 def test_the_released_checkpoint_is_exported_to_the_same_weights_and_configurations(tmp_path, run_script):
     bring(tmp_path, "run")
     process = run_script("convert_pretrained_checkpoint.py", "run/step-00000006", "export", cwd=tmp_path)
     assert "verified: litgpt and transformers" in process.stdout
     wanted = expected("export.json")
+    for name, added in ADDED.items():
+        path = tmp_path / "export" / name
+        content = json.loads(path.read_bytes())
+        assert {key: content.pop(key) for key in added} == added
+        write_json(path, content)
+    # Formerly a copy of the tokenizer's own file, whose entries stood in another order.
+    copied = RELEASED / "tokenizer" / "tokenizer_config.json"
+    assert sha256(copied) == wanted["tokenizer_config.json"]
+    assert json.loads((tmp_path / "export" / copied.name).read_bytes()) == json.loads(copied.read_bytes())
+    del wanted["tokenizer_config.json"]
     assert {name: sha256(tmp_path / "export" / name) for name in wanted} == wanted
     others = set(files_below(tmp_path / "export")) - set(wanted)
-    assert others == {"README.md", "loss.png", "manifest.json"}
+    assert others == {"README.md", "loss.png", "manifest.json", "tokenizer_config.json"}

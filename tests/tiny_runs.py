@@ -37,8 +37,12 @@ def write_dataset(
     text_bytes: int,
     tokenizer: dict | None = None,
     chunk_documents: int = 40,
+    separators: dict | None = None,
 ) -> None:
-    """A merged dataset as merge_files.py publishes it, of documents given as arrays of token ids."""
+    """A merged dataset as merge_files.py publishes it, of documents given as arrays of token ids.
+
+    `separators` are the bos_id and eos_id that the documents have around them.
+    """
     directory.mkdir(parents=True)
     dtype = "uint16"
     chunks = []
@@ -58,7 +62,7 @@ def write_dataset(
         {
             "kind": "dataset",
             "made_by": {"script": "merge_files.py", "versions": {}},
-            "settings": {},
+            "settings": separators or {},
             "tokenizer": tokenizer,
             "content": {
                 "documents": len(documents),
@@ -80,13 +84,13 @@ def tokenize_dataset(directory: Path, texts: list[str], tokenizer_dir: Path) -> 
     from utils.tokenizer import read_tokenizer_info
 
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    record = read_tokenizer_info(tokenizer_dir).record()
+    info = read_tokenizer_info(tokenizer_dir)
+    separators = {"bos_id": info.bos_id if info.adds_bos else None, "eos_id": info.eos_id if info.adds_eos else None}
     encoded = [np.array(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
     for split, wanted in (("train", lambda i: i % 10 != 0), ("val", lambda i: i % 10 == 0)):
         chosen = [i for i in range(len(texts)) if wanted(i)]
-        write_dataset(
-            directory / split, [encoded[i] for i in chosen], sum(len(texts[i].encode()) for i in chosen), record
-        )
+        text_bytes = sum(len(texts[i].encode()) for i in chosen)
+        write_dataset(directory / split, [encoded[i] for i in chosen], text_bytes, info.record(), separators=separators)
     return directory
 
 

@@ -6,6 +6,8 @@ A unit's chunks are OUT/{train,val}/NODE/chunk-UNIT-i.bin; its record is a line 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,3 +174,9 @@ class UnitRecord:
 
 def chunk_name(unit: int, chunk: int) -> str:
     return f"chunk-{unit:07d}-{chunk}.bin"
+
+
+def fingerprint_of_identity(settings: dict[str, Any], tokenizer: dict[str, Any], inputs: list[dict[str, Any]]) -> str:
+    """SHA-256 of what shapes a tokenization's result."""
+    identity = {"settings": settings, "tokenizer": tokenizer, "inputs": inputs}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,9 @@ def named_chunks(
 def natural_key(name: str) -> list[Any]:
     """Sorts '10' after '9'."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def fingerprint_of(chunks: list[Chunk]) -> str:
+    """Changes when the merged dataset changes; from checksums where they are known, else from names and counts."""
+    parts = [f"{chunk.name} {chunk.xxh3_128 or (chunk.documents, chunk.tokens, chunk.bytes)}" for chunk in chunks]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

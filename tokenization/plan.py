@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
 from tokenization.input_files import FileEntry, is_jsonl, list_input_files
 from tokenization.input_formats import read_summaries
-from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit
+from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit, fingerprint_of_identity
 from tokenization.output import check_output_dir
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
 from utils import console
@@ -83,7 +81,7 @@ def make_plan(settings: Any) -> Plan:
         units=units,
         quarantined=bad_files,
         tokenizer_json=tokenizer.directory / "tokenizer.json",
-        fingerprint=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        fingerprint=fingerprint_of_identity(**identity),
         **identity,
     )
 

@@ -1,4 +1,5 @@
-"""The processes of check_cluster: Ray actors, one per device on its node, that meet in a process group."""
+"""Processes that measure: Ray actors, one per device on its node, that meet in a process group. check_cluster's measure
+the hardware; find_fastest derives its own from them."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ import torch
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pretraining.cluster import forwarded_environment
 from pretraining.hardware_check import HardwareReport, Multiply, measure_hardware, multiply_by_torch
-from pretraining.node_facts import interface_of, node_name
+from pretraining.node_facts import node_name
+from pretraining.worker_environment import forwarded_environment, interface_of
 from utils.errors import UserError
 from utils.machine import available_cpus
 
@@ -35,8 +36,8 @@ class Member:
             port = listener.getsockname()[1]
         return address, port, ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
 
-    def measure(self, job: dict[str, Any]) -> HardwareReport:
-        """Join the process group, and measure."""
+    def join(self, job: dict[str, Any]) -> torch.device:
+        """Take the place in the process group that `places_of` gave; returns this process's device."""
         os.environ.update(job["environment"])
         if interface := interface_of(ray.util.get_node_ip_address()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else gloo may take the loopback, and find nobody
@@ -54,8 +55,13 @@ class Member:
             init_method=job["meet_at"],
             rank=job["rank"],
             world_size=job["world_size"],
-            timeout=datetime.timedelta(seconds=60),
+            timeout=datetime.timedelta(seconds=job["collective_timeout_s"]),
         )
+        return device
+
+    def measure(self, job: dict[str, Any]) -> HardwareReport:
+        """Join the process group, and measure."""
+        device = self.join(job)
         report = measure_hardware(
             job["node"],
             job["gpus"][job["local_rank"]] if job["gpus"] else str(job["local_rank"]),
@@ -72,35 +78,51 @@ def measure_together(
     nodes: list[dict[str, str]], accelerator: str, num_devices: int, seconds: float, multiply: Multiply | None
 ) -> HardwareReport:
     """Start a process per device on each node, pinned to it, and let them measure together."""
-    resources = {"num_gpus": 1, "num_cpus": 0} if accelerator == "cuda" else {"num_cpus": 1}
-    places = [(node, local_rank) for node in nodes for local_rank in range(num_devices)]
-    names = [f"node {node_name(node)}, process {local_rank}" for node, local_rank in places]
-    start = ray.remote(max_restarts=0, **resources)(Member)
-    members = [
-        start.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)).remote()
-        for node, _ in places
-    ]
+    names = names_of(nodes, num_devices)
+    members = start_members(Member, nodes, accelerator, num_devices)
     try:
-        found = answers_of([member.where.remote() for member in members], names, _START_TIMEOUT_S)
-        address, port, _ = found[0]
-        shared = {
-            "meet_at": f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
-            "environment": forwarded_environment(os.environ),
-            "world_size": len(members),
-            "processes_per_node": num_devices,
-            "seconds": seconds,
-            "multiply": multiply,
-        }
-        reports = []
-        for rank, (member, (node, _)) in enumerate(zip(members, places)):
-            first = rank - rank % num_devices
-            gpus = sorted((gpu for _, _, lent in found[first : first + num_devices] for gpu in lent), key=by_number)
-            job = {"rank": rank, "local_rank": rank % num_devices, "node": node_name(node), "gpus": gpus}
-            reports.append(member.measure.remote({**shared, **job}))
+        shared = {"collective_timeout_s": 60, "seconds": seconds, "multiply": multiply}
+        places = places_of(members, nodes, num_devices)
+        reports = [member.measure.remote({**place, **shared}) for member, place in zip(members, places)]
         return answers_of(reports, names, _MEASURE_TIMEOUT_S)[0]
     finally:
         for member in members:
             ray.kill(member)
+
+
+def names_of(nodes: list[dict[str, str]], num_devices: int) -> list[str]:
+    """For people, in the order of ranks."""
+    return [f"node {node_name(node)}, process {local_rank}" for node in nodes for local_rank in range(num_devices)]
+
+
+def start_members(kind: type[Member], nodes: list[dict[str, str]], accelerator: str, num_devices: int) -> list:
+    """An actor per device on each node, pinned to it; in the order of ranks. The caller ends them by `ray.kill`."""
+    resources = {"num_gpus": 1, "num_cpus": 0} if accelerator == "cuda" else {"num_cpus": 1}
+    start = ray.remote(max_restarts=0, **resources)(kind)
+    return [
+        start.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)).remote()
+        for node in nodes
+        for _ in range(num_devices)
+    ]
+
+
+def places_of(members: list, nodes: list[dict[str, str]], num_devices: int) -> list[dict[str, Any]]:
+    """For each actor its place in the process group, as `join` takes it."""
+    found = answers_of([member.where.remote() for member in members], names_of(nodes, num_devices), _START_TIMEOUT_S)
+    address, port, _ = found[0]
+    shared = {
+        "meet_at": f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
+        "environment": forwarded_environment(os.environ),
+        "world_size": len(members),
+        "processes_per_node": num_devices,
+    }
+    places = []
+    for rank in range(len(members)):
+        first = rank - rank % num_devices
+        gpus = sorted((gpu for _, _, lent in found[first : first + num_devices] for gpu in lent), key=by_number)
+        place = {"rank": rank, "local_rank": rank % num_devices, "node": node_name(nodes[rank // num_devices])}
+        places.append({**shared, **place, "gpus": gpus})
+    return places
 
 
 def by_number(gpu: str) -> tuple[int, str]:

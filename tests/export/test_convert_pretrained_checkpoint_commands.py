@@ -47,7 +47,9 @@ def run_dir(tmp_path_factory, tokenizer_dir) -> Path:
     for path in tokenizer_dir.iterdir():
         shutil.copy(path, directory / "RUN" / "final")
     write_checkpoint_manifest(directory / "RUN" / "final")
-    succeeded(run(sys.executable, ROOT / "convert_pretrained_checkpoint.py", "RUN/final", "EXPORT", cwd=directory))
+    script = ROOT / "convert_pretrained_checkpoint.py"
+    printed = succeeded(run(sys.executable, script, "RUN/final", "EXPORT", cwd=directory)).stdout
+    (directory / "printed.txt").write_text(printed)
     return directory
 
 
@@ -74,10 +76,13 @@ def write_hellaswag(directory: Path) -> None:
 
 
 def test_litgpt_chat(run_dir):
+    """As the export says, which on a machine without accelerator asks for float32."""
+    command = next(line.split() for line in (run_dir / "printed.txt").read_text().splitlines() if "litgpt chat" in line)
     process = run(
-        BIN / "litgpt", "chat", "EXPORT", "--max_new_tokens", "8", cwd=run_dir, input="What are generators?\n!quit\n"
+        BIN / command[0], *command[1:], "--max_new_tokens", "8", cwd=run_dir, input="What are generators?\n!quit\n"
     )
     assert ">> Reply:" in succeeded(process).stdout
+    assert "'precision': '32-true'" in process.stdout
     assert "Time for inference" in process.stderr
 
 

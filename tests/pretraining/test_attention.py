@@ -1,34 +1,37 @@
-"""Our attention is litgpt's, variant by variant; documents and windows hide exactly what they should."""
+"""Our model is litgpt's, variant by variant of attention; documents and windows hide exactly what they should."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from litgpt.config import Config, configs
-from litgpt.model import GPT, do_softcapping
+from litgpt.model import GPT, Block, do_softcapping
 from pretrain_ranks import free_port
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pretraining.attention import (
-    Attention,
     Band,
     Causal,
     Flex,
     Masked,
+    Varlen,
     _first_keys,
     _flex_blocks,
     attention_patterns,
-    document_offsets,
+    fastest_kernels,
 )
+from pretraining.documents import Separator, document_offsets
+from pretraining.model import PretrainGPT
+from pretraining.parallelism import checkpoint_activations
+from pretraining.settings import Settings
 
 TOKENS, VOCABULARY = 40, 96
 HALF = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -86,27 +89,15 @@ def make_model(config: Config) -> GPT:
     return model
 
 
-def with_our_attention(model: GPT) -> GPT:
-    ours = GPT(model.config)
-    if not model.config.latent_attention:
-        for i, block in enumerate(ours.transformer.h):
-            block.attn = Attention(model.config, i)
-    ours.load_state_dict(model.state_dict())
+def our_model(theirs: GPT) -> PretrainGPT:
+    ours = PretrainGPT(theirs.config, Settings())
+    ours.load_state_dict(theirs.state_dict())
     return ours
 
 
-def logits_of(model: GPT, inputs: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-    config = model.config
-    x = model.transformer.wte(inputs)
-    if config.scale_embeddings:
-        x = x * config.n_embd**0.5
-    cos, sin = model.cos[None, : inputs.size(1)], model.sin[None, : inputs.size(1)]
-    patterns = attention_patterns(config, x, offsets)
-    for i, block in enumerate(model.transformer.h):
-        which = ... if config.rope_indices is None else (..., config.rope_indices[i])
-        x = block(x, cos[which], sin[which], patterns[i])
-    logits = model.lm_head(model.transformer.ln_f(x))
-    cap = config.final_logit_softcapping
+def logits_of(model: PretrainGPT, inputs: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    logits = model.lm_head(model.hidden_states(inputs, offsets))
+    cap = model.config.final_logit_softcapping
     return logits if cap is None else do_softcapping(logits, cap)
 
 
@@ -120,7 +111,7 @@ def make_tokens(rows: int = 2, tokens: int = TOKENS, seed: int = 1) -> torch.Ten
 
 def assert_equal_models(theirs: GPT, tokens: torch.Tensor) -> None:
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    ours = with_our_attention(theirs)
+    ours = our_model(theirs)
     expected = token_losses(theirs(inputs), targets)
     losses = token_losses(logits_of(ours, inputs), targets)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
@@ -176,21 +167,11 @@ def test_latent_attention_is_left_to_litgpt():
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
-def test_offsets_follow_bos_or_eos():
-    inputs = torch.tensor([[5, 1, 6, 7], [1, 8, 9, 1]])
-    assert document_offsets(inputs, bos_id=1).tolist() == [0, 1, 4, 7, 8]
-    assert document_offsets(inputs, eos_id=1).tolist() == [0, 2, 4, 5, 8]
-    with pytest.raises(ValueError, match="BOS or an EOS"):
-        document_offsets(inputs)
+BOS = Separator(0, begins=True)
 
 
-def test_offsets_have_one_shape_until_documents_are_very_short():
-    sizes = {}
-    for length in (1024, 300, 128, 127, 2):
-        tokens = torch.full((2, 1024), 5)
-        tokens[:, ::length] = 1
-        sizes[length] = len(document_offsets(tokens, bos_id=1))
-    assert sizes == {1024: 17, 300: 17, 128: 17, 127: 33, 2: 1025}
+def offsets_of(inputs: torch.Tensor, separator: Separator = BOS) -> torch.Tensor:
+    return torch.from_numpy(document_offsets(inputs.numpy(), [separator] * len(inputs)))
 
 
 def packed(lengths=((9, 1, 30), (40,), (17, 23))) -> torch.Tensor:
@@ -203,14 +184,14 @@ def packed(lengths=((9, 1, 30), (40,), (17, 23))) -> torch.Tensor:
 
 
 def losses_of_documents(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
-    return token_losses(logits_of(model, tokens[:, :-1], document_offsets(tokens[:, :-1], bos_id=0)), tokens[:, 1:])
+    return token_losses(logits_of(model, tokens[:, :-1], offsets_of(tokens[:, :-1])), tokens[:, 1:])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_packed_document_has_the_loss_and_gradients_that_it_has_alone(name):
     lengths = ((9, 1, 30), (40,), (17, 23))
     theirs = make_model(shrink(VARIANTS[name]))
-    ours = with_our_attention(theirs)
+    ours = our_model(theirs)
     tokens = packed(lengths)
     losses = losses_of_documents(ours, tokens)
     losses.sum().div(100).backward()
@@ -231,7 +212,7 @@ def test_a_packed_document_has_the_loss_and_gradients_that_it_has_alone(name):
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "falcon-7b", "OLMo-2-1124-7B", *WINDOWED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_document_changes_no_others_loss_by_a_bit(name, dtype):
-    model = with_our_attention(make_model(shrink(Config.from_name(name)))).to(dtype)
+    model = our_model(make_model(shrink(Config.from_name(name)))).to(dtype)
     tokens = packed()
     changed = tokens.clone()
     changed[0, 2:9] = 50  # the first document of the first row, without its BOS
@@ -258,7 +239,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_keys_and_values_keep_their_groups():
-    model = with_our_attention(make_model(shrink(Config.from_name("Llama-3.1-8B"))))
+    model = our_model(make_model(shrink(Config.from_name("Llama-3.1-8B"))))
     with Operations() as operations:
         logits_of(model, make_tokens()[:, :-1])
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -268,9 +249,9 @@ def test_keys_and_values_keep_their_groups():
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_band_holds_no_scores_of_the_whole_sequence(documents):
-    model = with_our_attention(make_model(shrink(Config.from_name("Mistral-7B-v0.1"), block_size=1024)))
+    model = our_model(make_model(shrink(Config.from_name("Mistral-7B-v0.1"), block_size=1024)))
     tokens = make_tokens(rows=1, tokens=1024)
-    offsets = document_offsets(tokens[:, :-1], eos_id=5) if documents else None
+    offsets = offsets_of(tokens[:, :-1], Separator(5, begins=False)) if documents else None
     with Operations() as operations:
         logits_of(model, tokens[:, :-1], offsets).sum().backward()
     largest = max(out.numel() for _, _, _, out in operations.seen if isinstance(out, torch.Tensor))
@@ -289,7 +270,7 @@ def test_layers_share_their_masks():
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", *WINDOWED])
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_compiled_block_is_one_graph_for_all_batches(name, documents):
-    model = with_our_attention(make_model(shrink(Config.from_name(name))))
+    model = our_model(make_model(shrink(Config.from_name(name))))
     tokens = packed()
     plain = losses_of_documents(model, tokens)
     torch._dynamo.reset()
@@ -302,7 +283,7 @@ def test_a_compiled_block_is_one_graph_for_all_batches(name, documents):
     for block in model.transformer.h:
         block.forward = torch.compile(block.forward, backend=count, fullgraph=True)
     for batch in (tokens, tokens.flip(0), packed(((20, 20), (5, 35), (39, 1)))):
-        offsets = document_offsets(batch[:, :-1], bos_id=0) if documents else None
+        offsets = offsets_of(batch[:, :-1]) if documents else None
         logits = logits_of(model, batch[:, :-1], offsets)
         if documents and batch is tokens:
             torch.testing.assert_close(token_losses(logits, tokens[:, 1:]), plain)
@@ -310,25 +291,19 @@ def test_a_compiled_block_is_one_graph_for_all_batches(name, documents):
     assert len(graphs) == len(set(model.config.sliding_window_indices or [0]))
 
 
-def recompute(block, selective: bool) -> None:
-    kept = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.aten.mm.default]
-    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)} if selective else {}
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
-
-
 def check_sharded_models(rank: int, port: int) -> None:
     """Each process has its own row; the mean of the gradients is what the unsharded model has for both rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for name, how, compiled in itertools.product(WINDOWED[:2], ("none", "selective", "full"), (False, True)):
-        plain = with_our_attention(make_model(shrink(Config.from_name(name))))
+    for name, how, compiled in [("Gemma-2-2b", "selective", False), ("Gemma-3-4b-it", "full", True)]:
+        plain = our_model(make_model(shrink(Config.from_name(name))))
         tokens = packed(((9, 1, 30), (17, 23)))
         expected = losses_of_documents(plain, tokens)
         expected.sum().div(100).backward()
-        sharded = with_our_attention(make_model(shrink(Config.from_name(name))))
+        sharded = our_model(make_model(shrink(Config.from_name(name))))
         for block in sharded.transformer.h:
             if how != "none":
-                recompute(block, how == "selective")
+                checkpoint_activations(block, how)
             if compiled:
                 block.compile(backend="aot_eager")
             fully_shard(block)
@@ -345,6 +320,20 @@ def check_sharded_models(rank: int, port: int) -> None:
 
 def test_sharded_recomputed_and_compiled_blocks_give_the_same():
     torch.multiprocessing.spawn(check_sharded_models, (free_port(),), nprocs=2)
+
+
+def count_calls(operations: Operations, function) -> int:
+    return sum(seen is function for seen, *_ in operations.seen)
+
+
+@pytest.mark.parametrize(("how", "calls"), [("selective", 2), ("full", 4)])
+def test_selective_recomputation_keeps_what_attention_computed(how, calls):
+    model = our_model(make_model(shrink(Config.from_name("Llama-3.1-8B"))))
+    for block in model.transformer.h:
+        checkpoint_activations(block, how)
+    with Operations() as operations:
+        logits_of(model, make_tokens()[:, :-1]).sum().backward()
+    assert count_calls(operations, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default) == calls
 
 
 # --- the GPU's kernels, as far as a CPU can show ----------------------------------------------------------------------
@@ -378,6 +367,69 @@ def test_a_gpu_runs_fused_kernels_without_a_mask(layer, documents):
     )
     # FlashAttention's left side leaves out the query's own token, which litgpt's window counts.
     assert (causal, window) == ((False, [6, 0]) if layer == "window" else (True, [-1, 0]))
+
+
+def block_and_arguments() -> tuple[Block, tuple]:
+    """With documents masked as on a GPU. Fake tensors of the CPU, for those of a GPU have no backward pass here."""
+    block = PretrainGPT(shrink(Config.from_name("Llama-3.1-8B"), n_layer=1), Settings()).transformer.h[0]
+    x, cos = torch.empty(2, TOKENS, block.config.n_embd, requires_grad=True), torch.empty(1, TOKENS, 16)
+    return block, (x, cos, cos, Varlen(torch.empty(9, dtype=torch.int32), None))
+
+
+def test_a_compiled_block_is_one_graph_on_a_gpu_too():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append([node for node in graph.graph.nodes if "varlen_attn" in str(node.target)])
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        block, arguments = block_and_arguments()
+        block.forward = torch.compile(block.forward, backend=count, fullgraph=True)
+        for _ in range(3):
+            block(*arguments[:-1], Varlen(torch.empty(9, dtype=torch.int32), None)).sum().backward()
+    assert [len(kernels) for kernels in graphs] == [1]
+
+
+@pytest.mark.parametrize(("how", "calls"), [("selective", 1), ("full", 2)])
+def test_selective_recomputation_keeps_what_a_gpus_kernel_computed(how, calls):
+    with FakeTensorMode(), Operations() as operations:
+        block, arguments = block_and_arguments()
+        checkpoint_activations(block, how)
+        block(*arguments).sum().backward()
+    assert count_calls(operations, torch.ops.torch_attn._varlen_attn.default) == calls
+
+
+class AttentionCalls(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.heads = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            self.heads.append([part.size(1) for part in args[:3]])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.bfloat16, [4, 2, 2]), (torch.float32, [4, 4, 4])], ids=str)
+def test_a_gpu_repeats_keys_only_for_the_kernel_that_has_no_groups(dtype, heads):
+    """Efficient attention, the one that takes float32."""
+    with FakeTensorMode(), AttentionCalls() as calls:
+        q, k = (torch.empty(1, n, TOKENS, 16, dtype=dtype, device="cuda") for n in (4, 2))
+        Causal().attend(q, k, k, 0.25, None)
+    assert calls.heads == [heads]
+
+
+def test_cudnn_comes_first_on_a_gpu_for_as_long_as_the_run_lasts():
+    torchs_own = torch._C._get_sdp_priority_order()
+    with fastest_kernels(torch.device("cuda")):
+        first, second, *_ = torch._C._get_sdp_priority_order()
+        enabled = torch.backends.cuda.math_sdp_enabled()
+    assert (first, second) == (SDPBackend.CUDNN_ATTENTION.value, SDPBackend.FLASH_ATTENTION.value) and enabled
+    assert torch._C._get_sdp_priority_order() == torchs_own
+    with fastest_kernels(torch.device("cpu")):
+        assert torch._C._get_sdp_priority_order() == torchs_own
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, settings_of, weights_of
-from tiny_runs import TINY_MODEL, tokenize_dataset, write_config
+from tiny_runs import TINY_MODEL, write_config
 
 from pretraining.checkpoint import find_newest_good, list_checkpoints
 from pretraining.checkpoint_writer import shortage
+from pretraining.events import read_events
 from utils.manifest import damaged_files
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
-    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", documents[:40], tokenizer_dir)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +72,15 @@ def test_damage_is_named_and_passed_over(interrupted):
 def test_a_run_goes_on_from_before_the_damage_with_the_same_result(interrupted, finished, dataset, config, tmp_path):
     import torch
 
-    flip_a_byte(interrupted / "step-00000010" / "lit_model.pth" / "__0_0.distcp")
+    """Each process compares its share of the files, and all take the same checkpoint."""
+    for shard in ("__0_0.distcp", "__1_0.distcp"):
+        flip_a_byte(interrupted / "step-00000010" / "lit_model.pth" / shard)
     run_ranks([settings_of(config, dataset, interrupted, 2)], 2, tmp_path / "job")
     log = (tmp_path / "job" / "rank-0.log").read_text()
-    assert "skipped checkpoint" in log and "__0_0.distcp: checksum differs" in log
+    assert "skipped checkpoint" in log
+    assert "__0_0.distcp: checksum differs" in log and "__1_0.distcp: checksum differs" in log
+    (event,) = read_events(interrupted)
+    assert event["event"] == "checkpoint refused" and event["taken"].endswith("step-00000008")
     assert losses_of(interrupted) == losses_of(finished) and digests_of(interrupted) == digests_of(finished)
     ours, theirs = weights_of(interrupted / "final")["model"], weights_of(finished / "final")["model"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -13,6 +13,11 @@ from tiny_runs import TINY_MODEL, tokenize_dataset, write_config
 
 SAME_RESULT = {
     "hybrid": {"parallel__sharding": "hybrid"},
+    "hybrid_reduce_often": {
+        "parallel__sharding": "hybrid",
+        "parallel__shard_size": 1,
+        "parallel__reduce_every_micro_batch": "true",
+    },
     "replicate": {"parallel__sharding": "replicate"},
     "no_reshard": {"parallel__reshard_after_forward": "false"},
     "reduce_often": {"parallel__reduce_every_micro_batch": "true"},
@@ -24,16 +29,12 @@ SAME_RESULT = {
 OTHER_RESULT = {
     "bf16": {"precision": "bf16-mixed"},
     "bf16_true": {"precision": "bf16-true"},
+    "bf16_sums": {"parallel__reduce_dtype": "bf16"},
     "muon": {"optimizer__name": "muon"},
     "tied": {"train__tie_embeddings": "true"},
     "z_loss": {"train__z_loss": 1e-2},
     "wsd": {"train__lr_schedule": "wsd", "train__lr_decay_fraction": 0.5},
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
-    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", documents[:40], tokenizer_dir)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,15 @@ def test_compiled_blocks_have_the_same_losses(runs, config, dataset, tmp_path):
     np.testing.assert_allclose(losses_of(tmp_path / "out"), losses_of(runs / "plain"), rtol=0, atol=1e-5)
 
 
+def test_copies_that_are_summed_once_per_step_train_as_copies_that_hold_all_of_the_sum(runs):
+    """Two micro-batches, two copies of one process each: without an all-reduce after the first micro-batch."""
+    np.testing.assert_allclose(
+        losses_of(runs / "hybrid_reduce_often"), losses_of(runs / "replicate"), rtol=0, atol=1e-6
+    )
+
+
 def test_bfloat16_follows_float32(runs):
-    for name in ("bf16", "bf16_true"):
+    for name in ("bf16", "bf16_true", "bf16_sums"):
         np.testing.assert_allclose(losses_of(runs / name), losses_of(runs / "plain"), atol=0.05)
         assert losses_of(runs / name) != losses_of(runs / "plain")
 

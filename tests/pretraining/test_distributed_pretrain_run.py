@@ -49,7 +49,8 @@ def finished(tmp_path_factory, dataset, config, tokenizer_dir, ray_address) -> t
     out_dir = tmp_path_factory.mktemp("run") / "out"
     process = run_a_script(
         SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", out_dir, "--tokenizer_dir", tokenizer_dir,
-        "--address", ray_address, "--logger_name", "tensorboard", env={"WANDB_API_KEY": SECRET},
+        "--address", ray_address, "--logger_name", "tensorboard", "--check_hardware", "always",
+        env={"WANDB_API_KEY": SECRET},
     )  # fmt: skip
     return out_dir, process
 
@@ -57,6 +58,7 @@ def finished(tmp_path_factory, dataset, config, tokenizer_dir, ray_address) -> t
 def test_a_run_leaves_checkpoints_metrics_and_the_next_command(finished, tokenizer_dir):
     out_dir, process = finished
     assert "finished: 6 steps" in process.stdout
+    assert process.stdout.count("checked 2 devices in") == 1  # --check_hardware
     assert "convert_pretrained_checkpoint.py" in process.stdout and "consolidate_checkpoint" in process.stdout
     assert sorted(path.name for path in out_dir.iterdir() if path.is_dir()) == ["final", "step-00000003", "tensorboard"]
     for name, step in (("step-00000003", 3), ("final", 6)):
@@ -214,6 +216,7 @@ def test_a_killed_worker_is_started_again_and_the_result_is_the_same(
     os.kill(worker, signal.SIGKILL)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
+    assert re.search(rf"warning: rank 0 \(node .*, process 0, pid {worker}\) died of .*SIGKILL", output)
     assert_same_run(out_dir, undisturbed)
 
 

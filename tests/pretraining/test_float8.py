@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 import torch
 from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, settings_of, weights_of
-from tiny_runs import TINY_MODEL, tokenize_dataset, write_config
+from tiny_runs import TINY_MODEL, write_config
 
 from pretraining.float8 import convert_block
 from pretraining.plan import make_plan
 from utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
-    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", documents[:40], tokenizer_dir)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretraining.loss import OutputLayer, next_token_loss
+from pretraining.loss import IGNORED_TARGET, OutputLayer, next_token_loss
 
 OPTIONS = [{}, {"z_loss": 0.01}, {"softcap": 5.0}, {"z_loss": 0.01, "softcap": 5.0}]
 
@@ -57,6 +57,22 @@ def test_in_float32_it_is_the_definition_in_float64(options, chunk_tokens):
     ):
         assert value.dtype == torch.float32
         assert relative_error(value, expected) < 1e-6
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_rows_that_are_ignored_count_for_nothing(options):
+    """As if they were not there; chunks of 8, so that one holds both kinds and one only ignored rows."""
+    inputs = make_inputs()
+    kept = torch.arange(50) % 7 != 3
+    kept[16:24] = False
+    some = [inputs[0].detach()[kept].requires_grad_(), *inputs[1:3], inputs[3][kept]]
+    expected = loss_and_gradients(next_token_loss, some, 0.3, chunk_tokens=8, **options)
+    targets = inputs[3].masked_fill(~kept, IGNORED_TARGET)
+    found = loss_and_gradients(next_token_loss, [*inputs[:3], targets], 0.3, chunk_tokens=8, **options)
+    assert not found[2][~kept].any()
+    found[2] = found[2][kept]
+    for value, wanted in zip(found, expected, strict=True):
+        assert relative_error(value, wanted) < 1e-6
 
 
 def test_a_large_vocabulary_is_as_exact():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from pretraining.node_facts import interface_of
+from pretraining.worker_environment import interface_of
 
 
 def test_the_interface_that_holds_an_address_is_found():

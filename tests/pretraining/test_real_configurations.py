@@ -38,3 +38,8 @@ def test_a_step_sends_what_it_should_and_fits_the_memory_that_was_planned(name):
     # Weights are gathered in bfloat16 and gradients reduced in float32; padding to equal shards is all that is beyond.
     assert num_bytes["all_gather"] == pytest.approx(found["accumulation"] * 2 * (gathers * blocks + rest), rel=0.01)
     assert num_bytes["reduce_scatter"] == pytest.approx(reductions * 4 * found["parameters"], rel=0.01)
+    # Copies are summed after the last micro-batch only, each process its piece.
+    copies = parallel["sharding"] == "hybrid"
+    piece = found["parameters"] / (parallel.get("shard_size") or config["num_devices"])
+    assert calls.get("all_reduce", 0) == copies * groups
+    assert num_bytes.get("all_reduce", 0) == pytest.approx(copies * 4 * piece, rel=0.01)

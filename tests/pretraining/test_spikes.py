@@ -15,6 +15,7 @@ from tiny_runs import write_config, write_dataset
 
 from pretraining.bad_steps import MIN_STEPS, WINDOW_STEPS, BadSteps
 from pretraining.data_order import SequenceOrder
+from pretraining.events import read_events
 from pretraining.left_out import LeftOut, leave_out, read_left_out
 from pretraining.settings import TrainSettings
 from utils.errors import UserError
@@ -144,6 +145,8 @@ def test_the_run_goes_back_and_is_the_one_that_never_had_that_text(tmp_path, dat
     out_dir = Path(spikes.out_dir)
     assert read_left_out(out_dir).ranges == ((POISONED.start * BATCH, POISONED.stop * BATCH),)
     assert read_left_out(out_dir).went_back == ((POISONED.stop, 195),)
+    events = [(event["event"], event["step"]) for event in read_events(out_dir)]
+    assert events == [*(("skipped step", step + 1) for step in POISONED), ("went back", POISONED.stop)]
     manifest = json.loads((out_dir / "final" / "manifest.json").read_text())
     assert manifest["content"]["left_out"] == [[1600, 1624]] and manifest["content"]["position"] == 220 * BATCH + 24
     assert manifest["content"]["step"] == 220

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from pretrain_ranks import ROOT, free_port, settings_of
-from tiny_runs import tokenize_dataset, write_config
+from tiny_runs import write_config
 
 from pretraining.profiling import STEPS_PER_COLLECTION, garbage_collected
 
@@ -45,10 +45,9 @@ print("waits", waits.found)
 """
 
 
-def test_a_step_waits_for_its_device_once(tmp_path, documents, tokenizer_dir):
+def test_a_step_waits_for_its_device_once(tmp_path, dataset):
     from pretraining.plan import make_plan
 
-    dataset = tokenize_dataset(tmp_path / "merged", documents[:40], tokenizer_dir)
     config = write_config(tmp_path / "tiny.yaml", train={"spike_sigma": 6})
     settings = settings_of(config, dataset, tmp_path / "run", 1)
     (tmp_path / "run").mkdir()
