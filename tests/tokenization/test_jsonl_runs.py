@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import write_parquet
+from conftest import said_by, write_parquet
 from test_jsonl import compressed
 from test_optimize_dataset import decoded, user_error
 from test_optimize_dataset_crashes import assert_tidy, command, merged, wait_for
@@ -197,3 +197,38 @@ def test_remote_files_give_the_same_chunks(documents, tokenizer_dir, tmp_path, r
         chunks.append({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.bin")})
     assert chunks[0] == chunks[1] and len(chunks[0]) == 4
     assert read_manifest(tmp_path / "local")["inputs"] == read_manifest(tmp_path / "remote")["inputs"]
+
+
+def test_what_reads_the_input_again_finds_each_documents_line(documents, tokenizer_dir, tmp_path, run_script, capsys):
+    """tools.verify and tools.show_batch; with a shuffle, a damaged line, and parquet beside it."""
+    from tokenizers import Tokenizer
+
+    from tools.source_rows import Source
+    from tools.verify import Settings, main
+
+    write_jsonl(tmp_path / "in" / "a.jsonl", documents[:90])
+    with open(tmp_path / "in" / "a.jsonl", "ab") as file:
+        file.write(b'{"text": 1}\n\n{"text": "the last one"}\n')
+    write_jsonl(tmp_path / "in" / "b.jsonl.gz", documents[90:100])
+    write_parquet(tmp_path / "in" / "c.parquet", documents[100:120])
+    more = ["--on_bad_file=quarantine", "--shuffle_seed=3", "--unit_bytes=30000"]
+    run_script("optimize_dataset.py", *arguments(tmp_path, tokenizer_dir, *more))
+    source = Source(str(tmp_path / "in"), read_manifest(tmp_path / "out"))
+    records = [json.loads(line) for line in (tmp_path / "out" / "progress.jsonl").read_text().splitlines()]
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    for split in ("train", "val"):
+        rows = [
+            row
+            for record in sorted(records, key=lambda record: record["unit"])
+            for row in source.rows(record["unit"], split, record[split]["documents"])
+        ]
+        found = [tokenizer.encode(source.text_of(row)).ids for row in rows]
+        assert found == decoded(tmp_path / "out", split) and found
+    said = said_by(capsys, lambda: main(Settings(str(tmp_path / "out"), deep=True, num_units=2)), 0)
+    assert "CHANGED" not in said and "2 of " in said and "units tokenized again" in said
+    assert "3 files: size and fingerprint" in said
+
+    content = (tmp_path / "in" / "a.jsonl").read_bytes()
+    (tmp_path / "in" / "a.jsonl").write_bytes(content.replace(b"the last one", b"the next one"))
+    said = said_by(capsys, lambda: main(Settings(str(tmp_path / "out"))), 1)
+    assert "a.jsonl: another file than was tokenized: fingerprint was" in said
