@@ -177,7 +177,9 @@ def fit_once(settings: Settings, plan: Plan, token: str) -> Exception | None:
             placement_strategy=placement_of(settings.num_nodes, settings.num_devices, room),
         ),
         # Beyond what the watchdog allows anything to take: it ends a hang, and says who hangs.
-        torch_config=TorchConfig(timeout_s=int(settings.train.slow_timeout) + _GROUP_EXTRA_S),
+        torch_config=TorchConfig(
+            timeout_s=int(max(settings.train.slow_timeout, settings.train.step_timeout or 0)) + _GROUP_EXTRA_S
+        ),
         run_config=ray.train.RunConfig(
             name="ray_train",
             storage_path=str(Path(settings.out_dir) / RAY_NAME),
