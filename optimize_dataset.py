@@ -1,10 +1,11 @@
-"""Step 1: tokenize parquet text into litdata chunks, on a Ray cluster or on this machine alone.
+"""Step 1: tokenize parquet text or JSON lines into litdata chunks, on a Ray cluster or on this machine alone.
 
     python optimize_dataset.py --input_dir=PARQUET --tokenizer_dir=CKPT --output_dir=OUT
     python optimize_dataset.py --input_dir=PARQUET --tokenizer_dir=CKPT --output_dir=OUT --dry_run
 
-Reads every *.parquet file below PARQUET (a local path, or s3://, gs://, hf://datasets/...), and writes
-OUT/{train,val}/NODE/chunk-*.bin, with an index.json and a manifest.json per folder. Then run merge_files.py.
+Reads every *.parquet, *.jsonl, *.jsonl.gz and *.jsonl.zst file below PARQUET (a local path, or s3://, gs://,
+hf://datasets/...), and writes OUT/{train,val}/NODE/chunk-*.bin, with an index.json and a manifest.json per folder. Then
+run merge_files.py.
 
 Run the same command again after a crash: finished units are kept, and the result is as if nothing had happened.
 Which documents are validation data depends on their text alone, and the chunks do not depend on the cluster.
@@ -52,13 +53,13 @@ class Settings:
     """What step 1 takes: the text, its tokenizer, where the tokens go, and how the work is cut and spread."""
 
     input_dir: str
-    """Directory with the parquet files, searched recursively; a local path or a URL."""
+    """Directory with the parquet files or JSON lines, searched recursively; a local path or a URL."""
     tokenizer_dir: str
     """Directory with tokenizer.json (a litgpt or Hugging Face checkpoint directory)."""
     output_dir: str
     """Directory to write; on a cluster one that all nodes mount."""
     text_column: str = "text"
-    """Column with the documents."""
+    """Column with the documents; in JSON lines the key."""
     val_fraction: float = 0.005
     """Share of the documents that becomes validation data, chosen by a hash of the text; between 0 and 1."""
     add_bos: bool | None = None
@@ -72,7 +73,8 @@ class Settings:
     limit_documents: int | None = None
     """Use only this many rows, the first ones, for a trial run; null: all."""
     on_bad_file: Literal["fail", "quarantine"] = "fail"
-    """Whether a file or row group that cannot be read stops the run, or is left out and listed in quarantine.jsonl."""
+    """Whether a file, row group or line that cannot be read stops the run, or is left out and listed in
+    quarantine.jsonl."""
     chunk_tokens: int | None = None
     """Tokens after which a chunk file is cut; null: 2049 * 8012 (64 MB in int32), up to 4 times that from 4 TiB on."""
     unit_bytes: int | None = None
@@ -87,9 +89,10 @@ class Settings:
 
 
 def describe_plan(plan: Plan, settings: Settings) -> None:
-    rows = sum(entry["rows"] for entry in plan.inputs)
+    from tokenization.plan import describe_inputs
+
     console.say(
-        f"input: {console.counted(len(plan.inputs), 'parquet file')}, {rows:,} rows, "
+        f"input: {describe_inputs(plan.inputs)}, "
         f"{console.human_bytes(sum(entry['bytes'] for entry in plan.inputs))} "
         f"({console.human_bytes(plan.text_bytes)} of text planned) in {settings.input_dir}"
     )
@@ -204,16 +207,16 @@ def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, keep: C
 def record_or_user_error(outcome: UnitRecord | Exception, plan: Plan) -> UnitRecord:
     """A finished unit's record; what went wrong in it becomes a UserError where the user can fix it."""
     from tokenization.encoder import EncodingMismatch
-    from tokenization.parquet import CorruptRowGroup
+    from tokenization.input_files import DamagedInput
 
     if isinstance(outcome, UnitRecord):
         return outcome
     go_on = f"the same command goes on:\n  {console.this_command()}"
     output_dir = f"--output_dir={plan.job.output_dir}"
-    if isinstance(outcome, CorruptRowGroup):
+    if isinstance(outcome, DamagedInput):
         message = (
-            f"--input_dir: {plan.job.paths[outcome.file_index]}, row group {outcome.row_group}: {outcome.reason}. Fix "
-            "or remove the file, or leave such row groups out with --on_bad_file=quarantine in a new --output_dir."
+            f"--input_dir: {plan.job.paths[outcome.file_index]}, {outcome.place}: {outcome.reason}. Fix or remove the "
+            f"file, or leave such {outcome.parts} out with --on_bad_file=quarantine in a new --output_dir."
         )
     elif isinstance(outcome, EncodingMismatch):
         message = (
@@ -308,7 +311,7 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     null, empty = content["skipped_null"], content["skipped_empty"]
     console.say(f"skipped: {null:,} null and {empty:,} empty texts" if null + empty else "skipped: nothing")
     if content["quarantined"]:
-        console.warn(f"{content['quarantined']} files or row groups left out, listed in quarantine.jsonl")
+        console.warn(f"{content['quarantined']} files, row groups or lines left out, listed in quarantine.jsonl")
     phases: collections.Counter = collections.Counter()
     tokens_of_folder: collections.Counter = collections.Counter()
     for record in records.values():

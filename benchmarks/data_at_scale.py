@@ -84,13 +84,13 @@ def make_small_files(directory: Path, count: int, document_bytes: int = 2_000) -
 
 
 def plan_files(directory: str) -> str:
-    from tokenization.input_files import list_parquet_files
-    from tokenization.parquet import read_footers
+    from tokenization.input_files import list_input_files
+    from tokenization.input_formats import read_summaries
     from tokenization.units import UnitPacker, default_unit_bytes
 
-    entries = list_parquet_files(directory)
+    entries = list_input_files(directory)
     packer = UnitPacker(default_unit_bytes(sum(entry.bytes for entry in entries)))
-    for i, (_, footer, _) in enumerate(read_footers(directory, entries, "text")):
+    for i, (_, footer, _) in enumerate(read_summaries(directory, entries, "text")):
         packer.add(i, footer)
     return f"{len(packer.finish())} units"
 

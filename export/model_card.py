@@ -33,7 +33,7 @@ def write_model_card(directory: Path, export: dict[str, Any], checkpoint_dir: Pa
         entry["path"]: entry
         for _, dataset in datasets
         for entry in dataset["inputs"]
-        if {"path", "rows", "bytes"} <= entry.keys()
+        if {"path", "bytes"} <= entry.keys()
     }
     made_by = [
         ("Export", export["made_by"]),

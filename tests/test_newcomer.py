@@ -2,27 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
-
-from conftest import ROOT
 from pretrain_ranks import losses_of, metrics_of, run_ranks, settings_of
 from tiny_runs import tokenize_dataset, write_config
-
-
-def test_json_lines_become_parquet_by_the_lines_of_the_page(tmp_path):
-    import pyarrow.parquet
-
-    page = (ROOT / "docs" / "newcomer.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    texts = ["first", "zweiter, größer", "x" * 3_000_000]
-    lines = [json.dumps({"id": number, "text": text}) for number, text in enumerate(texts)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "texts").mkdir()
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    assert pyarrow.parquet.read_table(tmp_path / "texts" / "texts.parquet").to_pydict() == {"text": texts}
 
 
 def test_a_run_goes_on_after_it_and_its_data_have_moved_without_metrics_and_an_old_checkpoint(

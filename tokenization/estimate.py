@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -9,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder import DocumentTooLarge, Encoder
-from tokenization.job import Plan, Unit
-from tokenization.parquet import CorruptRowGroup, stream_texts
+from tokenization.encoder_choice import arrow_text_buffers
+from tokenization.input_files import DamagedInput, is_jsonl
+from tokenization.input_formats import stream_range
+from tokenization.job import Plan, SplitRecord, Unit, UnitRecord
 from tokenization.prepared_tokenizer import load_tokenizer
 from utils import console
 from utils.files import free_bytes
@@ -23,7 +26,12 @@ def print_estimates(plan: Plan, output_dir: str, num_workers: int | None) -> Non
     """Tokens, disk, cores and time."""
     prepared = load_tokenizer(plan)
     encoder = Encoder(prepared.tokenizer_json, plan.job.parse_special_tokens, prepared.fast_json, prepared.choice)
-    sampled_documents = sampled_unit_rows = 0
+    by_rows = all(unit.rows is not None for unit in plan.units)
+
+    def work_of(unit: Unit) -> int:
+        return unit.rows if by_rows else unit.text_bytes
+
+    sampled_documents = sampled_work = 0
     unit_tokens = unit_seconds = 0.0
     for unit, texts, rows in sample_texts(plan):
         start = time.perf_counter()
@@ -32,14 +40,15 @@ def print_estimates(plan: Plan, output_dir: str, num_workers: int | None) -> Non
         except DocumentTooLarge as error:
             console.warn(f"{plan.job.paths[unit.ranges[0].file_index]}: {error}; the run would stop there")
             continue
-        # By rows, and not by the footer's bytes: these are encoded, and a repeated text takes a few bits there.
-        share = unit.rows / rows
+        # By rows, and not by the footer's bytes: these are encoded, and a repeated text takes a few bits there. JSON
+        # lines have no footer that knows the rows, and what a sample says of their bytes holds.
+        share = unit.text_bytes / text_size(texts) if unit.rows is None else unit.rows / rows
         unit_seconds += share * (time.perf_counter() - start)
         unit_tokens += share * (len(ids) + len(texts))
-        sampled_unit_rows += unit.rows
+        sampled_work += work_of(unit)
         sampled_documents += len(texts)
-    rows = sum(unit.rows if unit.max_rows is None else unit.max_rows for unit in plan.units)
-    scale = rows / max(sampled_unit_rows, 1)
+    work = sum(work_of(unit) if unit.max_rows is None else unit.max_rows for unit in plan.units)
+    scale = work / max(sampled_work, 1)
     tokens = scale * unit_tokens
     disk_bytes = tokens * np.dtype(plan.job.dtype).itemsize
     cores = num_workers or available_cpus()
@@ -57,22 +66,29 @@ def sample_texts(plan: Plan) -> Iterator[tuple[Unit, pa.Array, int]]:
     for unit in plan.units[:: max(1, len(plan.units) // SAMPLED_UNITS)][:SAMPLED_UNITS]:
         try:
             texts, rows = first_texts(plan, unit)
-        except CorruptRowGroup as error:
+        except DamagedInput as error:
             path = plan.job.paths[error.file_index]
-            console.warn(f"{path}, row group {error.row_group}: {error.reason}; the run would stop there")
+            console.warn(f"{path}, {error.place}: {error.reason}; the run would stop there")
             continue
         if texts is not None:
             yield unit, texts, rows
 
 
 def first_texts(plan: Plan, unit: Unit) -> tuple[pa.Array | None, int]:
-    """The first batch with text in the unit's first row group, without nulls, and the number of rows up to its end."""
-    job, piece, rows = plan.job, unit.ranges[0], 0
-    for texts in stream_texts(
-        job.input_dir, job.paths[piece.file_index], piece.file_index, [piece.first], job.text_column
-    ):
+    """The first batch with text of the unit's first row group, or of its first lines, without nulls, and the number of
+    rows up to its end."""
+    piece, rows = unit.ranges[0], 0
+    if not is_jsonl(plan.job.paths[piece.file_index]):
+        piece = dataclasses.replace(piece, last=piece.first + 1)
+    for texts in stream_range(plan.job, piece, UnitRecord(unit.index, "", SplitRecord(), SplitRecord())):
         rows += len(texts)
         texts = texts.drop_null()
-        if texts.nbytes:
+        if text_size(texts):
             return texts, rows
     return None, rows
+
+
+def text_size(texts: pa.Array) -> int:
+    """UTF-8 bytes of a string array without nulls."""
+    offsets = arrow_text_buffers(texts)[0]
+    return int(offsets[-1] - offsets[0])

@@ -1,4 +1,4 @@
-"""Finds the parquet files of a dataset, each once.
+"""Finds the files of a dataset, each once, and tells whether one is still what it was.
 
 They are at a local path, or at a URL that pyarrow (`s3://`, `gs://`, `abfs://`, `hdfs://`, `hf://datasets/...`) or
 fsspec reads.
@@ -11,14 +11,35 @@ import functools
 import heapq
 import os
 import stat
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow.fs as pafs
 
+from tokenization.job import InputStamp
 from utils import console
 from utils.errors import UserError
 
+PARQUET_ENDINGS = (".parquet",)
+JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 MAX_LINKS_NAMED = 5
+
+
+class DamagedInput(Exception):
+    """A part of an input file that cannot be read, though the file could be opened.
+
+    Each subclass says which part: `place` names it in a message, `parts` is what such parts are called, and `entry` is
+    its line in quarantine.jsonl. `key` tells it from other parts of the dataset.
+    """
+
+    file_index: int
+    reason: str
+    place: str
+    parts: str
+    key: tuple[int, int | None]
+
+    def entry(self, path: str) -> dict[str, Any]:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +76,19 @@ def open_input(url: str) -> tuple[Any, str]:
             ) from error
 
 
-def list_parquet_files(url: str) -> list[FileEntry]:
-    """All *.parquet files at and below `url`, each once, sorted by path; hidden ones (., _) are left out.
+def open_member(url: str, path: str) -> tuple[Any, str]:
+    """The file system of `url`, and the path in it of the input file `path`."""
+    filesystem, base = open_input(url)
+    base = base.rstrip("/")
+    return filesystem, base if base.endswith("/" + path) or base == path else f"{base}/{path}"
+
+
+def list_input_files(url: str) -> list[FileEntry]:
+    """All parquet and JSON lines files at and below `url`, by their endings, each once, sorted by path; hidden ones
+    (., _) are left out.
 
     Raises:
-        UserError: nothing there, or no parquet file in it.
+        UserError: nothing there, or no such file in it.
     """
     filesystem, base = open_input(url)
     base = base.rstrip("/") or "/"
@@ -73,9 +102,9 @@ def list_parquet_files(url: str) -> list[FileEntry]:
             f"--input_dir={url}: cannot be listed ({error}). Check the path and the credentials."
         ) from error
     if not entries:
-        what = "no *.parquet file in it" if exists else "no such directory"
+        what = "no *.parquet, *.jsonl, *.jsonl.gz or *.jsonl.zst file in it" if exists else "no such directory"
         raise UserError(
-            f"--input_dir={url}: {what}. Give the directory of the parquet files, for example made by "
+            f"--input_dir={url}: {what}. Give the directory of the text's files, for example made by "
             "`python examples/make_demo_corpus.py` or `hf download HuggingFaceFW/fineweb --repo-type dataset`."
         )
     return sorted(entries, key=lambda entry: entry.path)
@@ -85,8 +114,17 @@ def _is_hidden(name: str) -> bool:
     return name.startswith((".", "_"))
 
 
-def _is_parquet(name: str) -> bool:
-    return name.lower().endswith(".parquet")
+def is_jsonl(path: str) -> bool:
+    return path.lower().endswith(JSONL_ENDINGS)
+
+
+def compression_of(path: str) -> str | None:
+    """Arrow's name of the compression of a JSON lines file; None: it has none."""
+    return {"gz": "gzip", "zst": "zstd"}.get(path.lower().rpartition(".")[2])
+
+
+def _is_input(name: str) -> bool:
+    return name.lower().endswith(PARQUET_ENDINGS) or is_jsonl(name)
 
 
 def _list_remote(filesystem: Any, base: str) -> tuple[list[FileEntry], bool]:
@@ -97,17 +135,41 @@ def _list_remote(filesystem: Any, base: str) -> tuple[list[FileEntry], bool]:
     entries = []
     for file in found:
         path = file.path[len(base) :].lstrip("/")
-        if file.type == pafs.FileType.File and _is_parquet(path) and not any(map(_is_hidden, path.split("/"))):
+        if file.type == pafs.FileType.File and _is_input(path) and not any(map(_is_hidden, path.split("/"))):
             entries.append(FileEntry(path, file.size))
     return entries, info.type != pafs.FileType.NotFound or bool(found)
 
 
-def local_stamp(filesystem: Any, path: str) -> tuple[int, int] | None:
-    """Size and time of the last change in ns of a local file; None for a remote one."""
-    if not isinstance(filesystem, pafs.LocalFileSystem):
-        return None
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+def is_input_failure(error: Exception) -> bool:
+    """Whether reading failed, and not whether what was read is wrong: another try may succeed, so nothing may be
+    quarantined. pyarrow sets errno for errors of the operating system, and only describes those of object stores."""
+    remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
+    failed = isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
+    return failed or isinstance(error, MemoryError)  # as Arrow's own is
+
+
+def check_stamp(
+    url: str, path: str, stamp: InputStamp | None, fingerprint: Callable[[], str | None] | None = None
+) -> None:
+    """Compare a file with what was planned: size, time (not a remote one's) and, where it is open, its fingerprint.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if stamp is None:
+        return
+    filesystem, full_path = open_member(url, path)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        status = os.stat(full_path)
+        same = (status.st_size, status.st_mtime_ns) == (stamp.bytes, stamp.mtime_ns)
+    else:
+        same = filesystem.get_file_info(full_path).size == stamp.bytes
+    if not same or (fingerprint and fingerprint() != stamp.fingerprint):
+        raise UserError(
+            f"--input_dir={url}: {path} was replaced or changed while this command ran, so what was made of it belongs "
+            "to no file. Nothing of it was kept. Leave the input alone while it is read: put the file back as it was "
+            "and run the same command again, or begin again with another --output_dir."
+        )
 
 
 def _list_local(base: str) -> list[FileEntry]:
@@ -139,7 +201,7 @@ def _list_local(base: str) -> list[FileEntry]:
         with os.scandir(full_path) as found:
             for item in found:
                 is_directory = item.is_dir()
-                if not _is_hidden(item.name) and (is_directory or _is_parquet(item.name)):
+                if not _is_hidden(item.name) and (is_directory or _is_input(item.name)):
                     heapq.heappush(queue, (num_links + item.is_symlink(), f"{path}/{item.name}".lstrip("/")))
     if again:
         named = ", ".join(map(console.printable, again[:MAX_LINKS_NAMED])) + ", ..." * (len(again) > MAX_LINKS_NAMED)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.chunks import Chunk
 
@@ -19,13 +19,26 @@ HASH_RANGE = 1 << 64
 CHUNK_PATTERN = re.compile(r"chunk-\d{7,}-\d+\.bin")
 
 
+class Piece(NamedTuple):
+    """What units are packed from: the least that is read of a file at a time, in the file's order."""
+
+    first: int
+    last: int
+    """Row groups first .. last - 1 of a parquet file; of a JSON lines file the lines that begin in these bytes."""
+    rows: int | None
+    """None: not known before it is read."""
+    text_bytes: int
+    """Uncompressed, as the footer says; of JSON lines as a sample suggests."""
+
+
 @dataclasses.dataclass(frozen=True)
-class RowGroupRange:
-    """Row groups first .. last - 1 of one file."""
+class InputRange:
+    """Consecutive pieces of one file."""
 
     file_index: int
     first: int
     last: int
+    """As in `Piece`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +46,11 @@ class Unit:
     """The work of one task."""
 
     index: int
-    ranges: tuple[RowGroupRange, ...]
-    rows: int
+    ranges: tuple[InputRange, ...]
+    rows: int | None
+    """None: not known before they are read."""
     text_bytes: int
-    """Uncompressed, as the footers say."""
+    """As in `Piece`."""
     max_rows: int | None = None
     """Stop after so many rows (--limit_documents ends inside this unit)."""
 
@@ -49,7 +63,7 @@ class InputStamp:
     mtime_ns: int | None
     """None: not known, as for remote files."""
     fingerprint: str
-    """Of its footer."""
+    """Of a parquet file's footer, of the two ends of a JSON lines file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Job:
     shuffle_seed: int | None
     """Shuffle the documents inside a unit; None: keep their order."""
     quarantine: bool
-    """Leave out row groups that cannot be read, instead of failing."""
+    """Leave out what cannot be read, a row group or a line, instead of failing."""
     stamps: tuple[InputStamp, ...] = ()
     """Of each of `paths`; empty: files are taken as they are found."""
 
@@ -87,7 +101,7 @@ class Plan:
     job: Job
     units: list[Unit]
     inputs: list[dict[str, Any]]
-    """path, bytes, rows, fingerprint of each usable parquet file, sorted by path."""
+    """path, bytes, fingerprint of each usable file, and the rows of those whose footer says them; sorted by path."""
     quarantined: list[dict[str, Any]]
     """Files left out, with the reason."""
     settings: dict[str, Any]
@@ -126,6 +140,8 @@ class UnitRecord:
     skipped_empty: int = 0
     min_hash: int = HASH_RANGE
     """Smallest text hash in the unit: that document can become validation data if no hash is below the threshold."""
+    line_bytes: int = 0
+    """Of JSON lines that are not compressed: those of all lines, so that the unit's share of a file shows."""
     checked_documents: int = 0
     quarantined: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     encoder: str = ""

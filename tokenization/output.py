@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.chunk_writer import make_index
+from tokenization.input_files import compression_of, is_jsonl
 from tokenization.job import CHUNK_PATTERN, SPLITS, Plan, UnitRecord
 from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME
 from utils import console
@@ -195,14 +196,27 @@ def check_all_are_here(plan: Plan, records: dict[int, UnitRecord]) -> None:
 
 
 def check_nothing_lost(plan: Plan, records: dict[int, UnitRecord]) -> None:
-    """Compare the rows that were planned with those that are accounted for; raises RuntimeError, since it is a bug."""
+    """Compare rows, or bytes, that were planned with those that are accounted for; raises RuntimeError: it is a bug."""
     for unit in plan.units:
         record = records[unit.index]
         planned = unit.rows if unit.max_rows is None else unit.max_rows
+        if planned is None or any(entry["rows"] is None for entry in record.quarantined):
+            continue
         quarantined = sum(entry["rows"] for entry in record.quarantined)
         found = record.documents + record.skipped_null + record.skipped_empty + quarantined
         if found != planned and not (unit.max_rows is not None and found > planned and quarantined):
             raise RuntimeError(f"unit {unit.index}: {planned} rows planned, {found} accounted for")
+    if plan.settings["limit_documents"] is None:
+        # Of JSON lines the rows are not known before they are read, but each byte belongs to one line of one unit.
+        planned_bytes = sum(
+            piece.last - piece.first
+            for unit in plan.units
+            for piece in unit.ranges
+            if is_jsonl(plan.job.paths[piece.file_index]) and not compression_of(plan.job.paths[piece.file_index])
+        )
+        found_bytes = sum(record.line_bytes for record in records.values())
+        if found_bytes != planned_bytes:
+            raise RuntimeError(f"{planned_bytes} bytes of JSON lines planned, {found_bytes} accounted for")
 
 
 def publish(plan: Plan, records: dict[int, UnitRecord], output_dir: Path) -> dict[str, Any]:

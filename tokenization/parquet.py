@@ -1,9 +1,8 @@
-"""The parquet files of a dataset: reads their footers, streams their text. input_files finds them."""
+"""Parquet files: reads their footers, streams their text."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -14,12 +13,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from tokenization.encoder_choice import arrow_text_buffers
-from tokenization.input_files import FileEntry, local_stamp, open_input
-from tokenization.job import InputStamp
-from tokenization.threads import submit_ahead
+from tokenization.input_files import DamagedInput, FileEntry, check_stamp, is_input_failure, open_member
+from tokenization.job import InputStamp, Piece
 from utils.errors import UserError
 
-FOOTER_THREADS = 32
 # Text per batch. Large enough that the cost per batch vanishes, small enough for the processor's caches.
 BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 1 << 16
@@ -32,20 +29,18 @@ MAX_BATCH_BYTES = 8 << 20
 MAX_DECODED_BYTES = 512 << 20
 
 
-class CorruptRowGroup(Exception):
+class CorruptRowGroup(DamagedInput):
     """A row group whose pages cannot be read, though the file's footer could."""
+
+    parts = "row groups"
 
     def __init__(self, file_index: int, row_group: int, rows: int, reason: str):
         self.file_index, self.row_group, self.rows, self.reason = file_index, row_group, rows, reason
+        self.place, self.key = f"row group {row_group}", (file_index, row_group)
         super().__init__(file_index, row_group, rows, reason)
 
-
-def is_input_failure(error: Exception) -> bool:
-    """Whether reading failed, and not whether what was read is wrong: another try may succeed, so nothing may be
-    quarantined. pyarrow sets errno for errors of the operating system, and only describes those of object stores."""
-    remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
-    failed = isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
-    return failed or isinstance(error, MemoryError)  # as Arrow's own is
+    def entry(self, path: str) -> dict[str, Any]:
+        return {"path": path, "row_group": self.row_group, "rows": self.rows, "reason": self.reason}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +54,21 @@ class Footer:
     fingerprint: str
     """Changes when a row group's rows, size or place in the file changes; 16 hexadecimal digits."""
 
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows)
 
-def _member(url: str, path: str) -> tuple[Any, str]:
-    filesystem, base = open_input(url)
-    base = base.rstrip("/")
-    return filesystem, base if base.endswith("/" + path) or base == path else f"{base}/{path}"
+    def pieces(self, unit_bytes: int, max_rows: int | None) -> Iterator[Piece]:
+        """The row groups, which are never cut, whatever the size of a unit."""
+        for group, (rows, text_bytes) in enumerate(zip(self.rows, self.text_bytes)):
+            yield Piece(group, group + 1, rows, text_bytes)
 
 
 def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
     """Raises ValueError saying what is wrong with the file, UserError when it could not be read at all."""
     if entry.fault:
         raise ValueError(entry.fault)
-    filesystem, path = _member(url, entry.path)
+    filesystem, path = open_member(url, entry.path)
     try:
         with filesystem.open_input_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
@@ -133,22 +131,6 @@ def _is_text(arrow_type: pa.DataType) -> bool:
     return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type)
 
 
-def read_footers(
-    url: str, entries: Sequence[FileEntry], text_column: str
-) -> Iterator[tuple[FileEntry, Footer | None, str | None]]:
-    """Footers in the order of `entries`, read in parallel, a bounded number ahead.
-
-    Yields:
-        (entry, footer, None), or (entry, None, reason) for a file that cannot be used.
-    """
-    read = functools.partial(read_footer, url, text_column=text_column)
-    for entry, future in zip(entries, submit_ahead(read, entries, num_threads=FOOTER_THREADS)):
-        try:
-            yield entry, future.result(), None
-        except ValueError as error:
-            yield entry, None, str(error)
-
-
 def stream_texts(
     url: str,
     path: str,
@@ -171,7 +153,7 @@ def stream_texts(
         OSError: the file could not be read.
         UserError: the file is not the one that was planned, or was replaced meanwhile.
     """
-    filesystem, full_path = _member(url, path)
+    filesystem, full_path = open_member(url, path)
     group, rows, decoded = row_groups[0], 0, 0
     try:
         # A read buffer instead of pre_buffer: a row group of a million rows must not be held as a whole.
@@ -181,7 +163,7 @@ def stream_texts(
                 source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True
             ) as parquet,
         ):
-            check_stamp(url, path, stamp, source, parquet, text_column)
+            check_stamp(url, path, stamp, lambda: _fingerprint_of_readable(parquet, source, text_column))
             column = leaf_index(parquet.metadata, text_column)
             for group in row_groups:
                 rows = parquet.metadata.row_group(group).num_rows
@@ -195,31 +177,12 @@ def stream_texts(
     check_stamp(url, path, stamp)
 
 
-def check_stamp(
-    url: str,
-    path: str,
-    stamp: InputStamp | None,
-    source: Any = None,
-    parquet: pq.ParquetFile | None = None,
-    text_column: str = "",
-) -> None:
-    """Compare a file with what was planned: size, time (not a remote one's) and, where it is open, its footer."""
-    if stamp is None:
-        return
-    filesystem, full_path = _member(url, path)
-    size, mtime_ns = local_stamp(filesystem, full_path) or (filesystem.get_file_info(full_path).size, None)
-    same = size == stamp.bytes and (mtime_ns is None or mtime_ns == stamp.mtime_ns)
-    if same and parquet is not None:
-        names, metadata = parquet.schema_arrow.names, parquet.metadata
-        # An encrypted column would end the process; a signed footer that was planned has been looked at.
-        same = text_column in names and (not _has_signed_footer(source, metadata) or _is_readable(parquet, text_column))
-        same = same and _fingerprint(metadata, leaf_index(metadata, text_column)) == stamp.fingerprint
-    if not same:
-        raise UserError(
-            f"--input_dir={url}: {path} was replaced or changed while this command ran, so what was made of it belongs "
-            "to no file. Nothing of it was kept. Leave the input alone while it is read: put the file back as it was "
-            "and run the same command again, or begin again with another --output_dir."
-        )
+def _fingerprint_of_readable(parquet: pq.ParquetFile, source: Any, text_column: str) -> str | None:
+    names, metadata = parquet.schema_arrow.names, parquet.metadata
+    # An encrypted column would end the process; a signed footer that was planned has been looked at.
+    if text_column not in names or (_has_signed_footer(source, metadata) and not _is_readable(parquet, text_column)):
+        return None
+    return _fingerprint(metadata, leaf_index(metadata, text_column))
 
 
 def _is_readable(parquet: pq.ParquetFile, text_column: str) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
-from tokenization.input_files import FileEntry, list_parquet_files
+from tokenization.input_files import FileEntry, is_jsonl, list_input_files
+from tokenization.input_formats import read_summaries
 from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit, fingerprint_of_identity
 from tokenization.output import check_output_dir
-from tokenization.parquet import read_footers
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
 from utils import console
 from utils.errors import Problems, UserError
@@ -31,7 +31,7 @@ def make_plan(settings: Any) -> Plan:
     check_ranges(settings, problems)
     tokenizer = problems.collect(read_tokenizer_info, settings.tokenizer_dir)
     bos_id, eos_id = separators(settings, tokenizer, problems) if tokenizer else (None, None)
-    entries = problems.collect(list_parquet_files, settings.input_dir) or []
+    entries = problems.collect(list_input_files, settings.input_dir) or []
     problems.collect(check_output_dir, Path(settings.output_dir))
 
     input_bytes = sum(entry.bytes for entry in entries)
@@ -89,20 +89,32 @@ def make_plan(settings: Any) -> Plan:
 def read_inputs(
     settings: Any, entries: list[FileEntry], unit_bytes: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Unit]]:
-    """Read every footer once, and keep of it only what the plan needs.
+    """Read every footer, or sample, once, and keep of it only what the plan needs.
 
     Returns:
         the usable files, those that are not, and the units of the usable ones.
     """
     inputs, bad_files, packer = [], [], UnitPacker(unit_bytes, settings.limit_documents)
-    for entry, footer, reason in read_footers(settings.input_dir, entries, settings.text_column):
-        if footer is None:
+    for entry, summary, reason in read_summaries(settings.input_dir, entries, settings.text_column):
+        if summary is None:
             bad_files.append({"path": entry.path, "row_group": None, "reason": reason})
             continue
-        packer.add(len(inputs), footer)
-        rows = sum(footer.rows)
-        inputs.append({"path": entry.path, "bytes": entry.bytes, "rows": rows, "fingerprint": footer.fingerprint})
+        packer.add(len(inputs), summary)
+        rows = {} if summary.num_rows is None else {"rows": summary.num_rows}
+        inputs.append({"path": entry.path, "bytes": entry.bytes, **rows, "fingerprint": summary.fingerprint})
     return inputs, bad_files, packer.finish()
+
+
+def describe_inputs(inputs: list[dict[str, Any]]) -> str:
+    """How many files of each kind."""
+    jsonl = sum(is_jsonl(entry["path"]) for entry in inputs)
+    kinds = []
+    if jsonl < len(inputs) or not inputs:
+        rows = sum(entry.get("rows", 0) for entry in inputs)
+        kinds.append(f"{console.counted(len(inputs) - jsonl, 'parquet file')}, {rows:,} rows")
+    if jsonl:
+        kinds.append(console.counted(jsonl, "JSON lines file"))
+    return ", and ".join(kinds)
 
 
 def add_bad_files(bad_files: list[dict[str, Any]], num_files: int, input_dir: str, problems: Problems) -> None:

@@ -1,4 +1,4 @@
-"""One unit of parquet text to finished chunk files: what a worker process does.
+"""One unit of text to finished chunk files: what a worker process does.
 
 Per batch of a few MB, and never per document or token in Python where numpy can do it:
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +26,9 @@ from tokenization.check_sample import CheckSample
 from tokenization.chunk_writer import ChunkWriter
 from tokenization.encoder import DocumentTooLarge, Encoder, PreparedTokenizer
 from tokenization.encoder_choice import arrow_text_buffers
+from tokenization.input_files import DamagedInput, check_stamp
+from tokenization.input_formats import stream_range
 from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
-from tokenization.parquet import CorruptRowGroup, check_stamp, stream_texts
 from utils.errors import UserError
 
 
@@ -83,25 +85,24 @@ def tokenize_unit(job: Job, unit: Unit, folder: str, encoder: Encoder) -> UnitRe
     Doing it again, anywhere, writes the same bytes under the same names.
 
     Raises:
-        CorruptRowGroup: a page cannot be decoded, and `job.quarantine` is off.
+        DamagedInput: a page, line or compressed file cannot be decoded, and `job.quarantine` is off.
         EncodingMismatch: the encoder does not agree with `tokenizers`.
         OSError: from writing, for example when the disk is full.
         UserError: an input file was replaced meanwhile, or a document is too large to encode.
     """
-    excluded: dict[tuple[int, int], CorruptRowGroup] = {}
+    excluded: dict[tuple[int, int | None], DamagedInput] = {}
     while True:
         try:
             record = _tokenize_once(job, unit, folder, encoder, excluded)
-        except CorruptRowGroup as error:
+        except DamagedInput as error:
             if not job.quarantine:
                 raise
             # Start over without it: what a row group gave before its bad page must not depend on batch sizes.
-            excluded[error.file_index, error.row_group] = error
+            excluded[error.key] = error
         else:
-            record.quarantined = [
-                {"path": job.paths[file], "row_group": group, "rows": error.rows, "reason": error.reason}
-                for (file, group), error in sorted(excluded.items(), key=lambda item: item[0])
-            ]
+            # A file has damaged row groups, or is damaged as a whole; damaged lines are listed already.
+            for (file_index, _), error in sorted(excluded.items(), key=lambda item: item[0]):
+                record.quarantined.append(error.entry(job.paths[file_index]))
             return record
 
 
@@ -117,7 +118,7 @@ class _Stopwatch:
 
 
 def _tokenize_once(
-    job: Job, unit: Unit, folder: str, encoder: Encoder, excluded: dict[tuple[int, int], CorruptRowGroup]
+    job: Job, unit: Unit, folder: str, encoder: Encoder, excluded: dict[tuple[int, int | None], DamagedInput]
 ) -> UnitRecord:
     record = UnitRecord(unit.index, folder, SplitRecord(), SplitRecord())
     writers = {
@@ -181,18 +182,14 @@ def _tokenize_once(
 
 
 def _texts_of(
-    job: Job, unit: Unit, excluded: dict[tuple[int, int], CorruptRowGroup], record: UnitRecord
+    job: Job, unit: Unit, excluded: dict[tuple[int, int | None], DamagedInput], record: UnitRecord
 ) -> Iterator[tuple[str, pa.Array]]:
     """The unit's non-empty texts, batch by batch, each with the path of its file; counts what is skipped."""
-    # Rows of a bad row group do not count against the limit: good ones of the same unit take their place.
-    rows_left = unit.rows if unit.max_rows is None else unit.max_rows
+    # What is left out does not count against the limit: good rows of the same unit take their place.
+    rows_left = next(rows for rows in (unit.max_rows, unit.rows, sys.maxsize) if rows is not None)
     for piece in unit.ranges:
-        i, groups = piece.file_index, range(piece.first, piece.last)
-        readable = [group for group in groups if (i, group) not in excluded]
-        if not readable:
-            continue
-        stamp = job.stamps[i] if job.stamps else None
-        for texts in stream_texts(job.input_dir, job.paths[i], i, readable, job.text_column, stamp):
+        path = job.paths[piece.file_index]
+        for texts in stream_range(job, piece, record, excluded.keys()):
             texts = texts[:rows_left]
             rows_left -= len(texts)
             record.skipped_null += texts.null_count
@@ -203,9 +200,9 @@ def _texts_of(
             if not is_text.all():
                 texts = texts.filter(pa.array(is_text))
             if len(texts):
-                yield job.paths[i], texts
+                yield path, texts
             if not rows_left:
-                check_stamp(job.input_dir, job.paths[i], stamp)
+                check_stamp(job.input_dir, path, job.stamps[piece.file_index] if job.stamps else None)
                 return
 
 

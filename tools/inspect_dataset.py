@@ -170,8 +170,10 @@ def main(settings: Settings) -> None:
         + (", every checksum" if manifest and settings.checksums else "")
     )
     if manifest and manifest["inputs"]:
-        rows = sum(entry.get("rows", 0) for entry in manifest["inputs"])
-        console.result(f"made from: {len(manifest['inputs']):,} parquet files with {rows:,} rows")
+        inputs = manifest["inputs"]
+        rows = [entry["rows"] for entry in inputs if "rows" in entry]  # of JSON lines they are not known
+        what = f"parquet files with {sum(rows):,} rows" if len(rows) == len(inputs) else "files"
+        console.result(f"made from: {len(inputs):,} {what}")
     show_lengths(lengths)
     if settings.num_samples:
         show_samples(index, lengths, settings)

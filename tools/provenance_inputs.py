@@ -27,8 +27,9 @@ def check_parquet(node: Node, parquet_dir: str, manifest: dict[str, Any]) -> Sou
     for path in source.unlisted:
         node.add(UNKNOWN, f"{path}: not among the files that were tokenized")
     if source.is_whole:
-        rows = sum(entry["rows"] for entry in manifest["inputs"])
-        node.add(AGREES, f"{console.counted(len(manifest['inputs']), 'file')}, {rows:,} rows: size, rows and footer")
+        files, rows = console.counted(len(manifest["inputs"]), "file"), [e.get("rows") for e in manifest["inputs"]]
+        what = "size and fingerprint" if None in rows else "size, rows and footer"  # JSON lines have no footer
+        node.add(AGREES, f"{files}: {what}" if None in rows else f"{files}, {sum(rows):,} rows: {what}")
     own = node.collect(read_manifest, parquet_dir) if "://" not in parquet_dir else None
     if own is not None:
         check_files(node, Path(parquet_dir), own["files"], source.unlisted)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenization.chunk_reader import verify
 from tokenization.gather import checksum_of_gathered
+from tokenization.input_files import compression_of, is_jsonl
 from tokenization.job import SPLITS, UnitRecord, fingerprint_of_identity
 from tokenization.merge_plan import Part, fingerprint_of
 from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME, chunk_of, moved_to, recorded_chunks
@@ -185,12 +186,17 @@ def _check_progress(node: Node, directory: Path, manifest: dict[str, Any]) -> No
         expected = {key: content.get(split, {}).get(key) for key in COUNTS}
         sound &= node.expect(f"{PROGRESS_NAME}: {split}", sums, expected, MANIFEST_NAME)
     skipped = content["skipped_null"] + content["skipped_empty"]
-    quarantined = sum(entry["rows"] for record in records.values() for entry in record.quarantined)
+    quarantined = sum(entry["rows"] or 1 for record in records.values() for entry in record.quarantined)
     found = sum(content[split]["documents"] for split in SPLITS) + skipped + quarantined
     limit = manifest["settings"].get("limit_documents")
-    planned = sum(entry["rows"] for entry in manifest["inputs"])
-    planned = planned if limit is None else min(limit, planned)
-    if not quarantined or limit is None:  # others take the place of quarantined rows, as far as there are some
+    if any("rows" not in entry for entry in manifest["inputs"]):  # JSON lines: their bytes are counted instead
+        if limit is None:
+            plain = [e["bytes"] for e in manifest["inputs"] if is_jsonl(e["path"]) and not compression_of(e["path"])]
+            line_bytes = sum(record.line_bytes for record in records.values())
+            sound &= node.expect("bytes of JSON lines that were read", line_bytes, sum(plain), "its list of inputs")
+    elif not quarantined or limit is None:  # others take the place of quarantined rows, as far as there are some
+        planned = sum(entry["rows"] for entry in manifest["inputs"])
+        planned = planned if limit is None else min(limit, planned)
         sound &= node.expect("rows that became documents or were skipped", found, planned, "its list of inputs")
     if sound:
         node.add(AGREES, f"{PROGRESS_NAME}: {len(records):,} units, {found:,} rows, all accounted for")

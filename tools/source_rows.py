@@ -1,6 +1,6 @@
-"""Which row of which parquet file each document of a dataset was.
+"""Which row of which input file each document of a dataset was.
 
-Nothing records it, and nothing has to: a unit is a list of row groups that follows from the files' footers and the
+Nothing records it, and nothing has to: a unit is a list of row groups, or of lines, that follows from the files and the
 settings; its documents are the rows of these in order, without null and empty texts; a hash of the text says which are
 validation data; and a shuffle inside the unit follows from its seed. So a unit is read again as it was read then.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder_choice import arrow_text_buffers
-from tokenization.input_files import FileEntry, list_parquet_files
-from tokenization.job import CHUNK_PATTERN, HASH_RANGE, InputStamp, Job, Unit
-from tokenization.parquet import CorruptRowGroup, read_footers, stream_texts
+from tokenization.input_files import DamagedInput, FileEntry, is_jsonl, list_input_files
+from tokenization.input_formats import read_summaries, stream_range
+from tokenization.job import CHUNK_PATTERN, HASH_RANGE, InputRange, InputStamp, Job, SplitRecord, Unit, UnitRecord
 from tokenization.plan import JOB_SETTINGS
 from tokenization.tokenize_unit import is_validation, text_hashes
 from tokenization.units import UnitPacker
@@ -31,15 +32,18 @@ class NotTold(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a parquet file."""
+    """One row of an input file."""
 
     path: str
     """Of the file, relative to the input directory."""
     row_group: int
+    """In JSON lines the byte at which the range of lines begins that was read for a unit."""
     row: int
-    """In the row group, from 0."""
+    """In the row group, or of these lines without blank and damaged ones, from 0."""
 
     def __str__(self) -> str:
+        if is_jsonl(self.path):
+            return f"{self.path}, row {self.row} of the lines from byte {self.row_group} on"
         return f"{self.path}, row group {self.row_group}, row {self.row}"
 
 
@@ -66,26 +70,26 @@ class Source:
 
     def __init__(self, parquet_dir: str, manifest: dict[str, Any]):
         settings, inputs = manifest["settings"], manifest["inputs"]
-        entries = {entry.path: entry for entry in list_parquet_files(parquet_dir)}
+        entries = {entry.path: entry for entry in list_input_files(parquet_dir)}
         self.missing = [entry["path"] for entry in inputs if entry["path"] not in entries]
         self.unlisted = sorted(set(entries) - {entry["path"] for entry in inputs})
         self.changed: list[str] = []
         """What differs from the recorded inputs, a line per file."""
         packer = UnitPacker(settings["unit_bytes"], settings["limit_documents"])
         here = [entries.get(entry["path"], FileEntry(entry["path"], 0, fault="missing")) for entry in inputs]
-        footers = read_footers(parquet_dir, here, settings["text_column"])
-        for i, (recorded, (entry, footer, reason)) in enumerate(zip(inputs, footers)):
+        summaries = read_summaries(parquet_dir, here, settings["text_column"])
+        for i, (recorded, (entry, summary, reason)) in enumerate(zip(inputs, summaries)):
             if recorded["path"] in self.missing:
                 continue
-            if footer is None:
+            if summary is None:
                 self.changed.append(f"{entry.path}: {reason}")
                 continue
-            found = {"bytes": entry.bytes, "rows": sum(footer.rows), "fingerprint": footer.fingerprint}
-            differing = [key for key, value in found.items() if value != recorded[key]]
+            found = {"bytes": entry.bytes, "rows": summary.num_rows, "fingerprint": summary.fingerprint}
+            differing = [key for key, value in found.items() if value != recorded.get(key)]
             if differing:
                 was = ", ".join(f"{key} was {recorded[key]}, is {found[key]}" for key in differing)
                 self.changed.append(f"{entry.path}: another file than was tokenized: {was}")
-            packer.add(i, footer)
+            packer.add(i, summary)
         self.units: list[Unit] = packer.finish()
         self.is_whole = not self.missing and not self.changed
         self.job = Job(
@@ -137,49 +141,53 @@ class Source:
     def _rows_of(self, unit: int) -> _Rows:
         if unit >= len(self.units):
             raise NotTold(f"the parquet files make {len(self.units)} units, not {unit + 1}")
-        excluded: set[tuple[int, int]] = set()
+        excluded: set[tuple[int, int | None]] = set()
         while True:
             try:
                 return self._read(self.units[unit], excluded)
-            except CorruptRowGroup as error:
+            except DamagedInput as error:
                 if not self.job.quarantine:
-                    raise NotTold(
-                        f"{self.job.paths[error.file_index]}, row group {error.row_group}: {error.reason}"
-                    ) from error
-                excluded.add((error.file_index, error.row_group))
+                    path = self.job.paths[error.file_index]
+                    raise NotTold(f"{path}, {error.place}: {error.reason}") from error
+                excluded.add(error.key)
 
-    def _read(self, unit: Unit, excluded: set[tuple[int, int]]) -> _Rows:
+    def _read(self, unit: Unit, excluded: set[tuple[int, int | None]]) -> _Rows:
         parts: list[tuple[np.ndarray, ...]] = []
-        rows_left = unit.rows if unit.max_rows is None else unit.max_rows
-        for piece in unit.ranges:
-            for group in range(piece.first, piece.last):
-                if (piece.file_index, group) in excluded or not rows_left:
-                    continue
-                first = 0
-                for texts in self._stream(piece.file_index, group):
-                    texts = texts[:rows_left]
-                    rows_left -= len(texts)
-                    numbers = np.arange(first, first + len(texts))
-                    first += len(texts)
-                    is_text = np.diff(arrow_text_buffers(texts.fill_null(""))[0]) > 0
-                    kept = texts.filter(pa.array(is_text))
-                    if len(kept):
-                        same = np.full(len(kept), piece.file_index), np.full(len(kept), group)
-                        parts.append((*same, numbers[is_text], text_hashes(kept)))
-                    if not rows_left:
-                        break
+        rows_left = next(rows for rows in (unit.max_rows, unit.rows, sys.maxsize) if rows is not None)
+        for piece in self._parts_of(unit):
+            first = 0
+            for texts in self._stream(piece, excluded) if rows_left else ():
+                texts = texts[:rows_left]
+                rows_left -= len(texts)
+                numbers = np.arange(first, first + len(texts))
+                first += len(texts)
+                is_text = np.diff(arrow_text_buffers(texts.fill_null(""))[0]) > 0
+                kept = texts.filter(pa.array(is_text))
+                if len(kept):
+                    same = np.full(len(kept), piece.file_index), np.full(len(kept), piece.first)
+                    parts.append((*same, numbers[is_text], text_hashes(kept)))
+                if not rows_left:
+                    break
         columns = zip(*parts) if parts else [[np.empty(0, np.int64)]] * 3 + [[np.empty(0, np.uint64)]]
         return _Rows(*map(np.concatenate, columns))
 
-    def _stream(self, file_index: int, row_group: int) -> Iterator[pa.Array]:
-        job = self.job
-        stamp = job.stamps[file_index]
-        return stream_texts(job.input_dir, job.paths[file_index], file_index, [row_group], job.text_column, stamp)
+    def _parts_of(self, unit: Unit) -> Iterator[InputRange]:
+        """Single row groups, and ranges of lines, in which rows are numbered."""
+        for piece in unit.ranges:
+            if is_jsonl(self.job.paths[piece.file_index]):
+                yield piece
+            else:
+                for group in range(piece.first, piece.last):
+                    yield InputRange(piece.file_index, group, group + 1)
+
+    def _stream(self, piece: InputRange, excluded: Set[tuple[int, int | None]] = frozenset()) -> Iterator[pa.Array]:
+        return stream_range(self.job, piece, UnitRecord(0, "", SplitRecord(), SplitRecord()), excluded)
 
     def text_of(self, row: Row) -> str:
         """The document itself."""
-        left = row.row
-        for texts in self._stream(self.job.paths.index(row.path), row.row_group):
+        left, file_index = row.row, self.job.paths.index(row.path)
+        last = self.job.stamps[file_index].bytes if is_jsonl(row.path) else row.row_group + 1
+        for texts in self._stream(InputRange(file_index, row.row_group, last)):
             if left < len(texts):
                 return texts[left].as_py()
             left -= len(texts)

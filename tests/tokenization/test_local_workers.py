@@ -11,7 +11,7 @@ import threading
 import pyarrow.parquet as pq
 import pytest
 
-from tokenization.job import Job, RowGroupRange, Unit
+from tokenization.job import InputRange, Job, Unit
 from tokenization.local_workers import LocalWorkers, _as_message, _deaf_to_ctrl_c
 from tokenization.parquet import CorruptRowGroup
 
@@ -62,7 +62,7 @@ def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet
         parse_special_tokens=False, shuffle_seed=None, quarantine=False,
     )  # fmt: skip
     unit = {"rows": rows, "text_bytes": 1000, "max_rows": None}
-    good, bad = (Unit(index=i, ranges=(RowGroupRange(i, 0, 1),), **unit) for i in (0, 1))
+    good, bad = (Unit(index=i, ranges=(InputRange(i, 0, 1),), **unit) for i in (0, 1))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))

@@ -17,7 +17,7 @@ import pytest
 from conftest import write_parquet
 from test_optimize_dataset import decoded, user_error
 
-from tokenization.input_files import FileEntry, list_parquet_files
+from tokenization.input_files import FileEntry, list_input_files
 from tokenization.job import InputStamp
 from tokenization.parquet import read_footer, stream_texts
 from utils.errors import UserError
@@ -44,7 +44,7 @@ def num_documents(output_dir: Path) -> int:
 
 
 def paths_in(directory: Path) -> list[str]:
-    return [entry.path for entry in list_parquet_files(str(directory))]
+    return [entry.path for entry in list_input_files(str(directory))]
 
 
 # Which files
