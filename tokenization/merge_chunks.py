@@ -171,10 +171,11 @@ def how_to_get_back(lines: list[str], manifest: dict[str, Any] | None, settings:
     what = f"{console.counted(len(lines), 'chunk')} missing or damaged: {some(lines)}. "
     targets = moves_from(source)
     if targets and targets[-1] != Path(os.path.abspath(settings.target_dir)):
-        what += f"--mode=move took chunks from there to {targets[-1]}: use that dataset if it has them. "
+        what += f"--mode=move took chunks from there to {targets[-1]}: use that dataset"
         names = {Path(line.removesuffix(": missing")).name for line in lines if line.endswith(": missing")}
         if len(names) == len(lines) and names <= moved_chunks(targets).keys():
-            return what + "It does, so step 1 makes none of them again."
+            return f"{what}, which has them."  # step 1 would find nothing to do
+        what += " if it has them. "
     if manifest is None:
         return what + "Bring the files back, or make the folder again."
     if not all(line.endswith(": missing") for line in lines):
