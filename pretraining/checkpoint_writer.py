@@ -227,7 +227,9 @@ class CheckpointWriter:
         remove_temporaries(self.out_dir)
         published, _ = list_checkpoints(self.out_dir)
         keep = self._settings
-        for old in checkpoints_to_delete(published, primitives["step"], keep.keep_last, keep.keep_every_steps):
+        # In the middle of bad steps the run may have to go back to any of the older ones.
+        keep_last = None if primitives.get("bad_in_a_row") else keep.keep_last
+        for old in checkpoints_to_delete(published, primitives["step"], keep_last, keep.keep_every_steps):
             # Renamed first, so that a crash in the middle leaves no directory that looks like a checkpoint.
             doomed = temporary_sibling(old.path)
             os.rename(old.path, doomed)

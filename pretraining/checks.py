@@ -71,12 +71,18 @@ def check_float8(settings: Settings, config: Any) -> None:
     """
     if settings.precision != "float8-mixed":
         return
+    if config.mlp_class_name == "LLaMAMoE":
+        raise UserError(
+            "--precision=float8-mixed: not for mixtures of experts, whose experts get any number of tokens. Use "
+            "bf16-mixed."
+        )
+    context_tokens = settings.train.max_seq_length or config.block_size
     sizes = {
+        "train.micro_batch_size * context": settings.train.micro_batch_size * context_tokens,
         "n_embd": config.n_embd,
         "n_head * head_size": config.n_head * config.head_size,
         "n_query_groups * head_size": (config.n_query_groups or config.n_head) * config.head_size,
         "intermediate_size": config.intermediate_size,
-        "moe_intermediate_size": config.moe_intermediate_size,
     }
     odd = [f"{name} is {size}" for name, size in sizes.items() if size and size % 16]
     if odd:

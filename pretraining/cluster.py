@@ -51,6 +51,8 @@ def with_cluster(settings: Settings) -> Settings:
     room = sorted((int(resources.get(resource, 0)) for resources in nodes), reverse=True)
     num_devices = settings.num_devices or (room[0] if accelerator == "cuda" else 1)
     fitting = sum(count >= num_devices > 0 for count in room)
+    if accelerator == "cuda" and not any(room):
+        raise UserError("--accelerator=cuda: no node of the cluster has a GPU. Give --accelerator=cpu, or GPU nodes.")
     if fitting < settings.num_nodes:
         raise UserError(
             f"--num_nodes={settings.num_nodes} with --num_devices={num_devices}: the cluster has {fitting} nodes with "
@@ -177,7 +179,9 @@ def fit_once(settings: Settings, plan: Plan, token: str) -> Exception | None:
             placement_strategy=placement_of(settings.num_nodes, settings.num_devices, room),
         ),
         # Beyond what the watchdog allows anything to take: it ends a hang, and says who hangs.
-        torch_config=TorchConfig(timeout_s=int(settings.train.slow_timeout) + _GROUP_EXTRA_S),
+        torch_config=TorchConfig(
+            timeout_s=int(max(settings.train.slow_timeout, settings.train.step_timeout or 0)) + _GROUP_EXTRA_S
+        ),
         run_config=ray.train.RunConfig(
             name="ray_train",
             storage_path=str(Path(settings.out_dir) / RAY_NAME),

@@ -6,11 +6,13 @@ what its manifest says may have been trained on: the error names the steps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -25,6 +27,8 @@ from utils.files import checksum
 from utils.manifest import read_manifest
 
 _SEQUENCES_AT_A_TIME = 1 << 20
+_NUM_READS = 3
+_SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class DatasetCheck:
@@ -37,38 +41,56 @@ class DatasetCheck:
         self._work = work[int(os.environ["LOCAL_RANK"]) :: int(os.environ["LOCAL_WORLD_SIZE"])]
         self.problem: Damage | None = None
         """The first that was found."""
+        self._num_read = 0
         self._thread = threading.Thread(target=self._run, name="checksums", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         for directory, name, expected in self._work:
             try:
-                found = checksum(directory / name)
+                found = _checksum_with_retries(directory / name)
             except OSError as error:
-                self.problem = Damage(str(directory), name, f"cannot be read ({error.strerror})")
+                self.problem = Damage(str(directory), name, f"cannot be read ({error.strerror})", unreadable=True)
                 return
+            self._num_read += 1
             if found != expected:
                 self.problem = Damage(str(directory), name, f"its checksum is {found}, its manifest says {expected}")
                 return
 
-    def raise_if_damaged(self, read: Reading, out_dir: Path, wait: bool) -> None:
-        """Called by all processes at once, when one of them has found something or the run ends.
+    def wait(self, get_on: Callable[[], None]) -> None:
+        """Return on all processes when each has read its chunks or one has found something.
 
         Args:
-            wait: until every chunk has been read.
+            get_on: called while some process still reads.
+        """
+        num_before = -1
+        while True:
+            self._thread.join(_SECONDS_BETWEEN_LOOKS)
+            looks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(looks, (self._thread.is_alive(), self._num_read, self.problem is not None))
+            num_read = sum(count for _, count, _ in looks)
+            if num_read > num_before:
+                get_on()
+            num_before = num_read
+            if not any(busy for busy, _, _ in looks) or any(found for _, _, found in looks):
+                return
+
+    def raise_if_damaged(self, read: Reading, out_dir: Path) -> None:
+        """Called by all processes at once, when one of them has found something or the run ends.
 
         Raises:
             UserError: on all of them, with the steps that have read from the chunk and the newest checkpoint from
                 before them.
+            OSError: a chunk could not be read; the next start may be luckier.
         """
-        if wait:
-            self._thread.join()
         problems: list[Damage | None] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, self.problem)
         problem = next((problem for problem in problems if problem is not None), None)
         if problem is None:
             return
         directory = problem.directory
+        if problem.unreadable:
+            raise OSError(f"{directory}/{problem.chunk} {problem.reason}")
         message = f"--dataset_path={directory}: {problem.chunk}: {problem.reason}. "
         if directory not in self._train_directories:
             raise UserError(
@@ -98,6 +120,15 @@ class Damage:
     directory: str
     chunk: str
     reason: str
+    unreadable: bool = False
+    """Not what is in it is wrong, as far as is known, but the file system."""
+
+
+def _checksum_with_retries(path: Path) -> str:
+    for _ in range(_NUM_READS - 1):
+        with contextlib.suppress(OSError):
+            return checksum(path)
+    return checksum(path)
 
 
 def _checksums(directories: list[Path]) -> list[tuple[Path, str, str]]:

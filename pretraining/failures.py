@@ -111,12 +111,16 @@ def failure_of(
         what, words = "failed", cause
         log += "\n" + errors.get(rank, {}).get("traceback", "")
     path = out_dir / FAILURES_NAME / f"step-{one.beat.step:08d}-rank-{rank}.log"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(log)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(log)
+        where = f" Its log is in {path}."
+    except OSError as error:
+        where = f" Its log could not be kept: {path}: {error.strerror}."
     more = f", and {len(dead) - 1} more with it" if len(dead) > 1 else ""
     message = (
         f"{name_of(one)} {what} in the phase '{one.beat.phase}' after step {one.beat.step}{more}"
-        f"{': ' + words if words else ''}. Its log is in {path}."
+        f"{': ' + words if words else ''}.{where}"
     )
     return Failure(message, f"rank {rank}, {cause}", step)
 

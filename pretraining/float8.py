@@ -53,8 +53,7 @@ def convert_block(block: torch.nn.Module, device_type: str, compiled: bool) -> N
             "bf16-mixed."
         )
     config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=not on_gpu)
-    # The router of a mixture of experts decides on small differences, and costs nothing.
-    convert_to_float8_training(block, config=config, module_filter_fn=lambda _, name: not name.endswith("gate"))
+    convert_to_float8_training(block, config=config)
     for module in block.modules():
         if type(module) is Float8Linear:
             module.__class__ = _Linear

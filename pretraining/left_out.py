@@ -10,6 +10,7 @@ weights. Each checkpoint and its manifest say which positions it was made withou
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -38,7 +39,7 @@ class LeftOut:
     ranges: Ranges = ()
     """First position and the one after the last, ascending, with something between any two."""
     went_back: tuple[tuple[int, int], ...] = ()
-    """Each time that the run went back: the step that it had reached, and that from which it went on."""
+    """For the record: the step that the run had reached each time it went back, and that from which it went on."""
 
     def positions(self, numbers: np.ndarray) -> np.ndarray:
         """The positions of the sequences that the run reads, by their number (0 is the first that it reads).
@@ -130,18 +131,22 @@ def set_aside_checkpoints(out_dir: Path, left_out: LeftOut) -> list[Path]:
     return moved
 
 
-def leave_out(out_dir: Path, left_out: LeftOut, numbers: range, step: int) -> str | None:
+def leave_out(
+    out_dir: Path, left_out: LeftOut, numbers: range, step: int, returns: collections.Counter[int]
+) -> str | None:
     """On rank 0: put on disk that what these sequences read is left out; returns why the run must end instead, if so.
 
     Args:
         left_out: what has been left out so far.
         numbers: of the sequences that the bad steps read.
         step: that the run has reached.
+        returns: how often this start of the run went back to each step; this one is added.
     """
     more = left_out.without(numbers)
     good = [checkpoint.step for checkpoint in list_checkpoints(out_dir)[0] if more.agrees_with(checkpoint.manifest)]
     to_step = max(good, default=0)
-    if sum(earlier == to_step for _, earlier in left_out.went_back) >= MAX_RETURNS_TO_A_STEP:
+    returns[to_step] += 1
+    if returns[to_step] > MAX_RETURNS_TO_A_STEP:
         return (
             f"steps up to {step} had a loss or gradient norm out of bounds, and the run went back to step {to_step} "
             f"{MAX_RETURNS_TO_A_STEP} times before, to read other text (--train.max_spikes). The text is not the "

@@ -40,7 +40,7 @@ class Seen:
     exit_status: int | None
     """As waitpid gives it; None: it runs, or this kernel (before 6.15) does not tell others than the parent."""
     ran_out_of_memory: bool
-    """The kernel has ended a process of this node for its memory since the watcher started."""
+    """The kernel has ended a process of this node for its memory since the first look at this start."""
 
     @property
     def rank(self) -> int:
@@ -53,11 +53,13 @@ class NodeWatcher:
     def __init__(self, node_id: str):
         self._node_id = node_id
         self._pidfds: dict[tuple[str, int], int] = {}
-        self._oom_kills = _oom_kills()
+        self._oom_kills: dict[str, int] = {}
 
     def look(self, token: str) -> list[Seen]:
         """All processes of a start, whatever became of them."""
         found = []
+        oom_kills = _oom_kills()
+        before = self._oom_kills.setdefault(token, oom_kills)
         for path in sorted(beats_directory(token, self._node_id).glob("rank-*.json")):
             process = Process(**json.loads(path.read_text()))
             key = (token, process.rank)
@@ -72,7 +74,7 @@ class NodeWatcher:
                     idle_s=time.monotonic() - beat.changed,
                     state=state,
                     exit_status=None if state else _exit_status(self._pidfds[key]),
-                    ran_out_of_memory=_oom_kills() > self._oom_kills,
+                    ran_out_of_memory=oom_kills > before,
                 )
             )
         return found
@@ -97,8 +99,8 @@ class NodeWatcher:
         """
         running = [seen for seen in self.look(token) if seen.state]
         for seen in running:
-            self._signal(token, seen.rank, STACKS_SIGNAL)
-            self._signal(token, seen.rank, signal.SIGCONT)
+            self._signal(token, seen.process, STACKS_SIGNAL)
+            self._signal(token, seen.process, signal.SIGCONT)
             self._ask_for_collectives(token, seen.rank)
         directory = beats_directory(token, self._node_id)
         texts: dict[int, str] = {}
@@ -130,7 +132,7 @@ class NodeWatcher:
         """SIGKILL, which works on stopped processes too."""
         for seen in self.look(token):
             if seen.state:
-                self._signal(token, seen.rank, signal.SIGKILL)
+                self._signal(token, seen.process, signal.SIGKILL)
 
     def forget(self, token: str) -> None:
         """Remove what a start has left on this node."""
@@ -144,15 +146,19 @@ class NodeWatcher:
                 path.unlink()
             directory.rmdir()
 
-    def _signal(self, token: str, rank: int, number: signal.Signals) -> None:
-        descriptor = self._pidfds[token, rank]
-        if descriptor >= 0:
-            with contextlib.suppress(ProcessLookupError):
+    def _signal(self, token: str, process: Process, number: signal.Signals) -> None:
+        descriptor = self._pidfds[token, process.rank]
+        with contextlib.suppress(OSError):
+            if descriptor >= 0:
                 signal.pidfd_send_signal(descriptor, number)
+            elif start_time(process.pid) == process.started:
+                os.kill(process.pid, number)
 
 
 def _open(process: Process) -> int:
-    """A descriptor that means this process and never another one; -1: it is gone."""
+    """A descriptor that means this process and never another one; -1: it is gone, or this kernel or Python has none."""
+    if not hasattr(os, "pidfd_open"):
+        return -1
     try:
         descriptor = os.pidfd_open(process.pid)
         if start_time(process.pid) == process.started:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pretraining.heartbeat import Heartbeat
 from pretraining.settings import Settings
 
 STEPS_PER_COLLECTION = 100
@@ -40,7 +41,7 @@ def garbage_collected() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def profiled(settings: Settings, directory: Path, rank: int) -> Iterator[Callable[[], None]]:
+def profiled(settings: Settings, directory: Path, rank: int, heartbeat: Heartbeat) -> Iterator[Callable[[], None]]:
     """Write a trace of settings.profile_steps steps of rank 0 to `directory`; call what is yielded after each step.
 
     With settings.profile_memory the trace has every allocation, and on a GPU memory.pickle is written beside it, for
@@ -55,6 +56,7 @@ def profiled(settings: Settings, directory: Path, rank: int) -> Iterator[Callabl
         torch.cuda.memory._record_memory_history(max_entries=1_000_000)
 
     def write(profiler: torch.profiler.profile) -> None:
+        heartbeat.beat("save")  # it can take minutes
         profiler.export_chrome_trace(str(directory / "trace.json"))
         if settings.profile_memory and on_gpu:
             torch.cuda.memory._dump_snapshot(str(directory / "memory.pickle"))

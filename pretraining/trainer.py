@@ -6,6 +6,7 @@ made from sums over all of them: one small all-reduce per step carries the loss,
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -93,6 +94,7 @@ class Trainer:
         )
         self.metrics: MetricsFile | None = None
         self.state = RunState(settings, plan.tokens_per_step, LeftOut())
+        self.returns: collections.Counter[int] = collections.Counter()
 
     # --- start --------------------------------------------------------------------------------------------------------
 
@@ -136,7 +138,7 @@ class Trainer:
         numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
         positions = map(self.state.left_out.positions, numbers)
         batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
-        profiler = profiled(self.settings, self.out_dir / "profile", self.rank)
+        profiler = profiled(self.settings, self.out_dir / "profile", self.rank, self.heartbeat)
         with (
             fastest_kernels(self.device),
             contextlib.closing(batches),
@@ -157,7 +159,8 @@ class Trainer:
                 last = self.state.step == self.plan.total_steps
                 if last or result.sums.dataset_problem:
                     self.heartbeat.beat("save")
-                    self.dataset_check.raise_if_damaged(self._reading(), self.out_dir, wait=last)
+                    self.dataset_check.wait(self.heartbeat.again)
+                    self.dataset_check.raise_if_damaged(self._reading(), self.out_dir)
                 stop = result.sums.stop or (result.sums.poll_preemption and self.stopping.poll())
                 self.state.bad_steps.count(result.verdict, result.loss, result.grad_norm)
                 if result.verdict and self.rank == 0:
@@ -235,7 +238,9 @@ class Trainer:
         self.heartbeat.beat("start")
         self.writer.wait()
         numbers = self.state.sequences_of_last(self.state.bad_steps.in_a_row)
-        problem = leave_out(self.out_dir, self.state.left_out, numbers, self.state.step) if self.rank == 0 else None
+        problem = None
+        if self.rank == 0:
+            problem = leave_out(self.out_dir, self.state.left_out, numbers, self.state.step, self.returns)
         if problem := self.fabric.broadcast(problem):
             raise UserError(problem)
         for optimizer in self.optimizers:

@@ -20,11 +20,13 @@ from pretraining.failures import Failure, name_of
 from pretraining.heartbeat import PHASES, STEP_PHASES
 from pretraining.node_watcher import NodeWatcher, Seen
 from pretraining.settings import Settings
+from utils import console
 from utils.console import human_seconds
 
 HANGS_NAME = "hangs"
 _POLL_INTERVAL_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
+_TOO_MANY_FAILED_LOOKS = 30
 _STEPS_WAITED_FOR = 10
 _MIN_TIMEOUT_S, _MAX_TIMEOUT_S = 60.0, 600.0
 _WARM_UP_STEPS = 2  # they compile, allocate and tune
@@ -35,6 +37,7 @@ class Watchers:
 
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
+        self._failed_looks = 0
         self._start = ray.remote(num_cpus=0, max_restarts=0)(NodeWatcher)
 
     def start(self) -> None:
@@ -79,8 +82,10 @@ class Watchers:
                 answers.append(ray.get(reference))
             except ray.exceptions.RayActorError:  # its node is gone
                 self._actors.pop(asked[reference], None)
-            except ray.exceptions.RayTaskError:  # a file that is being made; the next look sees it
-                continue
+            except ray.exceptions.RayTaskError as error:  # a file that is being made; the next look sees it
+                self._failed_looks += 1
+                if self._failed_looks == _TOO_MANY_FAILED_LOOKS:
+                    console.warn(f"the processes cannot be watched on a node: {str(error).splitlines()[-1]}")
         return answers
 
 
@@ -120,9 +125,13 @@ class Watchdog:
         # A GPU's whole step may pass in one wait, so a step of many minutes needs more than the maximum.
         return max(min(max(_STEPS_WAITED_FOR * median_s, _MIN_TIMEOUT_S), _MAX_TIMEOUT_S), 2 * median_s)
 
-    def timeout_s(self, seen: Seen) -> float:
-        """How long a process may stay as it is."""
-        in_step = seen.beat.phase in STEP_PHASES and seen.beat.steps_done >= _WARM_UP_STEPS
+    def timeout_s(self, seen: Seen, others: list[Seen]) -> float:
+        """How long a process may stay as it is: in a step it may wait for another one that saves, validates or starts.
+
+        Args:
+            others: all processes of the run.
+        """
+        in_step = all(one.beat.phase in STEP_PHASES and one.beat.steps_done >= _WARM_UP_STEPS for one in others)
         if in_step or seen.state in ("T", "t"):
             return self.step_timeout_s()
         return self._settings.train.slow_timeout
@@ -134,7 +143,7 @@ class Watchdog:
                     self.seen = seen
                     self._measure_step(seen[0])
                     late = [one for one in seen if one.state and one.beat.phase != "end"]
-                    if any(one.idle_s > self.timeout_s(one) for one in late):
+                    if any(one.idle_s > self.timeout_s(one, late) for one in late):
                         self._end(seen)
                         return
             except ray.exceptions.RayError:  # the cluster is going away, and the driver's main thread says so
@@ -155,23 +164,35 @@ class Watchdog:
         said = self._watchers.stacks(self._token)
         stacks = {rank: text for rank, (text, _) in said.items()}
         step = max(one.beat.step for one in seen)
-        directory = _new_directory(self._out_dir / HANGS_NAME, step)
-        for one in seen:
-            text = f"{name_of(one)}: {status_of(one)}\n\n{stacks.get(one.rank) or 'it did not say where it is'}\n"
-            (directory / f"rank-{one.rank}.txt").write_text(text)
-            if collectives := said.get(one.rank, ("", ""))[1]:
-                (directory / f"rank-{one.rank}-collectives.json").write_text(collectives)
-        world_size = self._settings.num_nodes * (self._settings.num_devices or 1)
-        unseen = sorted(set(range(world_size)) - {one.rank for one in seen})
         blamed = blame(seen, stacks)
-        message = f"hang: {describe(seen, blamed, unseen)} The stacks of all threads are in {directory}."
         who = name_of(blamed[0]) if blamed else "no process stood out when all"
         self.hang = Failure(f"{who} hung.", f"rank {blamed[0].rank} hung" if blamed else "all hung", step)
+        self._watchers.end(self._token)  # before anything is written: out_dir's file system may be what hangs
+        directory = self._write(seen, said, step)
+        world_size = self._settings.num_nodes * (self._settings.num_devices or 1)
+        unseen = sorted(set(range(world_size)) - {one.rank for one in seen})
+        message = f"hang: {describe(seen, blamed, unseen)}"
+        if directory is not None:
+            message += f" The stacks of all threads are in {directory}."
         record_event(
             self._out_dir, "hang", message, step=step, ranks=[one.rank for one in blamed] or unseen,
             phases={str(one.rank): one.beat.phase for one in seen}, stacks=str(directory),
         )  # fmt: skip
-        self._watchers.end(self._token)
+
+    def _write(self, seen: list[Seen], said: dict[int, tuple[str, str]], step: int) -> Path | None:
+        """Keep what the processes said; None where it cannot be written."""
+        try:
+            directory = _new_directory(self._out_dir / HANGS_NAME, step)
+            for one in seen:
+                stacks, collectives = said.get(one.rank, ("", ""))
+                text = f"{name_of(one)}: {status_of(one)}\n\n{stacks or 'it did not say where it is'}\n"
+                (directory / f"rank-{one.rank}.txt").write_text(text)
+                if collectives:
+                    (directory / f"rank-{one.rank}-collectives.json").write_text(collectives)
+            return directory
+        except OSError as error:
+            console.warn(f"{self._out_dir / HANGS_NAME}: {error.strerror}; the stacks are lost")
+            return None
 
 
 def _new_directory(parent: Path, step: int) -> Path:

@@ -58,6 +58,7 @@ def main(settings: Settings, multiply: Callable | None = None) -> None:
 
     if settings.out_dir is not None:
         settings = dataclasses.replace(settings, out_dir=os.path.abspath(settings.out_dir))
+    os.environ.pop("WANDB_API_KEY", None)  # before Ray starts: what Ray starts inherits this environment
     with ray_session(find_cluster(settings.address)):
         wrong = check_cluster(settings, multiply)
     if wrong:

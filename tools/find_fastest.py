@@ -87,6 +87,7 @@ class Settings(TrainingSettings):
 
 def main(settings: Settings, prepare: Callable[[TrainingSettings], None] | None = None) -> None:
     """`prepare` is for tests: called in each process of each trial with the trial's settings."""
+    os.environ.pop("WANDB_API_KEY", None)  # before Ray starts: what Ray starts inherits this environment
     check_search(settings.search)
     out_dir = Path(settings.out_dir).absolute()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,7 @@ def plan_on_made_up_data(settings: Settings, directory: Path) -> Plan:
     context_tokens = settings.train.max_seq_length or config.block_size
     write_made_up_dataset(directory, config.padded_vocab_size, context_tokens + 1)
     train = dataclasses.replace(settings.train, max_steps=1, max_tokens=None, epochs=None)
+    settings = dataclasses.replace(settings, num_devices=settings.num_devices or 1)  # settled by the cluster later
     return make_plan(dataclasses.replace(for_trial(settings, directory), train=train))
 
 

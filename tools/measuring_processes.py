@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pretraining.hardware_check import HardwareReport, Multiply, measure_hardware, multiply_by_torch
 from pretraining.node_facts import node_name
-from pretraining.worker_environment import forwarded_environment, interface_of
+from pretraining.worker_environment import interface_of, worker_environment
 from utils.errors import UserError
 from utils.machine import available_cpus
 
@@ -82,7 +82,7 @@ def measure_together(
     members = start_members(Member, nodes, accelerator, num_devices)
     try:
         shared = {"collective_timeout_s": 60, "seconds": seconds, "multiply": multiply}
-        places = places_of(members, nodes, num_devices)
+        places = places_of(members, nodes, accelerator, num_devices)
         reports = [member.measure.remote({**place, **shared}) for member, place in zip(members, places)]
         return answers_of(reports, names, _MEASURE_TIMEOUT_S)[0]
     finally:
@@ -106,13 +106,13 @@ def start_members(kind: type[Member], nodes: list[dict[str, str]], accelerator: 
     ]
 
 
-def places_of(members: list, nodes: list[dict[str, str]], num_devices: int) -> list[dict[str, Any]]:
+def places_of(members: list, nodes: list[dict[str, str]], accelerator: str, num_devices: int) -> list[dict[str, Any]]:
     """For each actor its place in the process group, as `join` takes it."""
     found = answers_of([member.where.remote() for member in members], names_of(nodes, num_devices), _START_TIMEOUT_S)
     address, port, _ = found[0]
     shared = {
         "meet_at": f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}",
-        "environment": forwarded_environment(os.environ),
+        "environment": worker_environment(os.environ, accelerator),
         "world_size": len(members),
         "processes_per_node": num_devices,
     }

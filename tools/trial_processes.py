@@ -55,7 +55,9 @@ def measure_steps(settings: Settings, plan: Plan, num_steps: int) -> dict[str, A
     from pretraining.trainer import Trainer
 
     before_bytes = psutil.Process().memory_info().rss  # of the libraries, on a CPU
-    trainer = Trainer(settings, plan)
+    # Without communication copies differ, and are not to be blamed for it.
+    parallel = dataclasses.replace(settings.parallel, compare_copies_every=None)
+    trainer = Trainer(dataclasses.replace(settings, parallel=parallel), plan)
     fill_quickly(trainer.model)
     update_scales(trainer.model, settings)
     trainer.writer.save = lambda *_: 0.0
@@ -162,7 +164,7 @@ def run_trial(
             "prepare": prepare,
             "collective_timeout_s": _COLLECTIVE_TIMEOUT_S,
         }
-        places = places_of(members, nodes, settings.num_devices)
+        places = places_of(members, nodes, settings.accelerator, settings.num_devices)
         answers = [member.train.remote({**place, **shared}) for member, place in zip(members, places)]
         return _outcome_of(answers, names_of(nodes, settings.num_devices), timeout_s)
     finally:

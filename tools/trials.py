@@ -238,5 +238,11 @@ def write_made_up_dataset(directory: Path, vocab_size: int, block_tokens: int) -
         config = {"item_loader": "TokensLoader", "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"]}
         write_json(directory / split / INDEX_NAME, {"chunks": [chunk], "config": config})
         entry = {**file_entry(directory / split, "chunk-0.bin"), "documents": 1, "tokens": len(tokens)}
-        parts = {"settings": {"bos_id": 0}, "tokenizer": None, "content": {}, "files": [entry], "inputs": []}
+        parts = {
+            "settings": {"bos_id": 0, "eos_id": 0},
+            "tokenizer": None,
+            "content": {},
+            "files": [entry],
+            "inputs": [],
+        }
         write_manifest(directory / split, {"kind": "dataset", **parts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import signal
 import time
@@ -91,12 +92,13 @@ def test_a_checkpoint_agrees_if_it_read_nothing_of_it_and_left_out_nothing_else(
 
 
 def test_the_third_return_to_a_step_ends_the_run(tmp_path):
-    left_out = LeftOut()
+    left_out, returns = LeftOut(), collections.Counter()
     for attempt in range(2):
-        assert leave_out(tmp_path, left_out, range(16, 24), 3) is None
+        assert leave_out(tmp_path, left_out, range(16, 24), 3, returns) is None
         left_out = read_left_out(tmp_path)
         assert len(left_out.went_back) == attempt + 1
-    assert "--optimizer.lr" in leave_out(tmp_path, left_out, range(16, 24), 3)
+    assert "--optimizer.lr" in leave_out(tmp_path, left_out, range(16, 24), 3, returns)
+    assert leave_out(tmp_path, left_out, range(16, 24), 3, collections.Counter()) is None  # a new start tries again
 
 
 @pytest.mark.parametrize("text", ["null", "{}", '{"ranges": [[3, 1]]}', '{"ranges": [["a", 1]]}', '{"ranges": 3}', "{"])
