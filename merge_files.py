@@ -29,11 +29,11 @@ from utils import cli, console  # first: it says how to install the packages if 
 from tokenization.chunk_writer import make_index
 from tokenization.gather import gather_small
 from tokenization.merge_chunks import collect_chunks
-from tokenization.merge_plan import Plan, fingerprint_of, make_plan
+from tokenization.merge_plan import Plan, check_places, fingerprint_of, make_plan
 from tokenization.merge_restore import restore_missing
 from tokenization.missing_chunks import moved_to, recorded_chunks, write_moved
 from utils.chunks import INDEX_NAME, Chunk
-from utils.errors import UserError
+from utils.errors import Problems, UserError
 from utils.files import checksum, fsync_directory, held_lock, remove_temporaries, write_json
 from utils.manifest import claim, made_by, read_manifest, write_manifest
 
@@ -123,12 +123,14 @@ def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
     }
     files = [dataclasses.asdict(chunk) for chunk in chunks]
     for entry, part in zip(files, plan.parts):
-        if part.is_gathered:
-            entry["gathered"] = [dataclasses.asdict(chunk) for _, chunk in part.sources]
+        # A dataset that is merged again names the chunks of step 1, which gathered ones consist of.
+        made_of = [plan.gathered.get(path, [dataclasses.asdict(chunk)]) for path, chunk in part.sources]
+        if part.is_gathered or any(path in plan.gathered for path, _ in part.sources):
+            entry["gathered"] = [chunk for chunks_of_file in made_of for chunk in chunks_of_file]
     return {
         "kind": "dataset",
         "made_by": made_by("merge_files.py", "litdata"),
-        "tokenized_by": inherited.get("made_by"),
+        "tokenized_by": inherited.get("tokenized_by", inherited.get("made_by")),
         "split": inherited.get("split"),
         "settings": inherited.get("settings", {}),
         "tokenizer": inherited.get("tokenizer"),
@@ -169,6 +171,7 @@ def remove_sources(source: Path, target: Path, manifest: dict[str, Any]) -> None
         )
 
     found = [path for path in (*source.glob("*.bin"), *source.glob("*/*.bin")) if not path.is_symlink()]
+    found = [path for path in found if not path.parent.samefile(target)]  # these are the dataset
     if moved := list(filter(is_in_target, found)):
         write_moved(source, target)
         for path in moved:
@@ -231,6 +234,10 @@ def merge(settings: Settings) -> None:
     plan_of = functools.cache(lambda: plan_layout(settings))  # a finished dataset needs no plan, and no source
     names = functools.cache(lambda: names_of(plan_of(), target))
     in_place = settings.mode == "index"
+    problems = Problems()
+    if source.is_dir():  # here, since a finished dataset gets no plan
+        check_places(source, target, in_place, problems)
+    problems.raise_if_any()
     published = claim(
         target, "--target_dir", "dataset", identity_of(settings), is_own=lambda name: in_place or name in names()
     )

@@ -200,7 +200,7 @@ def run_units(plan: Plan, job: Job, units: list[Unit], workers: Workers, keep: C
                     unit.text_bytes,
                     f"{console.human_count(documents)} documents | {console.human_count(tokens)} tokens | "
                     f"{console.human_count(tokens / progress.elapsed_s)} tokens/s | "
-                    f"{console.human_count(tokens / busy_s)} tokens/s per core",
+                    f"{console.human_count(tokens / max(busy_s, 1e-9))} tokens/s per core",
                 )
 
 
@@ -384,6 +384,7 @@ def keep_finished(plan: Plan, settings: Settings) -> bool:
         False where it takes the whole work: what tells which chunks there were is lost too.
     """
     output_dir = Path(settings.output_dir)
+    remove_temporaries(output_dir)
     unread, lost = missing_of_output(output_dir)
     if not unread and not lost:
         console.result(f"{output_dir}: finished already, nothing to do")
@@ -395,7 +396,8 @@ def keep_finished(plan: Plan, settings: Settings) -> bool:
             return False
         publish(plan, records, output_dir)
         console.result(f"{output_dir}: made again: {some([str(path.relative_to(output_dir)) for path in unread])}")
-        _, lost = missing_of_output(output_dir, may_be_moved=False)  # a move leaves indexes and manifests
+        # A move leaves indexes and manifests: where one was gone, so are the chunks.
+        _, lost = missing_of_output(output_dir, {path.relative_to(output_dir).parts[0] for path in unread})
     if lost:
         make_lost_again(plan, settings, lost, records)
     return True

@@ -101,6 +101,7 @@ def write_tokenizer(
         UserError: transformers splits text differently.
     """
     copy_tokenizer_files(tokenizer.directory, directory)
+    _drop_truncation_and_padding(directory / "tokenizer.json")
     bos_id = tokenizer.bos_id if tokenizer.adds_bos else None
     _put_bos(directory / "tokenizer.json", bos_id)
     tokens = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -147,6 +148,14 @@ def _same_ids(directory: Path, bos_id: int | None) -> bool:
         return without == expected and loaded.encode(_SAMPLE) == before + expected
     except Exception:  # the class named there does not fit the files
         return False
+
+
+def _drop_truncation_and_padding(path: Path) -> None:
+    """Step 1 does neither, and clients choose them per call; transformers drops them as well."""
+    tokenizer = Tokenizer.from_file(str(path))
+    if tokenizer.truncation is not None or tokenizer.padding is not None:
+        content = json.loads(path.read_bytes()) | {"truncation": None, "padding": None}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _put_bos(path: Path, bos_id: int | None) -> None:

@@ -209,10 +209,12 @@ def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems
         problems.add("data_mixture: the datasets were made with different tokenizers. Make them with one.")
     info = problems.collect(read_tokenizer_info, settings.tokenizer_dir) if settings.tokenizer_dir is not None else None
     if info is not None and records and info.sha256 != records[0]["sha256"]:
-        problems.add(
-            f"--tokenizer_dir={settings.tokenizer_dir}: not the tokenizer that made the dataset (sha256 "
-            f"{info.sha256[:12]}... against {records[0]['sha256'][:12]}...). Give that one, or tokenize again."
-        )
+        made = problems.collect(read_manifest, info.directory) or {"kind": None}  # an export's file may be rewritten
+        if made["kind"] != "export" or (made["tokenizer"] or {}).get("sha256") != records[0]["sha256"]:
+            problems.add(
+                f"--tokenizer_dir={settings.tokenizer_dir}: not the tokenizer that made the dataset (sha256 "
+                f"{info.sha256[:12]}... against {records[0]['sha256'][:12]}...). Give that one, or tokenize again."
+            )
     sizes = [record["vocab_size"] for record in records] + ([info.vocab_size] if info else [])
     if config is not None and sizes and config.padded_vocab_size > 1.25 * max(sizes):
         spare = (config.padded_vocab_size - max(sizes)) * config.n_embd * (1 if settings.train.tie_embeddings else 2)
@@ -266,12 +268,10 @@ def _total_steps(settings: Settings, tokens_per_step: int, train_blocks: int) ->
 def _warmup_steps(settings: Settings, tokens_per_step: int, total_steps: int) -> int:
     train = settings.train
     if train.lr_warmup_tokens is not None:
-        steps = math.ceil(train.lr_warmup_tokens / tokens_per_step)
-    elif train.lr_warmup_fraction is not None:
-        steps = math.ceil(train.lr_warmup_fraction * total_steps)
-    else:
-        steps = train.lr_warmup_steps or 0
-    return steps
+        return math.ceil(train.lr_warmup_tokens / tokens_per_step)
+    if train.lr_warmup_fraction is not None:
+        return math.ceil(train.lr_warmup_fraction * total_steps)
+    return train.lr_warmup_steps or 0
 
 
 def _bits_per_nat(val: list[Index], weights: list[float] | None) -> float | None:

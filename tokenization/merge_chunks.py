@@ -15,7 +15,7 @@ import xxhash
 from tokenization.chunk_reader import verify
 from tokenization.gather import COPY_BLOCK_BYTES, checksum_of_gathered, write_gathered
 from tokenization.merge_plan import Part, Plan
-from tokenization.missing_chunks import moved_to, optimize_command
+from tokenization.missing_chunks import moved_chunks, moves_from, optimize_command
 from tokenization.progress_bar import Progress
 from tokenization.threads import submit_ahead
 from utils import console
@@ -169,9 +169,13 @@ def how_to_get_back(lines: list[str], manifest: dict[str, Any] | None, settings:
     """Names what is missing or damaged, and the command that makes it again."""
     source = Path(settings.source_dir)
     what = f"{console.counted(len(lines), 'chunk')} missing or damaged: {some(lines)}. "
-    target = moved_to(source)
-    if target is not None and target != Path(settings.target_dir).absolute():
-        what += f"--mode=move took chunks from there to {target}: use that dataset if it has them. "
+    targets = moves_from(source)
+    if targets and targets[-1] != Path(os.path.abspath(settings.target_dir)):
+        what += f"--mode=move took chunks from there to {targets[-1]}: use that dataset"
+        names = {Path(line.removesuffix(": missing")).name for line in lines if line.endswith(": missing")}
+        if len(names) == len(lines) and names <= moved_chunks(targets).keys():
+            return f"{what}, which has them."  # step 1 would find nothing to do
+        what += " if it has them. "
     if manifest is None:
         return what + "Bring the files back, or make the folder again."
     if not all(line.endswith(": missing") for line in lines):

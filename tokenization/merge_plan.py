@@ -38,6 +38,8 @@ class Plan:
     chunk_tokens: int | None
     manifest: dict[str, Any] | None
     """Of the source directory; None for folders that litdata itself wrote."""
+    gathered: dict[Path, list[dict[str, Any]]]
+    """For the files of the source that were gathered themselves: the entries of the chunks of step 1 in them."""
 
     @property
     def bytes(self) -> int:
@@ -80,6 +82,12 @@ def make_plan(settings: Any) -> Plan:
         dtype=indexes[0].dtype,
         chunk_tokens=max((index.chunk_tokens for index in indexes if index.chunk_tokens), default=None),
         manifest=above or manifests[0],
+        gathered={
+            folder / entry["name"]: entry["gathered"]
+            for folder, manifest in zip(folders, manifests)
+            for entry in (manifest["files"] if manifest else [])
+            if "gathered" in entry
+        },
     )
 
 
@@ -142,7 +150,8 @@ def check_manifests(
         problems.add(f"{source}: no manifest.json beside its folders. Run optimize_dataset.py to its end.")
     if problems.found or above is None:
         return
-    if above.get("fingerprint") != manifests[0].get("fingerprint"):
+    # Once merged in place, by --mode=index, it has the manifest of a dataset, with the fingerprint of its chunks.
+    if above["kind"] == "tokens" and above.get("fingerprint") != manifests[0].get("fingerprint"):
         problems.add(f"{source} and {folders[0]} differ in the settings or input files. Tokenize into a new directory.")
     missing = sorted(set(above.get("folders", [])) - {folder.name for folder in folders})
     for key in ("documents", "tokens", "chunks", "text_bytes"):

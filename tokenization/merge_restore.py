@@ -85,9 +85,13 @@ def _restore_chunks(
         )
     try:
         chunks = verify_sources(plan, parts, checksums=True, settings=settings)
-    except UserError:
+    except UserError as error:
         if moved_to(source) is None and not any(source.rglob("*.bin")):
             write_moved(source, target)  # an earlier version did not: step 1 must not take what is here for lost
+        rotten = [target / name for name in damaged if _size(target / name) == recorded[name].bytes]
+        if rotten and moved_to(source) is not None:
+            first = f"--target_dir={target}: delete {some(list(map(str, rotten)))} first: step 1 compares sizes alone."
+            raise UserError([first, *error.problems]) from error
         raise
     parts = [dataclasses.replace(part, chunk=chunk) for part, chunk in zip(parts, chunks)]
     link = try_link(plan, settings)
@@ -104,6 +108,10 @@ def _restore_chunks(
             "source that it was merged from, or a new --target_dir."
         )
     fsync_directory(target)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _agree(chunk: Chunk, recorded: Chunk) -> bool:

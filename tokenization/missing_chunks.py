@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ class LostChunk:
         return int(re.match(r"chunk-(\d+)-", self.path.name)[1])
 
 
-def missing_of_output(output_dir: Path, may_be_moved: bool = True) -> tuple[list[Path], list[LostChunk]]:
+def missing_of_output(output_dir: Path, not_moved: Collection[str] = ()) -> tuple[list[Path], list[LostChunk]]:
     """Compare a finished OUT with its manifests, by sizes.
 
     Args:
-        may_be_moved: take a split without any chunk for one that an earlier version moved, which left no note.
+        not_moved: the splits that no earlier version moved, which left no note; others without any chunk are taken for
+            moved.
 
     Returns:
         indexes and manifests that are missing or not readable, and chunks that are lost.
@@ -54,7 +56,7 @@ def missing_of_output(output_dir: Path, may_be_moved: bool = True) -> tuple[list
         found: list[LostChunk] = []
         num_chunks = 0
         for folder in _folders_of(output_dir / split, unread):
-            manifest = _manifest_or_none(folder)
+            manifest = manifest_or_none(folder)
             if manifest is None or not (folder / INDEX_NAME).is_file():
                 unread.append(folder / (MANIFEST_NAME if manifest is None else INDEX_NAME))
                 continue
@@ -64,7 +66,7 @@ def missing_of_output(output_dir: Path, may_be_moved: bool = True) -> tuple[list
                 for entry in manifest["files"]
                 if damaged_files(folder, [entry], checksums=False)
             ]
-        lost += _without_moved(output_dir / split, found, num_chunks, may_be_moved)
+        lost += _without_moved(output_dir / split, found, num_chunks, split not in not_moved)
     return unread, lost
 
 
@@ -74,7 +76,7 @@ def chunk_of(entry: dict[str, Any]) -> Chunk:
 
 
 def _folders_of(split_dir: Path, unread: list[Path]) -> list[Path]:
-    above = _manifest_or_none(split_dir)
+    above = manifest_or_none(split_dir)
     if above is None:
         unread.append(split_dir / MANIFEST_NAME)
         return []
@@ -84,7 +86,8 @@ def _folders_of(split_dir: Path, unread: list[Path]) -> list[Path]:
     return [split_dir / name for name in named]
 
 
-def _manifest_or_none(directory: Path) -> dict[str, Any] | None:
+def manifest_or_none(directory: Path) -> dict[str, Any] | None:
+    """Its manifest, if it has one that can be read."""
     try:
         return read_manifest(directory)
     except UserError:  # not readable: it is made again
@@ -95,14 +98,15 @@ def _without_moved(split_dir: Path, found: list[LostChunk], num_chunks: int, may
     """Those that merge_files.py --mode=move did not take to a dataset that still has them."""
     if not found:
         return []
-    target = moved_to(split_dir)
+    targets = moves_from(split_dir)
+    gone = [target for target in targets if manifest_or_none(target) is None]
     is_noted = (split_dir / MOVED_NAME).exists()
     if may_be_moved and not is_noted and len(found) == num_chunks > 1:
         why = "if merge_files.py --mode=move took them, all is well"
-    elif target is not None and _manifest_or_none(target) is None:
-        why = f"merge_files.py --mode=move took them to {target}, where they are not now"
+    elif gone:
+        why = f"merge_files.py --mode=move took them to {gone[0]}, where they are not now"
     else:
-        there = recorded_chunks(_manifest_or_none(target), target) if target is not None else {}
+        there = moved_chunks(targets)
         return [lost for lost in found if there.get(lost.chunk.name) != lost.chunk]
     console.warn(
         f"{split_dir}: {console.counted(len(found), 'chunk')} of {num_chunks:,} are not here; {why}. If they are lost, "
@@ -129,6 +133,23 @@ def moved_to(split_dir: Path) -> Path | None:
         return None if target is None else Path(target)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def moves_from(split_dir: Path) -> list[Path]:
+    """The datasets that --mode=move took its chunks to, one after another: each is the next one's source."""
+    targets: list[Path] = []
+    while (target := moved_to(targets[-1] if targets else split_dir)) is not None and target not in targets:
+        targets.append(target)
+    return targets
+
+
+def moved_chunks(targets: list[Path]) -> dict[str, Chunk]:
+    """The source's chunks that these datasets still have, by sizes."""
+    found: dict[str, Chunk] = {}
+    for target in targets:
+        if (dataset := manifest_or_none(target)) is not None:
+            found |= recorded_chunks(dataset, target)
+    return found
 
 
 def write_moved(split_dir: Path, target: Path | None) -> None:
@@ -176,7 +197,8 @@ def optimize_command(source: Path, settings: dict[str, Any]) -> str:
             flags[f"add_{name}"] = settings[f"{name}_id"] is not None
     for name in ("text_column", "val_fraction", "parse_special_tokens", "shuffle_seed", "limit_documents",
                  "on_bad_file", "chunk_tokens", "unit_bytes"):  # fmt: skip
-        if settings.get(name) not in (None, False, "text", "fail"):  # defaults
-            flags[name] = settings[name]
+        value = settings.get(name)
+        if not (value is None or value is False or value in ("text", "fail")):  # defaults; 0 is none
+            flags[name] = value
     words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in flags.items()]
     return shlex.join(["python", "optimize_dataset.py", *words])

@@ -22,7 +22,7 @@ from typing import Any
 from tokenization.chunk_writer import make_index
 from tokenization.input_files import compression_of, is_jsonl
 from tokenization.job import CHUNK_PATTERN, SPLITS, Plan, UnitRecord
-from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME
+from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME, manifest_or_none
 from utils import console
 from utils.chunks import INDEX_NAME
 from utils.errors import UserError
@@ -276,8 +276,16 @@ def _publish_split(
                 folder.rmdir()
     content = _content(records, split, plan.job.dtype)
     whole = {"content": content, "files": [], "inputs": plan.inputs, "folders": sorted(per_folder)}
-    write_manifest(output_dir / split, {**common, "split": split, **whole})
+    names = {f"{record.folder}/{chunk.name}" for record in records for chunk in getattr(record, split).chunks}
+    if not _is_merged_in_place(output_dir / split, names):
+        write_manifest(output_dir / split, {**common, "split": split, **whole})
     return content
+
+
+def _is_merged_in_place(split_dir: Path, names: set[str]) -> bool:
+    """Whether merge_files.py --mode=index made a dataset of these chunks of it, whose manifest says more."""
+    manifest = manifest_or_none(split_dir)
+    return manifest is not None and manifest["kind"] == "dataset" and {e["name"] for e in manifest["files"]} == names
 
 
 def _content(records: list[UnitRecord], split: str, dtype: str) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def prepare_tokenizer(tokenizer_json: bytes, parse_special_tokens: bool, flag: s
             raise UserError(f"{flag}: Hugging Face tokenizers cannot load its tokenizer.json ({error}).") from error
         choice = decide(encoder, parts)
         findings = Findings(choice, measured_rates(encoder, choice), _renumbered_ids(encoder, parts["stored_ids"]))
-        encoder_cache.remember(key, findings)
+        if not encoder.load_error:  # it may be this run's trouble alone, as a lack of memory
+            encoder_cache.remember(key, findings)
     choice = dataclasses.replace(findings.choice, warnings=tuple(warnings))
     return PreparedTokenizer(tokenizer_json, fast_json, choice, findings.rates, findings.renumbered, remembered)
 

@@ -14,10 +14,13 @@ def submit_ahead(work: Callable[..., Any], *arguments: Iterable, num_threads: in
     Yields:
         Finished futures in the order of the arguments: `result()` returns or raises what the call did.
     """
-    with ThreadPoolExecutor(num_threads) as pool:
+    pool = ThreadPoolExecutor(num_threads)
+    try:
         ahead: collections.deque[Future] = collections.deque()
         for each in zip(*arguments):
             ahead.append(pool.submit(work, *each))
             if len(ahead) > 4 * num_threads:
                 yield ahead.popleft()
         yield from ahead
+    finally:  # after an error or Ctrl-C nobody wants what was not begun
+        pool.shutdown(cancel_futures=True)

@@ -57,7 +57,10 @@ def find_recorded(recorded: dict[str, Any], near: Path) -> Path | None:
 
 
 def find_tokens(dataset: dict[str, Any], near: Path) -> Path | None:
-    """The output of optimize_dataset.py that is most like a dataset's manifest, in settings, tokenizer and inputs."""
+    """The output of optimize_dataset.py with a dataset's inputs that is most like it in settings and tokenizer.
+
+    Where a folder was merged by itself, its manifest names no inputs, and both must be equal.
+    """
     best, most = None, 0
     for directory in _neighbours(near):
         if not (directory / MANIFEST_NAME).is_file():
@@ -65,23 +68,24 @@ def find_tokens(dataset: dict[str, Any], near: Path) -> Path | None:
         manifest = manifest_or_none(directory)
         if manifest is None or manifest["kind"] != "tokens" or "split" in manifest:
             continue
-        alike = sum(manifest.get(key) == dataset.get(key) for key in ("settings", "tokenizer", "inputs"))
-        if alike > most:
+        same_inputs = manifest["inputs"] == dataset["inputs"]
+        alike = same_inputs + sum(manifest.get(key) == dataset.get(key) for key in ("settings", "tokenizer"))
+        if alike > most and (same_inputs or (not dataset["inputs"] and alike == 2)):
             best, most = directory, alike
     return best
 
 
 def find_parquet(inputs: list[dict[str, Any]], near: Path) -> Path | None:
     """The directory that holds most of the first parquet files that a manifest names, in the right size; where none
-    does, one close by that holds files of these names."""
+    does, the only one close by that holds files of all these names."""
     best, most = None, 0
     for directory in _neighbours(near):
         right = sum(_size(directory / entry["path"]) == entry["bytes"] for entry in inputs[:100])
         if right > most:
             best, most = directory, right
     # 000_00000.parquet is a usual name: further away it is another corpus's.
-    by_name = (path for path in _neighbours(near, levels=2) if any((path / e["path"]).is_file() for e in inputs[:100]))
-    return best or next(by_name, None)
+    by_name = [path for path in _neighbours(near, levels=2) if all((path / e["path"]).is_file() for e in inputs[:100])]
+    return best or (by_name[0] if len(by_name) == 1 else None)
 
 
 def _size(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r".+-[0-9a-f]{12}")
 
 _COPY_BLOCK_BYTES = 8 << 20
+_NO_ROOM_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # noticed by a write, which knows no name
 
 
 def temporary_sibling(path: str | os.PathLike) -> Path:
@@ -73,9 +75,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if (
-            isinstance(error, OSError) and error.filename is None
-        ):  # a full disk is noticed by a write, which knows no name
+        if getattr(error, "errno", None) in _NO_ROOM_ERRNOS and error.filename is None:
             error.filename = str(path)
         raise
     fsync_directory(path.parent)

@@ -132,7 +132,7 @@ def damaged_files(directory: str | os.PathLike, entries: list[dict[str, Any]], c
             continue
         if size != entry.get("bytes"):
             problems.append(f"{path}: {size} bytes, the manifest says {entry.get('bytes')}")
-        elif checksums and checksum(path) != entry.get("xxh3_128"):
+        elif checksums and entry.get("xxh3_128", "") is not None and checksum(path) != entry.get("xxh3_128"):
             problems.append(f"{path}: checksum differs from the manifest's")
     return problems
 
@@ -185,7 +185,7 @@ def claim(
                 "the same settings as before:\n  " + "\n  ".join(changed.values())
             )
         return manifest
-    foreign = [path for path in _contents(directory) if not is_own(path) and not is_temporary(Path(path).name)]
+    foreign = [p for p in _contents(directory) if not (is_own(p) or any(map(is_temporary, Path(p).parts)))]
     if foreign:
         raise UserError(
             f"{flag}={directory}: holds what this command did not write ({some(sorted(foreign))}); nothing was "

@@ -64,7 +64,9 @@ def trained_with(*ids: tuple[int | None, int | None]) -> dict:
     return {"inputs": [{"manifest": {"settings": {"bos_id": bos_id, "eos_id": eos_id}}} for bos_id, eos_id in ids]}
 
 
-def export_tokenizer(source: Path, target: Path, checkpoint: dict | None, pad_token: str | None = None) -> Path:
+def export_tokenizer(
+    source: Path, target: Path, checkpoint: dict | None, pad_token: str | None = None, check=True
+) -> Path:
     from litgpt import Config
 
     from utils.files import write_json
@@ -73,7 +75,7 @@ def export_tokenizer(source: Path, target: Path, checkpoint: dict | None, pad_to
     info = tokenizer_of_training(read_tokenizer_info(source), checkpoint)
     config = Config.from_name("Llama-3-8B")
     write_json(target / "config.json", hf_config(config, False, "float32", info.bos_id, info.eos_id))
-    write_tokenizer(info, target, context_tokens=512, pad_token=pad_token, check=True)
+    write_tokenizer(info, target, context_tokens=512, pad_token=pad_token, check=check)
     return target
 
 
@@ -122,6 +124,18 @@ def test_without_manifests_the_tokenizers_own_configuration_counts(tmp_path, tok
 def test_a_tokenizer_json_that_does_as_training_did_stays_as_it_is(tmp_path, tokenizer_dir):
     directory = export_tokenizer(tokenizer_dir, tmp_path / "model", trained_with((0, 1)))
     assert (directory / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_truncation_and_padding_are_not_exported(tmp_path, tokenizer_dir, documents, check):
+    source = tokenizer_with(tmp_path / "source", tokenizer_dir, None)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=16, pad_id=1, pad_token=EOS)
+    tokenizer.save(str(source / "tokenizer.json"))
+    directory = export_tokenizer(source, tmp_path / "model", trained_with((0, 1)), check=check)
+    plain = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode(documents[0], add_special_tokens=False)
+    assert all(ids == [0, *plain.ids] for ids in ids_by_client(directory, documents[0]).values())
 
 
 def test_names_come_from_training_where_the_tokenizer_names_others(tmp_path, tokenizer_dir):

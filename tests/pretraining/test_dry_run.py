@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -67,3 +68,27 @@ def test_many_epochs_and_documents_without_an_end_are_warned_of(
     make_plan(settings_of(config, dataset, tmp_path / "out", 2, train__max_steps=plan.train_blocks))
     said = capsys.readouterr().err
     assert f"--train.max_steps={plan.train_blocks:,}: that is 8 epochs" in said and "2305.16264" in said
+
+
+def test_an_export_is_taken_for_the_tokenizer_of_its_training(tmp_path, dataset, tokenizer_dir):
+    """Its tokenizer.json may have been rewritten, to put BOS as training did."""
+    from pretrain_ranks import settings_of
+
+    from pretraining.plan import make_plan
+    from utils.errors import UserError
+    from utils.manifest import write_manifest
+    from utils.tokenizer import read_tokenizer_info
+
+    export = shutil.copytree(tokenizer_dir, tmp_path / "export")
+    content = json.loads((export / "tokenizer.json").read_bytes())
+    (export / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
+    config = write_config(tmp_path / "config.yaml", tokenizer_dir=str(export))
+    settings = settings_of(config, dataset, tmp_path / "out", 1)
+    manifest = {"kind": "export", "settings": {}, "content": {}, "files": [], "inputs": []}
+    recorded = read_tokenizer_info(tokenizer_dir).record()
+    for tokenizer in (None, {**recorded, "sha256": "0" * 64}):
+        write_manifest(export, {**manifest, "tokenizer": tokenizer})
+        with pytest.raises(UserError, match="not the tokenizer that made the dataset"):
+            make_plan(settings)
+    write_manifest(export, {**manifest, "tokenizer": recorded})
+    make_plan(settings)

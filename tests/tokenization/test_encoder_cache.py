@@ -146,3 +146,12 @@ def test_the_run_says_that_it_remembers(parquet_dir, tokenizer_dir, tmp_path, ru
     said = [run_script("optimize_dataset.py", *arguments, "--dry_run").stdout for _ in range(2)]
     assert " test texts; a document" in said[0]
     assert " test texts, remembered; a document" in said[1]
+
+
+def test_why_gigatoken_could_not_load_is_asked_again_each_time(cache):
+    """It may have been this run's trouble alone."""
+    content = json.dumps(kinds.KINDS["lowercase"]()).encode()
+    for _ in range(2):
+        prepared = prepare_tokenizer(content, False, "--tokenizer_dir=TOK")
+        assert "cannot load" in prepared.choice.reason and not prepared.remembered
+    assert not cache.exists()

@@ -163,9 +163,26 @@ def test_move_takes_what_is_gathered_too_and_notes_where_it_went(run_script, sou
     assert "nothing to do" in merge(run_script, source, target, "--mode=move").stdout
     said = merge(run_script, source, tmp_path / "other", code=2).stderr
     assert f"--mode=move took chunks from there to {target}" in said and "Traceback" not in said
+    assert "python optimize_dataset.py" not in said  # it would find nothing to do
 
 
 def test_mode_index_makes_no_files(run_script, source):
     before = set(source.rglob("*.bin"))
     merge(run_script, source, source, "--mode=index")
     assert set(source.rglob("*.bin")) == before and len(read_index(source, "test").chunks) == len(LENGTHS)
+
+
+def test_a_dataset_that_is_merged_again_keeps_what_it_was_made_of(run_script, source, tmp_path):
+    merge(run_script, source, tmp_path / "DATA")
+    merge(run_script, tmp_path / "DATA", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "DATA")
+
+
+def test_what_is_gathered_twice_names_the_chunks_of_step_1(run_script, source, tmp_path):
+    merge(run_script, source, tmp_path / "DATA")
+    index = json.loads((tmp_path / "DATA" / "index.json").read_text())
+    index["config"]["chunk_size"] *= 100  # tokens, at which chunks are cut
+    (tmp_path / "DATA" / "index.json").write_text(json.dumps(index))
+    merge(run_script, tmp_path / "DATA", tmp_path / "again")
+    (entry,) = read_manifest(tmp_path / "again")["files"]
+    assert [part["name"] for part in entry["gathered"]] == sorted(LENGTHS)

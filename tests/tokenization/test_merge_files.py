@@ -303,3 +303,39 @@ def test_what_is_refused_leaves_no_directory(run_script, source, tmp_path):
     (source / "0" / "chunk-0000010-0.bin").unlink()
     merge(run_script, source, tmp_path / "deep" / "target", code=2)
     assert not (tmp_path / "deep" / "target").exists()
+
+
+@pytest.mark.parametrize("named", ["itself", "by a link", "from above"])
+def test_a_finished_dataset_is_not_its_own_source(run_script, source, tmp_path, named):
+    """A move removes from the source what the target has: here it would be all of the dataset."""
+    target = tmp_path / "DATA" / "train"
+    merge(run_script, source, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    (tmp_path / "link").symlink_to(target)
+    own = {"itself": target, "by a link": tmp_path / "link", "from above": target.parent}[named]
+    assert "--target_dir" in merge(run_script, own, target, "--mode=move", code=2).stderr
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_a_move_leaves_a_dataset_that_its_source_leads_to(run_script, source, tmp_path):
+    target = tmp_path / "DATA"
+    merge(run_script, source, target)
+    (source / "2").symlink_to(target)
+    merge(run_script, source, target, "--mode=move")
+    assert damaged_files(target, read_manifest(target)["files"]) == []
+    assert not [path for folder in "01" for path in (source / folder).glob("*.bin")]
+
+
+def test_what_was_merged_in_place_is_merged_elsewhere_as_before(run_script, source, tmp_path):
+    merge(run_script, source, tmp_path / "before")
+    merge(run_script, source, source, "--mode=index")
+    merge(run_script, source, tmp_path / "after")
+    assert (tmp_path / "after" / "manifest.json").read_bytes() == (tmp_path / "before" / "manifest.json").read_bytes()
+
+
+def test_chunks_without_a_recorded_checksum_are_not_damaged(run_script, tmp_path):
+    make_folder(tmp_path / "in" / "0", {"chunk-0-0.bin": [5, 6]})
+    (tmp_path / "in" / "0" / "manifest.json").unlink()
+    merge(run_script, tmp_path / "in", tmp_path / "t", "--verify=headers")
+    assert read_manifest(tmp_path / "t")["files"][0]["xxh3_128"] is None
+    assert "nothing to do" in merge(run_script, tmp_path / "in", tmp_path / "t", "--verify=checksums").stdout

@@ -314,3 +314,74 @@ def test_chunks_indexed_in_place_are_made_again_by_step_1(work):
     work.advised(said)
     assert work.chunks() == before
     assert "nothing to do" in work.script("merge_files.py", *arguments).stdout
+
+
+def damage(path: Path) -> None:
+    """Other bytes, as many."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-2] + b"??")
+
+
+def test_rotten_bytes_of_a_moved_chunk_are_made_again_as_advised(work):
+    """Step 1 compares sizes, and would find all that was moved in its place."""
+    work.merge("val", "--mode=move")
+    before = work.data("val")
+    path = next((work.directory / "DATA" / "val").glob("*.bin"))
+    damage(path)
+    said = work.merge("val", "--mode=move", "--verify=checksums", code=2).stderr
+    assert f"delete {path} first" in said
+    path.unlink()
+    assert "made again" in work.advised(said).stdout
+    work.merge("val", "--mode=move")
+    assert work.data("val") == before
+
+
+def test_an_advised_command_has_a_seed_of_0(tmp_path):
+    from tokenization.missing_chunks import optimize_command
+
+    settings = {"shuffle_seed": 0, "parse_special_tokens": False, "limit_documents": None, "on_bad_file": "fail"}
+    command = optimize_command(tmp_path / "OUT" / "train", settings)
+    assert command.endswith(f"--output_dir={tmp_path / 'OUT'} --shuffle_seed=0")
+
+
+def test_a_lost_index_of_one_split_says_nothing_of_the_other(work):
+    """An earlier version moved train, and noted it nowhere."""
+    work.merge("train", "--mode=move")
+    (work.out / "train" / "moved.json").unlink()
+    before = work.chunks()
+    (work.out / "val" / "0" / "index.json").unlink()
+    process = work.optimize()
+    assert "made again: val/0/index.json" in process.stdout and "--mode=move took them" in process.stderr
+    assert work.chunks() == before
+
+
+def test_chunks_that_were_moved_twice_are_not_lost(work):
+    work.merge("val", "--mode=move")
+    first, second = work.directory / "DATA" / "val", work.directory / "DATA2" / "val"
+    work.script("merge_files.py", f"--source_dir={first}", f"--target_dir={second}", "--mode=move")
+    assert not list(first.glob("*.bin"))
+    assert "nothing to do" in work.optimize().stdout
+    shutil.rmtree(second)
+    process = work.optimize()
+    assert f"took them to {second}, where they are not now" in process.stderr
+
+
+def test_a_lost_index_leaves_what_was_merged_in_place(work):
+    split = work.out / "val"
+    work.script("merge_files.py", f"--source_dir={split}", f"--target_dir={split}", "--mode=index")
+    before = {name: (split / name).read_bytes() for name in ("manifest.json", "index.json", "0/index.json")}
+    (split / "0" / "index.json").unlink()
+    work.optimize()
+    assert {name: (split / name).read_bytes() for name in before} == before
+
+
+def test_what_a_killed_repair_left_is_removed_and_no_obstacle(work):
+    from utils.manifest import claim
+
+    left = work.out / ".tmp-again-0123456789ab" / "train" / "0"
+    left.mkdir(parents=True)
+    (left / "chunk-0000000-0.bin").write_bytes(b"half")
+    assert claim(left.parents[2], "--output_dir", "dataset", {}, lambda path: not path.startswith(".tmp-")) is None
+    assert "nothing to do" in work.optimize().stdout
+    assert not list(work.out.glob(".tmp-*"))

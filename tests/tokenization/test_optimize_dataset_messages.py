@@ -203,3 +203,30 @@ def test_sigterm_says_what_is_kept_and_how_to_go_on(tokenizer_dir, tmp_path, som
     assert process.returncode == 143 and "Traceback" not in said
     assert "ended by SIGTERM; what is finished is kept" in said and f"--output_dir={output}" in said
     assert ended(workers)
+
+
+def test_units_without_documents_have_a_speed_too():
+    """They took no time that anything is divided by."""
+    import types
+
+    from optimize_dataset import run_units
+    from tokenization.job import SplitRecord, Unit, UnitRecord
+    from tokenization.workers import Workers
+
+    class AtOnce(Workers):
+        unit = None
+
+        def num_free(self):
+            return int(self.unit is None)
+
+        def submit(self, job, unit):
+            self.unit = unit
+
+        def finished(self):
+            unit, self.unit = self.unit, None
+            return [(unit, UnitRecord(unit.index, "0", SplitRecord(), SplitRecord(), skipped_null=5))]
+
+    kept = []
+    units = [Unit(index, (), rows=5, text_bytes=0) for index in range(2)]
+    run_units(types.SimpleNamespace(text_bytes=1), None, units, AtOnce(), kept.append)
+    assert [record.unit for record in kept] == [0, 1]

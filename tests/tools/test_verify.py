@@ -184,7 +184,7 @@ DAMAGES = {
     "export: tokenizer.json": (
         lambda w: replace_text(w / "export/tokenizer.json", '"version"', '"version" '),
         "export",
-        "tokenizer.sha256: '",
+        "tokenizer.json: ",
     ),
     "export: training": (
         lambda w: edit(w / EXPORT, lambda m: m["content"]["training"].update(step=5)),
@@ -497,4 +497,44 @@ def test_chunks_that_were_moved_into_the_dataset_are_no_damage(copy, capsys):
     for split in ("train", "val"):
         flags = [f"--source_dir={copy}/tokens/{split}", f"--target_dir={copy}/dataset/{split}", "--mode=move"]
         run_a_script("merge_files.py", *flags)
-    assert "moved into the dataset" in verify(capsys, copy / "export")
+    assert "moved into the dataset" in verify(capsys, copy / "export", deep=True, num_units=1)
+
+
+def test_an_export_whose_tokenizer_json_was_rewritten_is_that_of_training(tmp_path, tokenizer_dir):
+    from tools.provenance import Node
+    from tools.provenance_models import check_export
+    from utils.manifest import read_manifest, write_manifest
+    from utils.tokenizer import read_tokenizer_info
+
+    recorded = read_tokenizer_info(tokenizer_dir).record()
+    export = Path(shutil.copytree(tokenizer_dir, tmp_path / "export"))
+    edit(export / "tokenizer.json", lambda content: content.update(post_processor=None))
+    files = [file_entry(export, path.name) for path in export.iterdir()]
+    manifest = {"kind": "export", "settings": {}, "content": {}, "inputs": [], "files": files}
+    for wrong in ({}, {"vocab_size": 7}):
+        write_manifest(export, {**manifest, "tokenizer": {**recorded, **wrong}})
+        check_export(node := Node("export"), export, read_manifest(export))
+        assert [text for status, text in node.lines if status == "CHANGED"] == [
+            f"tokenizer.{key}: {recorded[key]}, manifest.json says 7" for key in wrong
+        ]
+
+
+def test_only_tokens_and_parquet_files_of_the_same_inputs_are_taken_for_the_origin(tmp_path):
+    from tools.provenance_places import find_parquet, find_tokens
+    from utils.manifest import write_manifest
+
+    inputs = [{"path": f"{i}.parquet", "bytes": 9} for i in range(2)]
+    made = {"kind": "tokens", "settings": {"bos_id": 0}, "tokenizer": {"sha256": "t"}, "content": {}, "files": []}
+    for name, its in (("a", inputs[:1]), ("b", inputs)):
+        (tmp_path / name).mkdir()
+        write_manifest(tmp_path / name, {**made, "inputs": its})
+    dataset = {**made, "inputs": inputs, "settings": {"bos_id": 1}}
+    assert find_tokens(dataset, tmp_path / "data" / "train") == tmp_path / "b"
+    assert find_tokens({**made, "inputs": [{"path": "other.parquet", "bytes": 9}]}, tmp_path / "data" / "train") is None
+    for name, names in (("c", inputs[:1]), ("d", inputs), ("e", inputs)):
+        (tmp_path / name).mkdir()
+        for entry in names:
+            (tmp_path / name / entry["path"]).write_bytes(b"another size")
+        if name == "d":
+            assert find_parquet(inputs, tmp_path / "data") == tmp_path / "d"
+    assert find_parquet(inputs, tmp_path / "data") is None  # either may be it

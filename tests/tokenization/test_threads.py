@@ -1,0 +1,26 @@
+"""Calls a few ahead of their consumer: nobody waits for those that are not begun when the consumer leaves."""
+
+from __future__ import annotations
+
+import threading
+
+from tokenization.threads import submit_ahead
+
+
+def test_what_is_queued_is_not_begun_after_the_consumer_has_left():
+    begun, released = [], threading.Event()
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number:
+            released.wait()
+        return number
+
+    results = submit_ahead(work, range(20), num_threads=1)
+    assert next(results).result() == 0
+    # The pool has one call in hand, which ends only after the consumer has begun to leave.
+    release = threading.Timer(0.5, released.set)
+    release.start()
+    results.close()
+    release.join()
+    assert len(begun) <= 2
