@@ -231,7 +231,9 @@ def test_a_pad_token_is_named_in_every_file_and_one_of_training_is_warned_of(rel
 
 
 @pytest.mark.parametrize("model", ["Llama-3-8B", "Mistral-7B-v0.1"])
-def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(tmp_path, tokenizer_dir, model, caplog):
+def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(
+    tmp_path, tokenizer_dir, model, caplog, monkeypatch
+):
     """Without `transformers_version` transformers advises a flag that changes ids."""
     from litgpt import Config
 
@@ -246,7 +248,8 @@ def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(tmp_path, to
     path.write_text(json.dumps(content))
     config = hf_config(Config.from_name(model), False, "float32", 0, 1)
     text = "helloWorld 2024 ABCdef"
-    logging.getLogger("transformers").propagate = True
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")  # another test may have silenced it
     for version, warns in ((config.pop("transformers_version"), False), (None, True)):
         stated = config if version is None else config | {"transformers_version": version}
         (tmp_path / "large" / "config.json").write_text(json.dumps(stated))
