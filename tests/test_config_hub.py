@@ -46,7 +46,15 @@ def test_says_what_on_what_and_how_to_launch_and_comments_every_key(path):
     assert isinstance(yaml.safe_load(text), dict)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+# Planning a compiled model's memory takes a quarter of a minute each.
+QUICK = ("llama3-8b", "demo-cpu")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_dry_run_plans_it_on_80_gb(path, dataset, tmp_path, run_script):
     process = run_script(
         "distributed_pretrain.py",

@@ -69,8 +69,8 @@ def test_a_shape_has_the_parameters_that_litgpts_model_has(parameters):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--parameters=1.3e9", "--tokens=26e9"],
-        ["--parameters=8e9"],
+        pytest.param(["--parameters=1.3e9", "--tokens=26e9"], marks=pytest.mark.slow),
+        pytest.param(["--parameters=8e9"], marks=pytest.mark.slow),
         ["--parameters=5e6", "--vocab_size=8192", "--accelerator=cpu", "--num_devices=2", "--context_tokens=256"],
     ],
     ids=lambda flags: flags[0],
