@@ -15,11 +15,9 @@ checkpoint_loading.py reads it.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +66,23 @@ def list_checkpoints(out_dir: str | os.PathLike) -> tuple[list[Checkpoint], list
 def find_newest_good(out_dir: str | os.PathLike, checksums: bool) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are what its manifest says, and a line on each that was passed over."""
     checkpoints, skipped = list_checkpoints(out_dir)
+
+    def damage(checkpoint: Checkpoint) -> list[str]:
+        return damaged_files(checkpoint.path, checkpoint.manifest["files"], checksums=checksums)
+
+    return first_whole(checkpoints, skipped, damage), skipped
+
+
+def first_whole(
+    checkpoints: list[Checkpoint], skipped: list[str], damage: Callable[[Checkpoint], list[str]]
+) -> Checkpoint | None:
+    """The first of which `damage` says nothing; adds a line on each before it to `skipped`."""
     for checkpoint in checkpoints:
-        damage = functools.partial(damaged_files, checkpoint.path, checksums=checksums)
-        with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the interpreter's lock
-            per_file = pool.map(damage, ([entry] for entry in checkpoint.manifest["files"]))
-            problems = list(itertools.chain.from_iterable(per_file))
+        problems = damage(checkpoint)
         if not problems:
-            return checkpoint, skipped
+            return checkpoint
         skipped.append(f"{checkpoint.path}: {'; '.join(problems[:3])}")
-    return None, skipped
+    return None
 
 
 def rename_final_to_its_step(out_dir: Path, newest: Checkpoint | None = None) -> Checkpoint | None:

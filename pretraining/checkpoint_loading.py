@@ -13,15 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 
-from pretraining.checkpoint import WEIGHTS_NAME, Checkpoint, list_checkpoints
+from pretraining.checkpoint import WEIGHTS_NAME, Checkpoint, first_whole, list_checkpoints
 from pretraining.events import record_event
-from pretraining.parallelism import fill_local_shard, local_shard, plain
+from pretraining.parallelism import fill_local_shard, local_shard, model_weights
 from utils.errors import UserError
 from utils.manifest import damaged_files
 
@@ -41,13 +40,7 @@ def agree_on_checkpoint(out_dir: Path, verify: str, still_working: Callable[[], 
     found: list[Any] = [list_checkpoints(out_dir) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)  # rank 0's word: a network file system may be late
     checkpoints, skipped = found[0]
-    newest = None
-    for checkpoint in checkpoints:
-        problems = _damage(checkpoint, verify == "checksums", still_working)
-        if not problems:
-            newest = checkpoint
-            break
-        skipped.append(f"{checkpoint.path}: {'; '.join(problems[:3])}")
+    newest = first_whole(checkpoints, skipped, lambda one: _damage(one, verify == "checksums", still_working))
     if dist.get_rank() == 0:
         for line in skipped:
             record_event(out_dir, "checkpoint refused", f"skipped checkpoint {line}", taken=newest and str(newest.path))
@@ -84,8 +77,7 @@ def load_training_state(path: Path, model: torch.nn.Module, optimizers: list[tor
         [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         for optimizer in optimizers
     ]
-    weights = {name: plain(tensor) for name, tensor in get_model_state_dict(model).items()}
-    state = {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizers)}
+    state = {"model": model_weights(model), "optimizer": get_optimizer_state_dict(model, optimizers)}
     dcp.load(state, storage_reader=dcp.FileSystemReader(path / WEIGHTS_NAME))
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
@@ -107,7 +99,7 @@ def load_initial_weights(directory: str | os.PathLike, model: torch.nn.Module) -
 
 
 def _load_sharded_weights(path: Path, model: torch.nn.Module, flag: str) -> None:
-    weights = {name: plain(tensor) for name, tensor in get_model_state_dict(model).items()}
+    weights = model_weights(model)
     reader = dcp.FileSystemReader(path)
     saved = {
         name.removeprefix("model."): tuple(metadata.size)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from pretraining.checkpoint import WEIGHTS_NAME, checkpoints_to_delete, list_checkpoints
-from pretraining.parallelism import plain
+from pretraining.parallelism import model_weights
 from pretraining.settings import CheckpointSettings
 from utils import console
 from utils.console import human_bytes
@@ -88,7 +88,7 @@ class CheckpointWriter:
         started = time.perf_counter()
         self.wait()
         state = {
-            "model": {name: plain(tensor) for name, tensor in get_model_state_dict(self.model).items()},
+            "model": model_weights(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
         }
         # Rank 0 decides. Another node may not even see the directory; comparing the files will tell.

@@ -71,15 +71,18 @@ class TokenBlocks:
     def __len__(self) -> int:
         return int(self._begins[-1])
 
+    def _chunk_of(self, block: int) -> int:
+        return int(np.searchsorted(self._begins, block, side="right")) - 1
+
     def describe(self, block: int, place: int) -> str:
         """Where a token of a block is, for messages."""
-        chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
+        chunk = self._chunk_of(block)
         token = (block - int(self._begins[chunk])) * self.block_tokens + place
         return f"token {token} of {self._paths[chunk]}"
 
     def __getitem__(self, block: int) -> torch.Tensor:
         """The tokens of a block: shape (block_tokens,) of the dataset's integer type."""
-        chunk = int(np.searchsorted(self._begins, block, side="right")) - 1
+        chunk = self._chunk_of(block)
         return self._loader.load_item_from_chunk(
             int(block), chunk, self._paths[chunk], int(self._begins[chunk]), self._bytes[chunk]
         )

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -171,6 +172,11 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     if not hasattr(local, "fsdp_pre_all_gather"):
         return tensor
     return DTensor(local._tensor, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else local._tensor
+
+
+def model_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by litgpt's names, as a checkpoint holds them: plain, and sharing the model's memory."""
+    return {name: plain(tensor) for name, tensor in get_model_state_dict(model).items()}
 
 
 def fill_local_shard(parameter: torch.Tensor, read_rows: Callable[[int, int], torch.Tensor]) -> None:

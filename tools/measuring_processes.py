@@ -130,11 +130,13 @@ def by_number(gpu: str) -> tuple[int, str]:
     return (int(gpu), "") if gpu.isdigit() else (0, gpu)
 
 
-def answers_of(references: list, names: list[str], timeout_s: float) -> list:
-    """All answers, in order.
+def wait_for(
+    references: list, names: list[str], timeout_s: float
+) -> tuple[dict[str, ray.exceptions.RayError], list[str]]:
+    """Wait for the answers of processes; once one has failed the others get little time more, for they may wait for it.
 
-    Raises:
-        UserError: a process failed or does not answer. One that died is named before those that only lost it.
+    Returns:
+        by name, what those raised that failed; and the names of those that have not answered.
     """
     deadline = time.monotonic() + timeout_s
     pending, failures = list(references), {}
@@ -146,6 +148,16 @@ def answers_of(references: list, names: list[str], timeout_s: float) -> list:
             except ray.exceptions.RayError as error:
                 failures[names[references.index(reference)]] = error
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
+    return failures, [names[references.index(reference)] for reference in pending]
+
+
+def answers_of(references: list, names: list[str], timeout_s: float) -> list:
+    """All answers, in order.
+
+    Raises:
+        UserError: a process failed or does not answer. One that died is named before those that only lost it.
+    """
+    failures, silent = wait_for(references, names, timeout_s)
     if failures:
         died = {name: error for name, error in failures.items() if isinstance(error, ray.exceptions.RayActorError)}
         name, error = next(iter((died or failures).items()))
@@ -154,8 +166,7 @@ def answers_of(references: list, names: list[str], timeout_s: float) -> list:
             f"{name}: the process {what} while the devices were measured. `NCCL_DEBUG=INFO` in front of this command "
             "shows what NCCL tried; Ray's log of the process is in /tmp/ray/session_latest/logs on the node."
         )
-    if pending:
-        silent = [names[references.index(reference)] for reference in pending]
+    if silent:
         others = f" and {len(silent) - 1} others" if len(silent) > 1 else ""
         raise UserError(
             f"{silent[0]}{others}: no answer within {timeout_s:.0f} s. Other work may hold the devices (see `ray "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +21,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from pretraining.plan import Plan
 from pretraining.settings import Settings
-from tools.measuring_processes import Member, names_of, places_of, start_members
+from tools.measuring_processes import Member, names_of, places_of, start_members, wait_for
 
 WARM_UP_STEPS = 3  # the first ones compile, allocate and connect
-_GRACE_S = 5.0  # after the first failure, for the others, of which one may say more
 _COLLECTIVE_TIMEOUT_S = 1800  # NCCL's own default is less than a slow compilation beside a quick one takes
 
 OUT_OF_MEMORY = "out of memory"
@@ -173,22 +171,14 @@ def run_trial(
 
 
 def _outcome_of(answers: list, names: list[str], timeout_s: float) -> Outcome:
-    deadline = time.monotonic() + timeout_s
-    pending, failures = list(answers), []
-    while pending and (left := deadline - time.monotonic()) > 0:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=left)
-        for answer in ready:
-            try:
-                ray.get(answer)
-            except ray.exceptions.RayError as error:
-                failures.append((_kind_of(error), f"{names[answers.index(answer)]}: {_last_line(error)}"))
-                deadline = min(deadline, time.monotonic() + _GRACE_S)
+    failures, silent = wait_for(answers, names, timeout_s)
     if failures:
         # One that only lost its peers says less than the one that they lost.
         order = (OUT_OF_MEMORY, "died", "failed")
-        return Outcome(None, *min(failures, key=lambda failure: order.index(failure[0])))
-    if pending:
-        return Outcome(None, "no answer", f"{names[answers.index(pending[0])]}: no answer within {timeout_s:.0f} s")
+        told = [(_kind_of(error), f"{name}: {_last_line(error)}") for name, error in failures.items()]
+        return Outcome(None, *min(told, key=lambda failure: order.index(failure[0])))
+    if silent:
+        return Outcome(None, "no answer", f"{silent[0]}: no answer within {timeout_s:.0f} s")
     return Outcome(ray.get(answers))
 
 
