@@ -181,14 +181,6 @@ def test_the_short_form_lets_sound_processes_train_and_refuses_a_wrong_one_on_ev
     assert said[0] == said[1] and "node here, index 1 (CPU): its matrix product is wrong in 1 row." in said[0]
 
 
-def test_help_loads_neither_torch_nor_ray():
-    """Under TYPE_CHECKING, too, an import would be made: the parser carries it out to resolve the settings' types."""
-    command = [sys.executable, "-X", "importtime", "-m", "tools.check_cluster", "--help"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    loaded = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
-    assert process.returncode == 0 and "utils.cli" in loaded and not loaded & {"torch", "ray"}
-
-
 def test_settings_that_cannot_be_are_all_named(tmp_path):
     process = subprocess.run(
         [sys.executable, "-m", "tools.check_cluster", "--num_nodes=0", "--seconds=0", f"--out_dir={tmp_path / 'no'}"],

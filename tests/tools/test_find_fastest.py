@@ -138,13 +138,6 @@ def test_mistakes_are_all_named_before_anything_starts(config, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_help_loads_neither_torch_nor_ray():
-    command = [sys.executable, "-X", "importtime", "-m", "tools.find_fastest", "--help"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    loaded = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
-    assert process.returncode == 0 and "utils.cli" in loaded and not loaded & {"torch", "ray"}
-
-
 # --- what is tried, without a cluster ---------------------------------------------------------------------------------
 
 
