@@ -143,6 +143,7 @@ def test_a_cluster_that_is_too_small_is_said(cluster):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named(cluster):
     said = check(cluster, "--accelerator=cpu", multiply="deadly", code=2)
     assert said.count("error: ") == 1 and ", process 0: the process died while the devices were measured" in said

@@ -106,6 +106,7 @@ def test_the_best_is_yaml_that_training_takes(searched, tmp_path):
     assert settings.parallel.loss_chunk_tokens == best["parallel"]["loss_chunk_tokens"]
 
 
+@pytest.mark.slow
 def test_again_runs_only_what_may_go_well_another_time(searched, config, ray_address):
     out_dir, _, before = searched
     said, _ = find(config, out_dir, ray_address)
@@ -114,6 +115,7 @@ def test_again_runs_only_what_may_go_well_another_time(searched, config, ray_add
     assert rows[:3] == before and [what_ran(row) for row in rows[3:]] == [(1, "none", "ok")]
 
 
+@pytest.mark.slow
 def test_dry_run_lists_what_would_be_tried(config, ray_address, tmp_path):
     said, _ = find(config, tmp_path, ray_address, "--dry_run", "--search.micro_batch_size=[1,2]")
     assert "2 to try" in said and said.count("not run") == 2
