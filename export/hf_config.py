@@ -33,6 +33,8 @@ def family_of(config: Config) -> str:
         return "gemma2" if config.post_mlp_norm else "gemma"
     if name.lower().startswith(("phi-3", "phi-4")):
         return "phi3"
+    if config.mlp_class_name == "LLaMAMoE":
+        return "qwen3_moe" if config.norm_qk else "mixtral"
     if config.norm_qk:
         return "olmo2" if config.norm_qk_type == "olmo2" else "qwen3"
     if config.attn_bias and not config.bias:
@@ -57,8 +59,6 @@ def export_problems(config: Config) -> list[str]:
         for field, needed in needs.items()
         if needed is not ANY and getattr(config, field) != needed
     ]
-    if config.mlp_class_name == "LLaMAMoE":
-        problems.append("mixtures of experts are not supported")
     if (config.rope_adjustments or {}).keys() & {"beta_fast", "beta_slow"}:
         problems.append("rope_adjustments of YaRN are not supported")
     elif config.rope_adjustments and config.rope_condense_ratio != 1:

@@ -39,6 +39,10 @@ PLAIN = {
     "norm_1": True,
     "norm_2": True,
     "latent_attention": None,
+    "n_shared_expert": None,
+    "n_expert_groups": None,
+    "first_k_dense_replace": None,
+    "routed_scaling_factor": 1.0,
 }
 ANY = object()
 _GELU = "gelu_pytorch_tanh"
@@ -98,6 +102,7 @@ def _silu_and_rope(config: Config) -> dict[str, Any]:
 
 
 _ROPE_ANY = {"rope_adjustments": ANY, "rope_condense_ratio": ANY}
+_EXPERTS = {"mlp_class_name": "LLaMAMoE"}
 _SOFTCAPS_AND_WINDOW = {
     "attention_scores_scalar": ANY,
     "attention_logit_softcapping": ANY,
@@ -130,6 +135,32 @@ FAMILIES: dict[str, Family] = {
         "Qwen2ForCausalLM",
         {**_ROPE_ANY, "attn_bias": True},
         lambda c: {**_silu_and_rope(c), "use_sliding_window": False},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {**_ROPE_ANY, **_EXPERTS},
+        lambda c: {
+            **_silu_and_rope(c),
+            "intermediate_size": c.moe_intermediate_size or c.intermediate_size,
+            "sliding_window": None,
+            "num_local_experts": c.n_expert,
+            "num_experts_per_tok": c.n_expert_per_token,
+        },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {**_ROPE_ANY, **_EXPERTS, "norm_qk": True, "norm_qk_type": "default"},
+        lambda c: {
+            **_silu_and_rope(c),
+            "use_sliding_window": False,
+            "attention_bias": False,
+            "num_experts": c.n_expert,
+            "num_experts_per_tok": c.n_expert_per_token,
+            "norm_topk_prob": True,  # litgpt's softmax is over the chosen experts alone
+            "moe_intermediate_size": c.moe_intermediate_size or c.intermediate_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",

@@ -17,6 +17,7 @@ from litgpt import GPT, Config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
+from export.experts import join_experts
 from export.gguf_file import find_in_gguf
 from export.plan import ExportPlan
 from export.stored_tensor import StoredTensor
@@ -167,6 +168,7 @@ def _transformers_model(directory: Path, tensors: dict[str, StoredTensor]) -> tr
         names = {module: name for name, module in model.named_modules()}
         head, embedding = names[model.get_output_embeddings()], names[model.get_input_embeddings()]
         tensors = {**tensors, f"{head}.weight": tensors[f"{embedding}.weight"]}
+    tensors = join_experts(tensors)
     expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if expected != set(tensors):
         raise UserError(
