@@ -131,9 +131,9 @@ class Night:
         found = {}
         for path in Path(tempfile.gettempdir()).glob("pretraining-*/rank-*.json"):
             with contextlib.suppress(OSError, ValueError, TypeError):  # a start's directory comes or goes
-                process, beat = Process(**json.loads(path.read_text())), read_beat(path.with_suffix(".beat"))
+                process = Process(**json.loads(path.read_text()))
                 if process.out_dir == str(self.out_dir) and start_time(process.pid) == process.started:
-                    found[process.rank] = (process, beat)
+                    found[process.rank] = (process, read_beat(path.with_suffix(".beat")))
         return found
 
     def trains(self, without: set[int] = frozenset()) -> bool:
