@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ def progress_line(record: dict[str, Any], total_steps: int) -> str:
     if record.get("val_loss") is not None:
         bits = record.get("val_bits_per_byte")
         parts.append(f"val {record['val_loss']:.4f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else ""))
+    for key, value in record.items():
+        if key.startswith("task_") and key.endswith("_acc"):
+            parts.append(f"{key.removeprefix('task_').removesuffix('_acc')} {value:.1%}")
     if record.get("grad_norm") is not None:
         parts.append(f"norm {record['grad_norm']:.2f}")
     if record.get("lr") is not None:
@@ -97,6 +100,13 @@ def progress_line(record: dict[str, Any], total_steps: int) -> str:
     return " | ".join(parts)
 
 
+def sample_line(sample: dict[str, Any]) -> str:
+    """What the model wrote after a prompt, in one line."""
+    drawn = f" at temperature {sample['temperature']}" if sample["temperature"] else ""
+    text = " ".join(f"{sample['prompt']}|{sample['text']}".split())
+    return f"  writes{drawn}: {text}"
+
+
 # --- loggers ----------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +117,7 @@ def make_logger(
     settings: dict[str, Any],
     log: LogSettings,
     wandb_key: str | None,
+    task_columns: Sequence[str] = (),
 ):
     """A logger: an object with log(record) and close() -> lines for the user.
 
@@ -114,9 +125,10 @@ def make_logger(
         earlier: the records from before a resume that stay.
         settings: shown beside the curves; without secrets.
         wandb_key: None: wandb writes its files without network.
+        task_columns: of the csv, behind those that every run has.
     """
     if name == "csv":
-        return _CsvLogger(out_dir, earlier)
+        return _CsvLogger(out_dir, earlier, task_columns)
     if name == "tensorboard":
         return _TensorBoardLogger(out_dir, earlier)
     return _WandbLogger(out_dir, earlier, settings, log, wandb_key)
@@ -138,10 +150,10 @@ class _CsvLogger:
         "checkpoint_stall_s", "memory_peak_bytes", "eta_s",
     )  # fmt: skip
 
-    def __init__(self, out_dir: Path, earlier: list[dict[str, Any]]):
+    def __init__(self, out_dir: Path, earlier: list[dict[str, Any]], task_columns: Sequence[str]):
         self._path = out_dir / "metrics.csv"
         self._file = open(self._path, "w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, self.COLUMNS, extrasaction="ignore")
+        self._writer = csv.DictWriter(self._file, [*self.COLUMNS, *task_columns], extrasaction="ignore")
         self._writer.writeheader()
         for record in earlier:
             self._writer.writerow(record)
