@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 
-from export.checkpoint_weights import find_in_safetensors, find_in_torch_file, find_weights
+from export.checkpoint_weights import find_in_torch_file, find_weights
 
 SCRIPT = "convert_pretrained_checkpoint.py"
 
@@ -269,6 +269,7 @@ def test_a_disk_that_cannot_hold_it_is_named_before_the_work(checkpoint, small_d
     assert f"export_dir={small_disk / 'out'}: needs " in message and "are free" in message
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_export_left_does_not_count_against_the_next(checkpoint, small_disk):
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     left = small_disk / ".tmp-out-0123456789ab"
@@ -424,32 +425,29 @@ def test_a_wrong_config_json_is_not_published(checkpoint, tmp_path, monkeypatch)
         assert "logits differ" in message or "different angles" in message, wrong
 
 
-def test_weights_proof_notices_one_changed_bit(checkpoint, exported, tmp_path):
-    from litgpt import Config
-
-    from export.hf_layout import hf_layout
-    from export.proof import compare_weights
+@pytest.mark.parametrize(
+    ("formats", "name"), [("litgpt", "lit_model.pth"), ("hf", "model.safetensors"), ("gguf", "model.gguf")]
+)
+def test_weights_proof_notices_one_changed_bit(checkpoint, tmp_path, formats, name):
+    from export.checkpoint_files import read_checkpoint_manifest
+    from export.checks import make_plan
+    from export.proof import compare_weights, find_exported
     from utils.errors import UserError
 
-    copy = tmp_path / "model"
-    shutil.copytree(exported, copy)
-    source = find_weights(checkpoint)
-    config = Config.from_file(checkpoint / "model_config.yaml")
-    layout = hf_layout("llama", config, source, tied=False)
-    for find, name in ((find_in_torch_file, "lit_model.pth"), (find_in_safetensors, "model.safetensors")):
-        files = (
-            find_in_torch_file(copy / "lit_model.pth") if find is find_in_torch_file else None,
-            find_in_safetensors(copy) if find is find_in_safetensors else None,
-        )
-        assert compare_weights(source, *files, layout) == 201024
-        tensor = next(found for found in (files[0] or files[1]).values() if "1" in found.name)
-        with open(copy / name, "r+b") as file:
-            file.seek(tensor.pieces[0].first_byte)
-            byte = file.read(1)[0]
-            file.seek(tensor.pieces[0].first_byte)
-            file.write(bytes([byte ^ 128]))
-        with pytest.raises(UserError, match=f"{name}: '{tensor.name}' differs from the checkpoint"):
-            compare_weights(source, *files, layout)
+    export_in_process(checkpoint, tmp_path / "model", formats=formats)
+    manifest = read_checkpoint_manifest(checkpoint)
+    plan = make_plan(checkpoint, manifest, formats, dtype="same", pad_token=None)
+    exported = find_exported(plan, tmp_path / "model")
+    assert compare_weights(plan, exported) == 201024
+    tensors = exported.lit or exported.hf or exported.gguf
+    tensor = next(found for found in tensors.values() if "1" in found.name)
+    with open(tmp_path / "model" / name, "r+b") as file:
+        file.seek(tensor.pieces[0].first_byte)
+        byte = file.read(1)[0]
+        file.seek(tensor.pieces[0].first_byte)
+        file.write(bytes([byte ^ 128]))
+    with pytest.raises(UserError, match=f"{name}: '{tensor.name}' differs from the checkpoint"):
+        compare_weights(plan, exported)
 
 
 @pytest.mark.parametrize("verify", ["weights", "off"])
@@ -496,7 +494,9 @@ def test_names_in_metadata_cannot_lead_out(checkpoint, tmp_path):
 # Interruption ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["lit_model.pth", "model.safetensors", "README.md"])
+@pytest.mark.parametrize(
+    "when", [pytest.param("lit_model.pth", marks=pytest.mark.slow), "model.safetensors", "README.md"]
+)
 def test_killed_at_any_moment(checkpoint, exported, tmp_path, when):
     """SIGKILL as soon as a file appears; nothing is under the final name, and the same command finishes."""
     target = tmp_path / "model"
@@ -522,6 +522,7 @@ def test_another_exports_temporaries_stay(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == others
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_disturb_each_other(checkpoint, tmp_path):
     target = tmp_path / "model"
     process = subprocess.Popen([sys.executable, str(ROOT / SCRIPT), str(checkpoint), str(target)])
