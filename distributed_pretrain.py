@@ -38,11 +38,12 @@ from pretraining.checkpoint import (
     list_checkpoints,
     rename_final_to_its_step,
 )
+from pretraining.evaluation_plan import task_columns
 from pretraining.failures import EXIT_FAILED, TrainingEnded
 from pretraining.follower import Follower
 from pretraining.left_out import read_left_out, set_aside_checkpoints
-from pretraining.loggers import make_logger, progress_line
-from pretraining.metrics_writer import rewind_metrics
+from pretraining.loggers import make_logger, progress_line, sample_line
+from pretraining.metrics_writer import rewind_metrics, samples_of
 from pretraining.model_config import litgpt_config_module, model_names
 from pretraining.plan import Plan, make_plan
 from pretraining.process_layout import micro_batches_per_step, shard_size
@@ -100,6 +101,9 @@ def with_absolute_paths(settings: Settings) -> Settings:
     }
     if settings.data_mixture is not None:
         changes["data_mixture"] = {os.path.abspath(path): weight for path, weight in settings.data_mixture.items()}
+    if settings.eval.tasks is not None:
+        tasks = {name: os.path.abspath(path) for name, path in settings.eval.tasks.items()}
+        changes["eval"] = dataclasses.replace(settings.eval, tasks=tasks)
     return dataclasses.replace(settings, **changes)
 
 
@@ -161,11 +165,20 @@ def train(settings: Settings, plan: Plan, newest: Checkpoint | None) -> None:
             again = f"; {dropped} later records are dropped and made again" if dropped else ""
             console.say(f"resume: from {newest.path}{again}")
         logger = make_logger(
-            settings.logger_name, out_dir, earlier, result_settings(settings, plan), settings.log, wandb_key
+            settings.logger_name,
+            out_dir,
+            earlier,
+            result_settings(settings, plan),
+            settings.log,
+            wandb_key,
+            task_columns(settings),
         )
 
         def consume(record: dict[str, Any]) -> None:
             console.say(progress_line(record, plan.total_steps))
+            if settings.eval.prompts and "val_loss" in record:
+                for sample in samples_of(out_dir, record["step"]):
+                    console.say(sample_line(sample))
             logger.log(record)
 
         console.say("starting the workers; the first step follows in about half a minute, later if --parallel.compile")

@@ -18,6 +18,7 @@ from utils.errors import UserError
 
 PROMPTS = ("Return a new", "This function", "The module")
 NEW_TOKENS = 40
+TASK = "demo_word_order"  # make_demo_task.py's
 
 
 @dataclasses.dataclass
@@ -43,6 +44,10 @@ def show_training(run_dir: Path) -> None:
         first, last = values[0], values[-1]
         change = 100 * (last[1] / first[1] - 1)
         console.result(f"{name:22} {first[1]:9.3f} -> {last[1]:9.3f}   {change:+.0f}% in {last[0]} steps")
+    answered = [record for record in records if f"task_{TASK}_acc" in record]
+    if answered:
+        first, last = (answered[i][f"task_{TASK}_acc"] for i in (0, -1))
+        console.result(f"task {TASK}: {first:.1%} -> {last:.1%} right, of four answers")
     if speeds:
         console.result(f"speed: {statistics.median(speeds):,.0f} tokens/s (median over the steps)")
     picture = run_dir / "curves.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,13 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from utils.files import atomic_write
 
 # Okabe and Ito's colours, which everybody can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ("-", "--", ":", "-.")
 PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
 
 Records = list[dict[str, Any]]
@@ -53,7 +55,7 @@ def draw_curves(
     title: str | None = None,
     events: Mapping[str, Records] | None = None,
 ) -> None:
-    """Draw loss, validation loss, learning rate, gradient norm and throughput.
+    """Draw loss, validation loss, learning rate, gradient norm, throughput, and accuracy in tasks if there are any.
 
     Args:
         runs: by name, what `export.run_metrics.read_steps` gives.
@@ -79,11 +81,15 @@ def draw_curves(
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
-        grid = figure.add_gridspec(len(PANELS), 2, width_ratios=(1.9, 1))
+        tasks = task_names(runs)
+        num_rows = len(PANELS) + bool(tasks)
+        grid = figure.add_gridspec(num_rows, 2, width_ratios=(1.9, 1))
         loss_axes = figure.add_subplot(grid[:, 0])
         draw_loss(loss_axes, runs, x)
         for row, (key, name) in enumerate(PANELS.items()):
-            draw_panel(figure.add_subplot(grid[row, 1]), runs, x, key, name, is_last=row + 1 == len(PANELS))
+            draw_panel(figure.add_subplot(grid[row, 1]), runs, x, key, name, is_last=row + 1 == num_rows)
+        if tasks:
+            draw_tasks(figure.add_subplot(grid[len(PANELS), 1]), runs, x, tasks)
         for name, records in (events or {}).items():
             prefix = f"{name}: " if len(runs) > 1 else ""
             draw_events(figure.axes, loss_axes, records, runs[name], x, prefix, colour_of(runs, name))
@@ -175,6 +181,33 @@ def draw_panel(axes: Axes, runs: Mapping[str, Records], x: str, key: str, name: 
         if max(shown) > 4 * typical > 0:  # a spike must not flatten the rest
             axes.set_ylim(0, 2 * typical)
     format_x(axes, x, with_label=is_last)
+
+
+def task_names(runs: Mapping[str, Records]) -> list[str]:
+    """The tasks with an accuracy that any of the runs logged, as eval.tasks calls them."""
+    found = (re.fullmatch("task_(.+)_acc", key) for records in runs.values() for record in records for key in record)
+    return sorted({match[1] for match in found if match})
+
+
+def draw_tasks(axes: Axes, runs: Mapping[str, Records], x: str, tasks: Sequence[str]) -> None:
+    """The accuracy in each task, with its standard error as a band: a colour per task, or per run if there are more."""
+    for number, task in enumerate(tasks):
+        for run, records in runs.items():
+            at, accuracy = series(records, x, f"task_{task}_acc")
+            if not at:
+                continue
+            colour, line, label = COLOURS[number % len(COLOURS)], "-", task
+            if len(runs) > 1:
+                colour, line, label = colour_of(runs, run), LINE_STYLES[number % len(LINE_STYLES)], f"{run}: {task}"
+            label = f"{label}, {accuracy[0]:.1%} to {accuracy[-1]:.1%}"
+            axes.plot(at, accuracy, color=colour, linestyle=line, marker="o", markersize=2.5, linewidth=1, label=label)
+            errors = [record.get(f"task_{task}_acc_stderr", 0) for record in records if f"task_{task}_acc" in record]
+            low, high = ([a + sign * e for a, e in zip(accuracy, errors)] for sign in (-1, 1))
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_title("accuracy in tasks")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(loc="best", fontsize=7)
+    format_x(axes, x)
 
 
 def format_x(axes: Axes, x: str, with_label: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ _POSITIVE = (
     "train.global_batch_size", "train.micro_batch_size", "train.max_tokens", "train.max_steps", "train.epochs",
     "train.max_time", "train.step_timeout", "train.slow_timeout",
     "train.max_seq_length", "train.save_interval", "train.log_interval", "train.max_norm",
-    "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "optimizer.lr", "optimizer.eps", "num_nodes",
+    "train.max_nonfinite_steps", "eval.interval", "eval.max_iters", "eval.sample_tokens",
+    "eval.sample_temperature", "optimizer.lr", "optimizer.eps", "num_nodes",
     "num_devices", "tokens", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads",
     "checkpoint.keep_last", "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",
     "parallel.compare_copies_every",
@@ -90,6 +92,15 @@ def check_float8(settings: Settings, config: Any) -> None:
             f"--precision=float8-mixed: {', '.join(odd)}; products in float8 need sizes that 16 divides. Change the "
             "model's sizes, or use bf16-mixed."
         )
+
+
+def check_out_dir(settings: Settings, problems: Problems) -> None:
+    out_dir = Path(settings.out_dir).absolute()
+    existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+    if not existing.is_dir():
+        problems.add(f"--out_dir={settings.out_dir}: {existing} is a file. Give a directory.")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problems.add(f"--out_dir={settings.out_dir}: no permission to write into {existing}. Give another directory.")
 
 
 def _values(settings: Settings, names: tuple[str, ...]) -> list[tuple[str, float]]:

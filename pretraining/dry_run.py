@@ -8,6 +8,7 @@ from pathlib import Path
 
 from litgpt.config import Config
 
+from pretraining.evaluation_plan import evaluation_lines
 from pretraining.memory import MemoryPlan, plan_memory
 from pretraining.model import training_flops_per_token
 from pretraining.plan import Plan
@@ -48,6 +49,7 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
         "steps": f"{plan.total_steps:,} of {human_count(plan.tokens_per_step)} tokens ({accumulation} x "
         f"{settings.train.micro_batch_size} sequences per process)",
         "tokens": f"{human_count(tokens)}, {tokens / epoch_tokens:.2f} epochs",
+        **evaluation_lines(settings),
         **_durations(settings, plan, tokens, flops_per_token, world_size),
         "memory per process": human_bytes(memory.total),
         "  parameters": human_bytes(memory.parameters),

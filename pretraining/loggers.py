@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ def progress_line(record: dict[str, Any], total_steps: int) -> str:
     if record.get("val_loss") is not None:
         bits = record.get("val_bits_per_byte")
         parts.append(f"val {record['val_loss']:.4f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else ""))
+    for key, value in record.items():
+        if key.startswith("task_") and key.endswith("_acc"):
+            parts.append(f"{key.removeprefix('task_').removesuffix('_acc')} {value:.1%}")
     if record.get("grad_norm") is not None:
         parts.append(f"norm {record['grad_norm']:.2f}")
     if record.get("lr") is not None:
@@ -44,6 +48,13 @@ def progress_line(record: dict[str, Any], total_steps: int) -> str:
     return " | ".join(parts)
 
 
+def sample_line(sample: dict[str, Any]) -> str:
+    """What the model wrote after a prompt, in one line."""
+    drawn = f" at temperature {sample['temperature']}" if sample["temperature"] else ""
+    text = " ".join(f"{sample['prompt']}|{sample['text']}".split())
+    return f"  writes{drawn}: {text}"
+
+
 # --- loggers ----------------------------------------------------------------------------------------------------------
 
 
@@ -54,6 +65,7 @@ def make_logger(
     settings: dict[str, Any],
     log: LogSettings,
     wandb_key: str | None,
+    task_columns: Sequence[str] = (),
 ):
     """A logger: log(record), event(record), undo(step): forget the later steps, close() -> lines for the user.
 
@@ -61,9 +73,10 @@ def make_logger(
         earlier: the records from before a resume that stay.
         settings: shown beside the curves; without secrets.
         wandb_key: None: wandb writes its files without network.
+        task_columns: of the csv, behind those that every run has.
     """
     if name == "csv":
-        return _CsvLogger(out_dir, earlier)
+        return _CsvLogger(out_dir, earlier, task_columns)
     if name == "tensorboard":
         return _TensorBoardLogger(out_dir, earlier)
     return _WandbLogger(out_dir, earlier, settings, log, wandb_key)
@@ -86,13 +99,13 @@ class _CsvLogger:
         "eta_s",
     )  # fmt: skip
 
-    def __init__(self, out_dir: Path, earlier: list[dict[str, Any]]):
-        self._out_dir = out_dir
+    def __init__(self, out_dir: Path, earlier: list[dict[str, Any]], task_columns: Sequence[str]):
+        self._out_dir, self._columns = out_dir, [*self.COLUMNS, *task_columns]
         self._write(earlier)
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         self._file = open(self._out_dir / "metrics.csv", "w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, self.COLUMNS, extrasaction="ignore")
+        self._writer = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
         self._writer.writeheader()
         self._writer.writerows(records)
         self._file.flush()

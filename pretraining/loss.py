@@ -33,10 +33,13 @@ class OutputLayer(torch.nn.Linear):
         chunk_tokens: int = 1024,
         z_loss: float = 0.0,
         softcap: float | None = None,
+        per_token: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The logits, without targets; with them, what `next_token_loss` returns."""
+        """The logits, without targets; with them, what `next_token_loss` or, `per_token`, `token_scores` returns."""
         if targets is None:
             return super().forward(hidden)
+        if per_token:
+            return token_scores(hidden, self.weight, self.bias, targets, chunk_tokens=chunk_tokens, softcap=softcap)
         return next_token_loss(
             hidden, self.weight, self.bias, targets, chunk_tokens=chunk_tokens, z_loss=z_loss, softcap=softcap
         )
@@ -139,6 +142,33 @@ class _NextTokenLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(incoming).to(ctx.dtype) for gradient in ctx.saved_tensors
         ]
         return *gradients, None, None, None, None, None
+
+
+def token_scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, chunk_tokens: int, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each target in nats, and whether it is the most likely token; without gradients.
+
+    Args:
+        hidden, weight, bias, targets, chunk_tokens, softcap: see `next_token_loss`.
+
+    Returns:
+        float32 and bool, shape (N,). Where the target is IGNORED_TARGET nothing is computed: 0 and True.
+    """
+    factor_dtype = hidden.dtype if hidden.is_cuda else torch.promote_types(hidden.dtype, torch.float32)
+    scores = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    likeliest = torch.ones_like(targets, dtype=torch.bool)
+    weight = weight.to(factor_dtype)
+    for counted in (targets != IGNORED_TARGET).nonzero()[:, 0].split(chunk_tokens):
+        rows, target = hidden[counted].to(factor_dtype), targets[counted]
+        logits = _multiply(rows, weight.T, out=rows.new_empty(len(rows), len(weight), dtype=torch.float32))
+        if bias is not None:
+            logits += bias
+        if softcap:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        scores[counted] = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)
+        likeliest[counted] = logits.argmax(dim=1) == target
+    return scores, likeliest
 
 
 def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:

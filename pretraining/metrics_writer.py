@@ -1,4 +1,4 @@
-"""Writing metrics.jsonl, and cutting it back before a resumed run writes the same steps again."""
+"""Writing metrics.jsonl, and cutting it and samples.jsonl back before a resumed run writes the same steps again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 from utils.files import atomic_write
 from utils.metrics_file import METRICS_NAME, read_metrics
+
+SAMPLES_NAME = "samples.jsonl"
 
 
 class MetricsFile:
@@ -28,8 +30,20 @@ class MetricsFile:
 
 
 def rewind_metrics(out_dir: str | os.PathLike, step: int) -> list[dict[str, Any]]:
-    """Drop the records after `step`, which the resumed run will write again; returns the others."""
-    records = [record for record in read_metrics(out_dir) if record.get("step", 0) <= step]
-    with atomic_write(Path(out_dir) / METRICS_NAME) as file:
+    """Drop the records after `step`, which the resumed run will write again; returns the others, of metrics.jsonl."""
+    samples = Path(out_dir) / SAMPLES_NAME
+    if samples.exists():
+        _rewind(samples, step)
+    return _rewind(Path(out_dir) / METRICS_NAME, step)
+
+
+def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    records = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+    with atomic_write(path) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in records)
     return records
+
+
+def samples_of(out_dir: str | os.PathLike, step: int) -> list[dict[str, Any]]:
+    """What the model wrote at a step, as samples.jsonl has it."""
+    return [record for record in read_metrics(Path(out_dir) / SAMPLES_NAME) if record.get("step") == step]

@@ -49,15 +49,30 @@ class PretrainGPT(GPT):
         return self.transformer.ln_f(x)
 
     def forward(
-        self, inputs: torch.Tensor, targets: torch.Tensor, offsets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (B, T) -> cross entropy and objective, both summed: see `loss.next_token_loss`."""
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        per_token: bool = False,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """Inputs and targets (B, T) -> cross entropy and objective, both summed: see `loss.next_token_loss`.
+
+        With `per_token`, what `loss.token_scores` returns, shape (B * T,). Without targets the logits of the token
+        that follows `positions` (B,), shape (B, vocabulary).
+        """
+        hidden = self.hidden_states(inputs, offsets)
+        if targets is None:
+            logits = self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), positions])
+            softcap = self.config.final_logit_softcapping
+            return torch.tanh(logits / softcap) * softcap if softcap else logits
         return self.lm_head(
-            self.hidden_states(inputs, offsets).flatten(0, 1),
+            hidden.flatten(0, 1),
             targets.flatten(),
             chunk_tokens=self._chunk_tokens,
             z_loss=self._z_loss,
             softcap=self.config.final_logit_softcapping,
+            per_token=per_token,
         )
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.checks import check_float8, check_numbers, warn_of_documents_without_end, warn_of_repetition
+from pretraining.checks import (
+    check_float8,
+    check_numbers,
+    check_out_dir,
+    warn_of_documents_without_end,
+    warn_of_repetition,
+)
 from pretraining.data_order import interleave
 from pretraining.dataset_index import check_index_agrees
 from pretraining.documents import Separator, separator_of
+from pretraining.evaluation_plan import check_evaluations
 from pretraining.loggers import check_logger
 from pretraining.model_config import resolve_model_config
 from pretraining.settings import Settings
@@ -104,7 +110,8 @@ def make_plan(settings: Settings) -> Plan:
             f"--initial_checkpoint_dir={settings.initial_checkpoint_dir}: no {WEIGHTS_NAME} in it. Give an exported or "
             "litgpt directory, or a checkpoint of this script."
         )
-    _check_out_dir(settings, problems)
+    check_out_dir(settings, problems)
+    check_evaluations(settings, context, manifests, problems)
     if config is not None and context > 0:
         for index in train + val:
             if index is not None and _count_blocks(index, context) == 0:
@@ -242,15 +249,6 @@ def _separators(
         )
     present = [(index.directory, manifest) for index, manifest in zip(train, manifests) if index is not None]
     return [problems.collect(separator_of, directory, manifest) for directory, manifest in present]
-
-
-def _check_out_dir(settings: Settings, problems: Problems) -> None:
-    out_dir = Path(settings.out_dir).absolute()
-    existing = next(path for path in (out_dir, *out_dir.parents) if path.exists())
-    if not existing.is_dir():
-        problems.add(f"--out_dir={settings.out_dir}: {existing} is a file. Give a directory.")
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        problems.add(f"--out_dir={settings.out_dir}: no permission to write into {existing}. Give another directory.")
 
 
 def _total_steps(settings: Settings, tokens_per_step: int, train_blocks: int) -> int:

@@ -100,6 +100,14 @@ class EvalSettings:
     """Whether to validate before the first step."""
     final_validation: bool = True
     """Whether to validate after the last step."""
+    tasks: dict[str, str] | None = field(default=None, metadata=PLACE)
+    """Tasks to answer at each validation: {NAME: DIRECTORY, ...}, made by tools.prepare_task (null: none)."""
+    prompts: list[str] | None = field(default=None, metadata=PLACE)
+    """Texts that the model continues at each validation, for samples.jsonl; needs tokenizer_dir (null: none)."""
+    sample_tokens: int = field(default=64, metadata=PLACE)
+    """Tokens that the model writes after each prompt, the likeliest one each time."""
+    sample_temperature: float | None = field(default=None, metadata=PLACE)
+    """It also writes tokens drawn at this temperature, the same draws at each validation; 0.8 is usual (null: no)."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ from pretraining.checkpoint_loading import agree_on_checkpoint, load_initial_wei
 from pretraining.checkpoint_writer import CheckpointWriter
 from pretraining.data import MicroBatch, plan_sequences, prefetch, rank_micro_batches
 from pretraining.dataset_check import DatasetCheck, Reading
+from pretraining.evaluations import Evaluations
 from pretraining.events import record_event
 from pretraining.heartbeat import Heartbeat
 from pretraining.left_out import LeftOut, leave_out, read_left_out, set_aside_checkpoints
@@ -48,7 +49,6 @@ from pretraining.slow_ranks import SlowRanks
 from pretraining.step_sums import StepResult, StepSums
 from pretraining.stopping import Stopping
 from pretraining.throughput import Throughput
-from pretraining.validation import Validation
 from utils import console
 from utils.errors import UserError
 from utils.files import remove_temporaries
@@ -85,7 +85,7 @@ class Trainer:
         self.slow_ranks = SlowRanks(self.model, self.device, self.heartbeat.place, self.out_dir)
 
         self.sequences = plan_sequences(plan, plan.train_directories, settings.seed)
-        self.validation = Validation(self.wrapped, settings, plan, self.device)
+        self.evaluations = Evaluations(self.wrapped, settings, plan, self.device)
         flops_per_token = training_flops_per_token(
             self.model.config, self.num_parameters, plan.context_tokens, settings.train.tie_embeddings
         )
@@ -232,7 +232,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         self.heartbeat.beat("validation")
-        values = self.validation.run()
+        values = self.evaluations.run(self.state.step)
         self.state.val_loss = values["val_loss"]
         return values
 

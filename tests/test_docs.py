@@ -91,6 +91,9 @@ RUN_BY = {
     r"python -m tools\.plot_curves ": "tools/test_plot_curves.py::test_one_picture_of_one_and_of_several_runs",
     r"python -m tools\.verify ": ("tools/test_verify.py::test_everything_agrees_from_the_export_to_the_parquet_files"),
     r"python -m tools\.show_batch ": ("tools/test_show_batch.py::test_every_batch_is_the_one_whose_digest_was_logged"),
+    r"python -m tools\.prepare_task ": (
+        "tools/test_prepare_task.py::test_the_tokens_are_those_that_lm_eval_gives_a_model"
+    ),
     r"python -m tools\.suggest ": "tools/test_suggest.py::test_training_accepts_the_yaml",
     r"python distributed_pretrain\.py --config my-run\.yaml": "tools/test_suggest.py::test_training_accepts_the_yaml",
     r"python benchmarks/gpu_acceptance\.py": "test_gpu_acceptance.py::test_every_row_runs_in_small_and_without_ray",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from conftest import ROOT
 
 from utils.manifest import damaged_files, read_manifest
@@ -64,6 +66,26 @@ def test_documents_are_unique_and_say_nothing_of_this_machine(made):
     assert all(row["file_path"].startswith(("stdlib/", "site-packages/")) for row in rows)
     here = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), str(ROOT)]
     assert not [row["url"] for row in rows for path in here if path in str(row)]
+
+
+def test_the_task_asks_for_the_order_of_words_in_held_out_documents(made, tmp_path):
+    corpus, _, _ = made
+    command = [sys.executable, "examples/make_demo_task.py", f"--corpus_dir={corpus}", f"--output_dir={tmp_path / 't'}"]
+    for said in ("demo_word_order, 15 questions", "demo_word_order, 15 questions"):  # again: nothing to do
+        process = subprocess.run([*command, "--num_questions=15", "--val_fraction=0.1"], capture_output=True, text=True,
+                                 cwd=ROOT)  # fmt: skip
+        assert process.returncode == 0 and said in process.stdout, process.stderr
+    held_out = [
+        " ".join(row["text"].split())
+        for row in read_rows(corpus)
+        if xxhash.xxh3_64_intdigest(row["text"].encode()) < round(0.1 * 2**64)
+    ]
+    questions = [json.loads(line) for line in (tmp_path / "t" / "demo_word_order.jsonl").read_text().splitlines()]
+    for question in questions:
+        assert any(f"{question['text']} {question['endings'][question['right']]}" in text for text in held_out)
+        assert len({tuple(sorted(ending.split())) for ending in question["endings"]}) == 1
+        assert len(set(question["endings"])) == 4
+    assert {question["right"] for question in questions} == {0, 1, 2, 3}
 
 
 def test_text_is_documentation(made):

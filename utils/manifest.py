@@ -5,7 +5,7 @@ for the next step. Its shape:
 
     {
       "schema_version": 1,
-      "kind": "tokens" | "dataset" | "checkpoint" | "export" | "corpus" | "tokenizer",
+      "kind": "tokens" | "dataset" | "checkpoint" | "export" | "corpus" | "tokenizer" | "task",
       "made_by": {"script": "merge_files.py", "versions": {"litdata": "0.2.76", ...}},
       "settings": {...},            what was asked for, as far as it shapes the result
       "tokenizer": {"sha256": ..., "vocab_size": ..., "bos_id": ..., "eos_id": ...},

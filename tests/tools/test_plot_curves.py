@@ -116,6 +116,16 @@ def test_one_picture_of_one_and_of_several_runs(tmp_path):
     assert {"a/run: training, 8.000 to 2.030 (last steps)", "b/run: validation, 2.220 to 2.140"} <= shown
 
 
+def test_the_accuracy_in_tasks_has_a_panel_where_there_is_one(tmp_path):
+    answers = {"task_own_acc": 0.25, "task_own_acc_stderr": 0.1, "task_other_acc": 0.5}
+    run, other = write_run(tmp_path / "run", **answers), write_run(tmp_path / "other", task_own_acc=0.75)
+    plot(run, f"--output={tmp_path / 'one.svg'}")
+    shown = texts_of_svg(tmp_path / "one.svg")
+    assert {"accuracy in tasks", "own, 25.0% to 25.0%", "other, 50.0% to 50.0%"} <= shown
+    plot(run, other, f"--output={tmp_path / 'two.svg'}")
+    assert {"run: own, 25.0% to 25.0%", "other: own, 75.0% to 75.0%"} <= texts_of_svg(tmp_path / "two.svg")
+
+
 def test_equal_runs_give_equal_files(tmp_path):
     run = write_run(tmp_path / "run")
     for name in ("one.svg", "two.svg"):
