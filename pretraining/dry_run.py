@@ -11,7 +11,7 @@ from litgpt.config import Config
 from pretraining.memory import MemoryPlan, plan_memory
 from pretraining.model import training_flops_per_token
 from pretraining.plan import Plan
-from pretraining.process_layout import micro_batches_per_step
+from pretraining.process_layout import computed_by, micro_batches_per_step
 from pretraining.settings import Settings
 from pretraining.throughput import PEAK_FLOPS
 from utils import console
@@ -46,7 +46,7 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
         "data": f"{plan.train_blocks:,} sequences of {plan.context_tokens} tokens, {human_count(epoch_tokens)} tokens "
         f"per epoch{'' if settings.tokens is None else ' (--tokens; no dataset was read)'}",
         "steps": f"{plan.total_steps:,} of {human_count(plan.tokens_per_step)} tokens ({accumulation} x "
-        f"{settings.train.micro_batch_size} sequences per process)",
+        f"{settings.train.micro_batch_size} sequences per {computed_by(settings)})",
         "tokens": f"{human_count(tokens)}, {tokens / epoch_tokens:.2f} epochs",
         **_durations(settings, plan, tokens, flops_per_token, world_size),
         "memory per process": human_bytes(memory.total),
