@@ -6,6 +6,7 @@ PYTHON ?= python3
 DEMO_DIR ?= demo
 DEMO_SIZE ?= 10MB
 DEMO_TRAIN_FLAGS ?=
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 READY := $(VENV)/.installed
@@ -27,7 +28,7 @@ demo: $(READY)
 	@$(RUN) DEMO_DIR="$(DEMO_DIR)" DEMO_SIZE="$(DEMO_SIZE)" DEMO_TRAIN_FLAGS="$(DEMO_TRAIN_FLAGS)" bash examples/demo.sh
 
 test: $(READY)
-	@$(RUN) python -m pytest -m "not slow"
+	@$(RUN) python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist=loadfile
 
 test-all: $(READY)
 	@$(RUN) python -m pytest

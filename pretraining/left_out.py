@@ -41,6 +41,11 @@ class LeftOut:
     went_back: tuple[tuple[int, int], ...] = ()
     """For the record: the step that the run had reached each time it went back, and that from which it went on."""
 
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> LeftOut:
+        """What a checkpoint was made without, by its manifest's content; older ones leave nothing out."""
+        return cls(tuple((first, end) for first, end in content.get("left_out") or ()))
+
     def positions(self, numbers: np.ndarray) -> np.ndarray:
         """The positions of the sequences that the run reads, by their number (0 is the first that it reads).
 
@@ -72,8 +77,7 @@ class LeftOut:
         """Whether the checkpoint of this manifest has read nothing that is left out, and left out nothing else."""
         content = manifest["content"]
         end = content.get("position", 0)
-        own = LeftOut(tuple((first, last) for first, last in content.get("left_out", ())))
-        return own.up_to(end) == self.up_to(end)
+        return LeftOut.of(content).up_to(end) == self.up_to(end)
 
 
 def _merged(ranges: Ranges) -> Ranges:

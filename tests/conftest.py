@@ -21,6 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What step 1 remembers of a tokenizer: never what an earlier session of tests found, nor in the user's home.
 _cache = tempfile.TemporaryDirectory(prefix="cache-of-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
+# Where Ray notes which cluster runs on this machine: tests must neither join the user's cluster nor one another's when
+# several pytest processes run. In /tmp, because a socket's path may have 107 bytes.
+_ray = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+os.environ["RAY_TMPDIR"] = _ray.name
 
 
 # A shell lets what it starts in the background ignore Ctrl-C, and the scripts that tests start would inherit that.

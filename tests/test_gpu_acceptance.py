@@ -93,6 +93,7 @@ def test_a_figure_beyond_its_limit_fails_the_kit(tmp_path):
     assert found["rows"][1]["row"] == "software"  # a failed row does not end the kit
 
 
+@pytest.mark.slow
 def test_a_row_that_dies_or_hangs_keeps_what_it_found_and_fails(tmp_path):
     output = tmp_path / "found.json"
     code, found, said = run_kit(tmp_path, command=["-c", DYING_ROWS, str(KIT.parent), str(output)])
@@ -106,6 +107,7 @@ def test_a_row_that_dies_or_hangs_keeps_what_it_found_and_fails(tmp_path):
     assert software
 
 
+@pytest.mark.slow
 def test_rows_run_in_spawned_processes_as_on_a_gpu(tmp_path):
     code, found, said = run_kit(tmp_path, "--rows", "attention", "--start_method=spawn")
     assert code == 0 and found["rows"][0]["outcome"] == "pass", said

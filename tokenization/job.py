@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,11 @@ class Unit:
     """As in `Piece`."""
     max_rows: int | None = None
     """Stop after so many rows (--limit_documents ends inside this unit)."""
+
+    @property
+    def most_rows(self) -> int:
+        """How many are read of it at most; sys.maxsize where neither a limit nor a count is known."""
+        return next(rows for rows in (self.max_rows, self.rows, sys.maxsize) if rows is not None)
 
 
 @dataclasses.dataclass(frozen=True)

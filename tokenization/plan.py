@@ -65,16 +65,8 @@ def make_plan(settings: Any) -> Plan:
         "chunk_tokens": chunk_tokens,
         "unit_bytes": unit_bytes,
     }
-    job = Job(
-        input_dir=settings.input_dir if "://" in settings.input_dir else os.path.abspath(settings.input_dir),
-        paths=tuple(entry["path"] for entry in inputs),
-        output_dir=os.path.abspath(settings.output_dir),
-        tokenizer_sha256=tokenizer.sha256,
-        val_threshold=round(settings.val_fraction * HASH_RANGE),
-        quarantine=settings.on_bad_file == "quarantine",
-        stamps=tuple(InputStamp(entry["bytes"], times[entry["path"]], entry["fingerprint"]) for entry in inputs),
-        **{key: shaping[key] for key in JOB_SETTINGS},
-    )
+    output_dir = os.path.abspath(settings.output_dir)
+    job = make_job(settings.input_dir, output_dir, shaping, inputs, tokenizer.sha256, times)
     identity = {"settings": shaping, "tokenizer": tokenizer.record(), "inputs": inputs}
     return Plan(
         job=job,
@@ -83,6 +75,34 @@ def make_plan(settings: Any) -> Plan:
         tokenizer_json=tokenizer.directory / "tokenizer.json",
         fingerprint=fingerprint_of_identity(**identity),
         **identity,
+    )
+
+
+def make_job(
+    input_dir: str,
+    output_dir: str,
+    shaping: dict[str, Any],
+    inputs: list[dict[str, Any]],
+    tokenizer_sha256: str,
+    mtimes_ns: dict[str, int | None],
+) -> Job:
+    """What all units have in common.
+
+    Args:
+        input_dir: a URL or a path.
+        shaping: the settings that shape the result, as plan.json and manifests have them.
+        inputs: path, bytes and fingerprint of each file.
+        mtimes_ns: by path; None: not known.
+    """
+    return Job(
+        input_dir=input_dir if "://" in input_dir else os.path.abspath(input_dir),
+        paths=tuple(entry["path"] for entry in inputs),
+        output_dir=output_dir,
+        tokenizer_sha256=tokenizer_sha256,
+        val_threshold=round(shaping["val_fraction"] * HASH_RANGE),
+        quarantine=shaping["on_bad_file"] == "quarantine",
+        stamps=tuple(InputStamp(entry["bytes"], mtimes_ns[entry["path"]], entry["fingerprint"]) for entry in inputs),
+        **{key: shaping[key] for key in JOB_SETTINGS},
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +49,11 @@ def is_validation(hashes: np.ndarray, val_threshold: int) -> np.ndarray:
         shape (n,), bool.
     """
     return hashes < np.uint64(val_threshold) if val_threshold < HASH_RANGE else np.ones(len(hashes), bool)
+
+
+def shuffled(seed: int, unit_index: int, num_documents: int) -> np.ndarray:
+    """The order in which --shuffle_seed writes the documents that a unit has for one split; int64 indices."""
+    return np.random.default_rng([seed, unit_index]).permutation(num_documents)
 
 
 def assemble(
@@ -168,8 +172,7 @@ def _tokenize_once(
 
     for split, writer in writers.items():
         if job.shuffle_seed is not None:
-            order = np.random.default_rng([job.shuffle_seed, unit.index]).permutation(len(held[split]))
-            for i in order.tolist():
+            for i in shuffled(job.shuffle_seed, unit.index, len(held[split])).tolist():
                 writer.add(held[split][i], np.array([len(held[split][i])]))
         writer.flush()
         getattr(record, split).chunks = writer.chunks
@@ -186,7 +189,7 @@ def _texts_of(
 ) -> Iterator[tuple[str, pa.Array]]:
     """The unit's non-empty texts, batch by batch, each with the path of its file; counts what is skipped."""
     # What is left out does not count against the limit: good rows of the same unit take their place.
-    rows_left = next(rows for rows in (unit.max_rows, unit.rows, sys.maxsize) if rows is not None)
+    rows_left = unit.most_rows
     for piece in unit.ranges:
         path = job.paths[piece.file_index]
         for texts in stream_range(job, piece, record, excluded.keys()):

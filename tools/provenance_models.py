@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pretraining.checkpoint import WEIGHTS_NAME
 from pretraining.left_out import LeftOut
 from pretraining.plan import identity_of
 from tools.provenance import AGREES, CHANGED, UNKNOWN, Node, check_files
@@ -17,7 +18,6 @@ from utils.manifest import MANIFEST_NAME
 from utils.metrics_file import METRICS_NAME, read_metrics
 from utils.tokenizer import read_tokenizer_info
 
-WEIGHTS_NAME = "lit_model.pth"
 # What the manifest states itself, in another form than hyperparameters.yaml.
 _STATED = ("model", "context_tokens", "data", "data_weights")
 
@@ -68,8 +68,7 @@ def _check_state(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
 
     content, settings = manifest["content"], manifest["settings"]
     sequences = content["step"] * settings["train"]["global_batch_size"]
-    left_out = LeftOut(tuple((first, end) for first, end in content.get("left_out") or ()))
-    counted = {"position": left_out.end_of(sequences), "tokens": sequences * settings["context_tokens"]}
+    counted = {"position": LeftOut.of(content).end_of(sequences), "tokens": sequences * settings["context_tokens"]}
     sound = node.expect("content", {key: content.get(key) for key in counted}, counted, "step x global batch")
     path = directory / WEIGHTS_NAME / "meta.pt"
     if path.is_file():

@@ -68,7 +68,8 @@ def check_chunks(node: Node, directory: Path, manifest: dict[str, Any], moved: d
     gone = [chunk for chunk in gone if moved.get(chunk.name) == chunk.xxh3_128]
     if gone:
         node.add(AGREES, f"{console.counted(len(gone), 'chunk')}: moved into the dataset")
-    here = [chunk for chunk in sorted(chunks, key=lambda chunk: chunk.name) if chunk not in gone]
+    gone_names = {chunk.name for chunk in gone}
+    here = [chunk for chunk in sorted(chunks, key=lambda chunk: chunk.name) if chunk.name not in gone_names]
     wrong = [line for line in in_threads(functools.partial(_check_chunk, directory, index.dtype), here) if line]
     node.lines.extend(wrong)
     without = sum(chunk.xxh3_128 is None for chunk in here)
@@ -251,8 +252,9 @@ def check_merge(node: Node, manifest: dict[str, Any], tokens_dir: Path, tokens: 
     paths: dict[str, Path] = {}
     for path in sorted((tokens_dir / str(split)).glob(f"*/{MANIFEST_NAME}")):
         folder = node.collect(read_manifest, path.parent, "tokens")
-        there |= {entry["name"]: chunk_of(entry) for entry in folder["files"]} if folder else {}
-        paths |= {name: path.parent / name for name in there if name not in paths}
+        for entry in folder["files"] if folder else ():
+            there[entry["name"]] = chunk_of(entry)
+            paths.setdefault(entry["name"], path.parent / entry["name"])
     here = {Path(name).name: dataclasses.replace(chunk, name=Path(name).name)
             for name, chunk in recorded_chunks(manifest).items()}  # fmt: skip
     for name in sorted(here.keys() | there.keys()):

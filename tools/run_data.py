@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,20 @@ class Run:
     def left_out(self) -> LeftOut:
         """Positions that the run went back over; it knows of more than an early checkpoint does."""
         found = read_left_out(self.directory)
-        ranges = self.manifest["content"].get("left_out") or ()
-        return found if found.ranges else LeftOut(tuple((first, end) for first, end in ranges))
+        return found if found.ranges else LeftOut.of(self.manifest["content"])
+
+    @functools.cached_property
+    def _records(self) -> list[dict[str, Any]]:
+        return read_metrics(self.directory)
 
     @property
     def last_step(self) -> int:
         """The last one that is known to have been run."""
-        logged = [record.get("step", 0) for record in read_metrics(self.directory)]
-        return max([*logged, self.manifest["content"]["step"]])
+        return max([*(record.get("step", 0) for record in self._records), self.manifest["content"]["step"]])
 
     def digests(self) -> dict[int, str]:
         """`batch_digest` of each logged step; of what was logged twice, the last."""
-        records = read_metrics(self.directory)
-        return {record["step"]: record["batch_digest"] for record in records if record.get("batch_digest")}
+        return {record["step"]: record["batch_digest"] for record in self._records if record.get("batch_digest")}
 
 
 def find_run(run_dir: str) -> Run:

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 from utils import cli, console
 from utils.errors import Problems, UserError
-
-if TYPE_CHECKING:
-    from tools.batch_view import View
 
 EXIT_OTHER_BATCH = 1
 
@@ -82,8 +79,12 @@ def steps_of(text: str, last_step: int) -> range:
     return steps
 
 
-def show_steps(settings: Settings, view: View, steps: range) -> int:
-    """Returns how many batches are not those that were logged."""
+def show_steps(settings: Settings, view: Any, steps: range) -> int:
+    """Returns how many batches are not those that were logged.
+
+    Args:
+        view: a batch_view.View. For type hints, too, the parser would import it, and torch with it.
+    """
     num_processes = settings.num_processes or view.num_processes()
     if settings.rank is not None and not 0 <= settings.rank < num_processes:
         raise UserError(f"--rank={settings.rank}: the run had {num_processes:,} process(es), from 0 on.")
@@ -126,7 +127,7 @@ def main(settings: Settings) -> None:
             console.result("\n".join(lines))
 
 
-def show_search(settings: Settings, view: View) -> None:
+def show_search(settings: Settings, view: Any) -> None:
     count = 0
     for lines in view.search(settings.search):
         count += 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import pyarrow as pa
 from tokenization.encoder_choice import arrow_text_buffers
 from tokenization.input_files import DamagedInput, FileEntry, is_jsonl, list_input_files
 from tokenization.input_formats import read_summaries, stream_range
-from tokenization.job import CHUNK_PATTERN, HASH_RANGE, InputRange, InputStamp, Job, SplitRecord, Unit, UnitRecord
-from tokenization.plan import JOB_SETTINGS
-from tokenization.tokenize_unit import is_validation, text_hashes
+from tokenization.job import CHUNK_PATTERN, InputRange, SplitRecord, Unit, UnitRecord
+from tokenization.plan import make_job
+from tokenization.tokenize_unit import is_validation, shuffled, text_hashes
 from tokenization.units import UnitPacker
 
 
@@ -92,18 +91,8 @@ class Source:
             packer.add(i, summary)
         self.units: list[Unit] = packer.finish()
         self.is_whole = not self.missing and not self.changed
-        self.job = Job(
-            input_dir=parquet_dir if "://" in parquet_dir else str(Path(parquet_dir).absolute()),
-            paths=tuple(entry["path"] for entry in inputs),
-            output_dir="",
-            tokenizer_sha256=manifest["tokenizer"]["sha256"],
-            val_threshold=round(settings["val_fraction"] * HASH_RANGE),
-            quarantine=settings["on_bad_file"] == "quarantine",
-            stamps=tuple(
-                InputStamp(entry["bytes"], file.mtime_ns, entry["fingerprint"]) for entry, file in zip(inputs, here)
-            ),
-            **{key: settings[key] for key in JOB_SETTINGS},
-        )
+        mtimes_ns = {entry.path: entry.mtime_ns for entry in here}
+        self.job = make_job(parquet_dir, "", settings, inputs, manifest["tokenizer"]["sha256"], mtimes_ns)
 
     def rows(self, unit: int, split: str, num_documents: int) -> list[Row]:
         """The row of each document of a unit that went to a split, in the order of the chunks.
@@ -123,9 +112,8 @@ class Source:
             raise NotTold(
                 f"unit {unit}, read again, has {len(chosen):,} documents for {split}, the dataset {num_documents:,}"
             )
-        if self.job.shuffle_seed is not None:  # as tokenize_unit does it
-            order = np.random.default_rng([self.job.shuffle_seed, unit]).permutation(len(chosen))
-            chosen = chosen[order]
+        if self.job.shuffle_seed is not None:
+            chosen = chosen[shuffled(self.job.shuffle_seed, unit, len(chosen))]
         places = zip(rows.file[chosen].tolist(), rows.row_group[chosen].tolist(), rows.row[chosen].tolist())
         return [Row(self.job.paths[file], row_group, row) for file, row_group, row in places]
 
@@ -153,7 +141,7 @@ class Source:
 
     def _read(self, unit: Unit, excluded: set[tuple[int, int | None]]) -> _Rows:
         parts: list[tuple[np.ndarray, ...]] = []
-        rows_left = next(rows for rows in (unit.max_rows, unit.rows, sys.maxsize) if rows is not None)
+        rows_left = unit.most_rows
         for piece in self._parts_of(unit):
             first = 0
             for texts in self._stream(piece, excluded) if rows_left else ():

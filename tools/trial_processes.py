@@ -53,9 +53,7 @@ def measure_steps(settings: Settings, plan: Plan, num_steps: int) -> dict[str, A
     from pretraining.trainer import Trainer
 
     before_bytes = psutil.Process().memory_info().rss  # of the libraries, on a CPU
-    # Without communication copies differ, and are not to be blamed for it.
-    parallel = dataclasses.replace(settings.parallel, compare_copies_every=None)
-    trainer = Trainer(dataclasses.replace(settings, parallel=parallel), plan)
+    trainer = Trainer(settings, plan)
     fill_quickly(trainer.model)
     update_scales(trainer.model, settings)
     trainer.writer.save = lambda *_: 0.0

@@ -172,6 +172,8 @@ def for_trial(settings: Settings, directory: Path) -> Settings:
         profile_steps=0,
         train=train,
         eval=evaluation,
+        # Where communication is left out copies differ, and are not to be blamed for it.
+        parallel=dataclasses.replace(settings.parallel, compare_copies_every=None),
     )
 
 
@@ -190,7 +192,7 @@ def identity(settings: Settings, plan: Plan) -> dict[str, Any]:
         "accelerator": settings.accelerator,
         "precision": settings.precision,
         "optimizer": settings.optimizer.name,
-        "train": {name: getattr(train, name) for name in _TRAIN_SETTINGS if hasattr(train, name)},
+        "train": {name: getattr(train, name) for name in _TRAIN_SETTINGS},
         "parallel": dataclasses.asdict(settings.parallel),
     }
 

@@ -269,6 +269,7 @@ def test_a_disk_that_cannot_hold_it_is_named_before_the_work(checkpoint, small_d
     assert f"export_dir={small_disk / 'out'}: needs " in message and "are free" in message
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_export_left_does_not_count_against_the_next(checkpoint, small_disk):
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     left = small_disk / ".tmp-out-0123456789ab"
@@ -496,7 +497,9 @@ def test_names_in_metadata_cannot_lead_out(checkpoint, tmp_path):
 # Interruption ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["lit_model.pth", "model.safetensors", "README.md"])
+@pytest.mark.parametrize(
+    "when", [pytest.param("lit_model.pth", marks=pytest.mark.slow), "model.safetensors", "README.md"]
+)
 def test_killed_at_any_moment(checkpoint, exported, tmp_path, when):
     """SIGKILL as soon as a file appears; nothing is under the final name, and the same command finishes."""
     target = tmp_path / "model"
@@ -522,6 +525,7 @@ def test_another_exports_temporaries_stay(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == others
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_disturb_each_other(checkpoint, tmp_path):
     target = tmp_path / "model"
     process = subprocess.Popen([sys.executable, str(ROOT / SCRIPT), str(checkpoint), str(target)])

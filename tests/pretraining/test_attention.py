@@ -318,6 +318,7 @@ def check_sharded_models(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_recomputed_and_compiled_blocks_give_the_same():
     torch.multiprocessing.spawn(check_sharded_models, (free_port(),), nprocs=2)
 

@@ -118,6 +118,7 @@ def test_shortage_is_none_where_there_is_room(tmp_path):
     assert "are free" in shortage(tmp_path, 10**18)
 
 
+@pytest.mark.slow
 def test_training_starts_from_weights_that_exist(finished, dataset, config, tmp_path):
     """From a checkpoint of ours, and from litgpt's single file."""
     import torch

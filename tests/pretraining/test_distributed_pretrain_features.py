@@ -195,6 +195,7 @@ def test_the_planned_memory_is_what_a_run_allocates(runs, config, dataset):
     assert planned.activations + planned.logits / 2 == pytest.approx(allocated["activations"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_process_updates_none(tmp_path, config, dataset):
     """An embedding of infinity for a rare token makes exactly the batches that hold it overflow."""
     import torch

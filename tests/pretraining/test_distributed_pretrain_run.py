@@ -95,7 +95,7 @@ def test_tensorboard_holds_the_curves(finished):
 def test_the_key_of_wandb_is_nowhere(finished):
     out_dir, process = finished
     assert SECRET not in process.stdout + process.stderr
-    places = [out_dir, Path("/tmp/ray/session_latest").resolve()]
+    places = [out_dir, (Path(os.environ["RAY_TMPDIR"]) / "ray" / "session_latest").resolve()]
     found = subprocess.run(["grep", "-rlaF", SECRET, *map(str, places)], capture_output=True, text=True).stdout
     assert found == ""
 

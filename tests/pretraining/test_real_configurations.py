@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 ALL = sorted(path.stem for path in (ROOT / "config_hub").glob("*.yaml") if path.stem != "demo-cpu")
-QUICK = ("llama3-8b", "llama3.2-1b")
+QUICK = ("llama3.2-1b",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ALL])

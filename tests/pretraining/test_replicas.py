@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 import torch
 from pretrain_ranks import ROOT, free_port, settings_of
 from tiny_runs import write_config
@@ -17,6 +18,7 @@ from pretraining.replicas import fingerprint
 FLIP_A_BIT = """
 import os, pickle, sys
 from pathlib import Path
+import pytest
 import torch
 from pretraining.parallelism import local_shard
 from pretraining.trainer import Trainer
@@ -51,6 +53,7 @@ def test_any_one_bit_and_the_places_of_tensors_show():
     assert fingerprint(tensors).item() == before
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_in_one_copy_ends_the_run_on_all_processes(tmp_path, dataset):
     config = write_config(tmp_path / "tiny.yaml", train={"max_steps": 9}, eval={"interval": None})
     settings = settings_of(

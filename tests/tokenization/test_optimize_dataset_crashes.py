@@ -218,7 +218,9 @@ def test_worker_that_always_dies_ends_the_run_with_a_word(many_parquet, tokenize
     assert len(killed) == 4 and "died 4 times" in said and "--num_workers" in said
 
 
-@pytest.mark.parametrize("after_units", [0, 5, 20])
+@pytest.mark.parametrize(
+    "after_units", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_killed_driver_is_resumed_by_the_same_command(
     run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, where, after_units
 ):
@@ -257,6 +259,7 @@ def test_lost_chunk_of_a_finished_unit_is_made_again(
     assert merged(run_script, output) == undisturbed
 
 
+@pytest.mark.slow
 def test_lost_node_is_survived(run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path):
     with ray_nodes(2) as cluster:
         output = tmp_path / "out"

@@ -143,6 +143,7 @@ def test_a_cluster_that_is_too_small_is_said(cluster):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named(cluster):
     said = check(cluster, "--accelerator=cpu", multiply="deadly", code=2)
     assert said.count("error: ") == 1 and ", process 0: the process died while the devices were measured" in said
@@ -179,14 +180,6 @@ def test_the_short_form_lets_sound_processes_train_and_refuses_a_wrong_one_on_ev
     said = [rank.communicate(timeout=120)[0].splitlines()[-1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert said[0] == said[1] and "node here, index 1 (CPU): its matrix product is wrong in 1 row." in said[0]
-
-
-def test_help_loads_neither_torch_nor_ray():
-    """Under TYPE_CHECKING, too, an import would be made: the parser carries it out to resolve the settings' types."""
-    command = [sys.executable, "-X", "importtime", "-m", "tools.check_cluster", "--help"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    loaded = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
-    assert process.returncode == 0 and "utils.cli" in loaded and not loaded & {"torch", "ray"}
 
 
 def test_settings_that_cannot_be_are_all_named(tmp_path):

@@ -106,6 +106,7 @@ def test_the_best_is_yaml_that_training_takes(searched, tmp_path):
     assert settings.parallel.loss_chunk_tokens == best["parallel"]["loss_chunk_tokens"]
 
 
+@pytest.mark.slow
 def test_again_runs_only_what_may_go_well_another_time(searched, config, ray_address):
     out_dir, _, before = searched
     said, _ = find(config, out_dir, ray_address)
@@ -114,6 +115,7 @@ def test_again_runs_only_what_may_go_well_another_time(searched, config, ray_add
     assert rows[:3] == before and [what_ran(row) for row in rows[3:]] == [(1, "none", "ok")]
 
 
+@pytest.mark.slow
 def test_dry_run_lists_what_would_be_tried(config, ray_address, tmp_path):
     said, _ = find(config, tmp_path, ray_address, "--dry_run", "--search.micro_batch_size=[1,2]")
     assert "2 to try" in said and said.count("not run") == 2
@@ -136,13 +138,6 @@ def test_mistakes_are_all_named_before_anything_starts(config, tmp_path):
     )  # fmt: skip
     assert process.returncode == 2 and "--train.max_seq_length=64: the model's block_size is 32" in process.stderr
     assert os.listdir(tmp_path) == []
-
-
-def test_help_loads_neither_torch_nor_ray():
-    command = [sys.executable, "-X", "importtime", "-m", "tools.find_fastest", "--help"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    loaded = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
-    assert process.returncode == 0 and "utils.cli" in loaded and not loaded & {"torch", "ray"}
 
 
 # --- what is tried, without a cluster ---------------------------------------------------------------------------------
