@@ -142,6 +142,7 @@ def _problems(settings: Settings, memory: MemoryPlan, disk_bytes: int) -> list[s
         problems.append(
             f"--train.micro_batch_size={settings.train.micro_batch_size}: a process needs about "
             f"{human_bytes(memory.total)}, an 80 GB GPU holds less. Lower it, use "
-            "--parallel.activation_checkpointing=full, or more processes."
+            "--parallel.activation_checkpointing=full, more processes, or for long sequences "
+            "--parallel.context_parallel_size."
         )
     return problems
