@@ -221,7 +221,7 @@ def test_the_command_resumes_with_another_number_of_processes_per_sequence(
     first, second = train(1, 3), train(2, 6)
     assert "(2 x 2 sequences of 32 per process)" in first.stdout + first.stderr
     assert "(4 x 2 sequences of 32 per group of 2 processes)" in second.stdout + second.stderr
-    assert "resume with another" not in second.stdout + second.stderr
+    assert "resume with another parallel" not in second.stdout + second.stderr
     assert_same_run(tmp_path / "run", runs / "plain")
 
 
