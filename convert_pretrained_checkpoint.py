@@ -45,8 +45,9 @@ class Settings:
     export_dir: str
     """Directory to make. It appears when it is complete; an existing one is never mixed into."""
 
-    formats: Literal["all", "litgpt", "hf"] = "all"
-    """litgpt: only lit_model.pth; hf: only safetensors and config.json; all: both."""
+    formats: Literal["all", "litgpt", "hf", "gguf"] = "all"
+    """litgpt: only lit_model.pth; hf: only safetensors and config.json; all: both; gguf: only model.gguf, for llama.cpp
+    and the programs built on it."""
 
     dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     """Number type of the stored weights; same: as in the checkpoint."""
@@ -98,13 +99,15 @@ def main(settings: Settings) -> None:
     check_space(plan, settings)
     export(plan, settings)
     console.result(f"exported to {settings.export_dir} in {console.human_seconds(time.perf_counter() - start)}")
-    if settings.formats != "hf":
+    if plan.for_litgpt:
         console.next_command(f"litgpt chat {quote(settings.export_dir)}{litgpt_precision()}", "talk to it")
     if plan.layout:
         console.next_command(
             f"lm_eval --model hf --model_args {quote(f'pretrained={settings.export_dir}')} --tasks hellaswag",
             "evaluate it",
         )
+    if plan.gguf:
+        console.next_command(f"llama-cli -m {quote(f'{settings.export_dir}/model.gguf')}", "talk to it in llama.cpp")
     if plan.layout and "low_freq_factor" in (plan.config.rope_adjustments or {}):
         console.say(
             "\nnot for ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong"
@@ -170,7 +173,7 @@ def check(settings: Settings) -> ExportPlan:
     return make_plan(
         checkpoint_dir,
         checkpoint,
-        for_hf=settings.formats != "litgpt",
+        formats=settings.formats,
         dtype=settings.dtype,
         pad_token=settings.pad_token,
     )
@@ -179,7 +182,8 @@ def check(settings: Settings) -> ExportPlan:
 def needed_bytes(plan: ExportPlan, settings: Settings) -> dict[str, int]:
     """Bytes of weights in each format that is made."""
     names = {"litgpt": "lit_model.pth", "hf": "model.safetensors"}
-    return {name: plan.num_bytes for kind, name in names.items() if settings.formats in ("all", kind)}
+    made = {name: plan.num_bytes for kind, name in names.items() if settings.formats in ("all", kind)}
+    return made or {"model.gguf": plan.num_bytes}
 
 
 def check_space(plan: ExportPlan, settings: Settings) -> None:
@@ -223,33 +227,40 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
     shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
     write_json(directory / "generation_config.json", generation_config(bos_id, eos_id, plan.pad_id))
-    if plan.layout:
+    if plan.layout or plan.gguf:
         config = hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id, plan.pad_id)
         write_json(directory / "config.json", config)
     if plan.tokenizer:
-        check = plan.layout is not None
-        write_tokenizer(plan.tokenizer, directory, plan.config.block_size, plan.pad_token, check)
+        loads = plan.layout is not None or plan.gguf is not None
+        write_tokenizer(plan.tokenizer, directory, plan.config.block_size, plan.pad_token, check=loads)
 
 
 def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
-    """One pass over the checkpoint's weights; each block of rows goes to its places in both formats."""
+    """One pass over the checkpoint's weights; each block of rows goes to its places in every format."""
     from export.weight_files import TensorSpec, preallocate_safetensors, preallocate_torch_file
 
-    lit = hf = None
-    if settings.formats != "hf":
+    lit, converted = None, []
+    if plan.for_litgpt:
         specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in plan.weights.items()]
         lit = preallocate_torch_file(directory / "lit_model.pth", specs)
     if plan.layout:
         hf = preallocate_safetensors(directory, plan.layout.specs, settings.max_shard_bytes())
+        converted.append((hf, plan.layout))
+    if plan.gguf:
+        from export.gguf_file import preallocate_gguf  # the package is not installed everywhere
+
+        name = Path(settings.export_dir).absolute().name
+        converted.append((preallocate_gguf(plan, directory, name), plan.gguf))
     for name, tensor in plan.weights.items():
         for start, block in tensor.blocks():
             if lit:
                 lit.write_rows(name, start, block)
-            if hf:
-                for target, target_row, rows in plan.layout.distribute(name, start, block):
-                    hf.write_rows(target, target_row, rows)
-    for writer in filter(None, (lit, hf)):
-        writer.finish()
+            for writer, layout in converted:
+                for target, target_row, rows in layout.distribute(name, start, block):
+                    writer.write_rows(target, target_row, rows)
+    for writer in [lit, *(writer for writer, _ in converted)]:
+        if writer:
+            writer.finish()
 
 
 def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, Any]:
@@ -261,18 +272,16 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
     if settings.verify == "off":
         console.warn("--verify=off: the export has not been checked.")
         return {"mode": "off"}
-    from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
-    from export.proof import KL_TOLERANCE, compare_logits, compare_weights
+    from export.proof import KL_TOLERANCE, compare_logits, compare_weights, find_exported
 
-    lit = find_in_torch_file(directory / "lit_model.pth") if settings.formats != "hf" else None
-    hf = find_in_safetensors(directory) if plan.layout else None
-    num_values = compare_weights(plan.weights, lit, hf, plan.layout)
+    exported = find_exported(plan, directory)
+    num_values = compare_weights(plan, exported)
     console.say(f"verified: {console.human_count(num_values)} stored values equal the checkpoint's")
     record = {"mode": settings.verify, "compared_values": num_values}
-    if settings.verify == "weights" or not hf:
+    if settings.verify == "weights" or not plan.layout:
         return record
 
-    comparison = compare_logits(plan.config, lit or plan.weights, directory, hf)
+    comparison = compare_logits(plan.config, exported.lit or plan.weights, directory, exported.hf)
     console.result(
         f"verified: litgpt and transformers on {comparison.num_tokens} random tokens: logits differ by at most "
         f"{comparison.max_abs_difference:.2g} (allowed: {comparison.tolerance:.2g}), KL divergence "
@@ -293,7 +302,8 @@ def prove(plan: ExportPlan, settings: Settings, directory: Path) -> dict[str, An
 
 
 def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
-    from export.hf_config import FAMILIES, family_of
+    from export.hf_config import family_of
+    from export.hf_families import FAMILIES
     from export.model_card import write_model_card
 
     model_type = family_of(plan.config) if plan.layout else None
@@ -302,7 +312,8 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
         "config": plan.config,
         "model_type": model_type,
         "architecture": FAMILIES[model_type].architecture if model_type else None,
-        "for_litgpt": settings.formats != "hf",
+        "for_litgpt": plan.for_litgpt,
+        "for_llama_cpp": plan.gguf is not None,
         "parameters": plan.num_parameters,
         "tied": plan.tied,
         "dtype": plan.dtype_name,

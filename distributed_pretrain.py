@@ -39,8 +39,9 @@ from pretraining.checkpoint import (
     rename_final_to_its_step,
 )
 from pretraining.failures import EXIT_FAILED, TrainingEnded
+from pretraining.follower import Follower
 from pretraining.left_out import read_left_out, set_aside_checkpoints
-from pretraining.loggers import Follower, make_logger, progress_line
+from pretraining.loggers import make_logger, progress_line
 from pretraining.metrics_writer import rewind_metrics
 from pretraining.model_config import litgpt_config_module, model_names
 from pretraining.plan import Plan, make_plan
@@ -168,7 +169,7 @@ def train(settings: Settings, plan: Plan, newest: Checkpoint | None) -> None:
             logger.log(record)
 
         console.say("starting the workers; the first step follows in about half a minute, later if --parallel.compile")
-        with stop_on_sigterm(out_dir), Follower(out_dir, last_step, consume):
+        with stop_on_sigterm(out_dir), Follower(out_dir, last_step, consume, logger):
             fit(settings, plan)
         for line in logger.close():
             console.say(line)

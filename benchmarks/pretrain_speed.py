@@ -1,6 +1,6 @@
 """Training speed and peak memory: ours beside litgpt's own `pretrain` and beside a bare PyTorch loop, in one run.
 
-    python benchmarks/pretrain_speed.py [--steps 30] [--rounds 3] [--cases small large_vocabulary]
+    python benchmarks/pretrain_speed.py [--steps 30] [--rounds 3] [--cases small large_vocabulary watching]
 
 Same model, batch, float32, AdamW, number of threads, and the same dataset (the bare loop takes random tokens from
 memory, without FSDP, logging or checks). Tokens per second are those of the fastest step after the first five, of all
@@ -8,6 +8,9 @@ rounds, because whatever else runs on the machine only ever slows a step down; r
 litgpt's steps are those that it prints, without its time to load data; it always compiles the model. Memory is the
 largest resident size of the process, which holds the libraries too: "imports" is a process that only imports torch,
 lightning and litgpt. Prints JSON, then a table.
+
+The case "watching" is another one: what a step spends on heartbeats, sums over the processes, judging bad steps and
+slow processes, each timed by itself in two processes.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ CASES = {
     "large_vocabulary": {"vocab": 128256, "context": 512, "micro_batch": 4, "n_layer": 4},
 }
 WARM_UP_STEPS = 5
+WATCHING = "watching"
 
 
 def model_config(case: dict) -> dict:
@@ -81,6 +85,77 @@ def run_ours(case: dict, directory: Path, steps: int, threads: int, compile: boo
     records = [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
     step_s, wait_s = ([record[key] for record in records][WARM_UP_STEPS:] for key in ("step_s", "data_wait_s"))
     return {"tokens_per_s": trainer.plan.tokens_per_step / min(step_s), "data_wait_s": statistics.median(wait_s)}
+
+
+def run_watching(case: dict, directory: Path, steps: int, threads: int) -> dict:
+    """One rank: microseconds per step of what watches over a run, each part by itself."""
+    import dataclasses
+
+    import torch
+    import torch.distributed as dist
+
+    from pretraining.bad_steps import WINDOW_STEPS
+    from pretraining.plan import make_plan
+    from pretraining.step_sums import StepSums
+    from pretraining.trainer import Trainer
+
+    settings = settings_for(case, directory, 3, int(os.environ["WORLD_SIZE"]), threads, False)
+    settings.train.global_batch_size *= 2  # two micro-batches
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, spike_sigma=6.0))
+    Path(settings.out_dir).mkdir(exist_ok=True)
+    trainer = Trainer(settings, make_plan(settings))
+    trainer.resume_or_initialise()
+    trainer.writer.save = lambda *_: 0.0
+    trainer.run()
+    clock, bad_steps, heartbeat = trainer.slow_ranks.clock, trainer.state.bad_steps, trainer.heartbeat
+    for i in range(WINDOW_STEPS):
+        bad_steps.count(None, 5 + i / 1000, 1 + i / 1000)
+    num_waits = len(clock._sections)
+    nothing = clock._timed("wait", lambda: None)
+    norm, entropy = torch.ones(()), torch.ones((), dtype=torch.float64)
+    values = StepSums(entropy, 2**63, 0.0, False, False, False, False, [0.1, 0.01, 0.001])
+
+    def beat() -> None:
+        for _ in range(trainer.accumulation):
+            heartbeat.beat("reading data")
+            heartbeat.beat("forward and backward pass")
+        heartbeat.beat("reduction and update")
+        heartbeat.step_done(1)
+
+    def measure_times() -> None:
+        next_batch = clock.begin(iter([None] * trainer.accumulation))
+        for _ in range(trainer.accumulation):
+            next_batch()
+        for _ in range(num_waits - trainer.accumulation):
+            nothing()
+        clock.end()
+
+    def judge() -> None:
+        bad_steps.count(bad_steps.judge(5.0, 1.0), 5.0, 1.0)
+
+    def sum_one_number() -> None:
+        dist.all_reduce(entropy)
+        entropy.item()
+
+    parts = {
+        "heartbeats": beat,
+        "judging bad steps": judge,
+        "timing waits": measure_times,
+        "slow processes": lambda: trainer.slow_ranks.add([0.1, 0.01, 0.001, 0.1, 0.01, 0.001], 1),
+        "sums over the processes": lambda: values.summed(norm),
+        "of these, the all-reduce of one number": sum_one_number,
+    }
+    found = {}
+    for name, part in parts.items():
+        durations = []
+        for _ in range(20 * steps):
+            started = time.perf_counter()
+            part()
+            durations.append(time.perf_counter() - started)
+        # As for steps: whatever else runs on the machine only ever makes it slower.
+        found[name] = round(1e6 * statistics.quantiles(durations, n=10)[0], 1)
+    own_us = sum(value for name, value in found.items() if not name.startswith("of these"))
+    return {"waits": num_waits, "microseconds": found, "percent_of_50_ms": round(own_us / 500, 3)}
 
 
 def run_bare(case: dict, directory: Path, steps: int, threads: int) -> dict:
@@ -169,7 +244,8 @@ def in_processes(contestant: str, case: str, directory: Path, steps: int, thread
 
 def work(contestant: str, case: str, directory: str, steps: int, threads: int) -> None:
     """One rank of a contestant; its figures are the last line that it prints."""
-    print(json.dumps(CONTESTANTS[contestant](CASES[case], Path(directory), steps, threads)))
+    measure = run_watching if contestant == WATCHING else CONTESTANTS[contestant]
+    print(json.dumps(measure(CASES[case], Path(directory), steps, threads)))
 
 
 def best(results: list[dict]) -> dict:
@@ -220,22 +296,40 @@ def measure_case(name: str, steps: int, rounds: int, threads: int) -> dict:
     return {**case, **{key: best(values) for key, values in results.items()}}
 
 
+def measure_watching(steps: int) -> dict:
+    with tempfile.TemporaryDirectory(prefix="pretrain-speed-", ignore_cleanup_errors=True) as made:
+        directory = Path(made)
+        harness.write_dataset(directory / "data", num_tokens=200_000, vocab_size=CASES["small"]["vocab"])
+        return in_processes(WATCHING, "small", directory, steps, 1, 2)
+
+
+def watching_table(found: dict) -> str:
+    rows = [(name, f"{microseconds:,.0f}") for name, microseconds in found["microseconds"].items()]
+    rows.append(("together, of a step of 50 ms", f"{found['percent_of_50_ms']:.2f}%"))
+    return harness.table(["", "microseconds per step"], rows)
+
+
 def main() -> None:
     parser = harness.make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=[*CASES, WATCHING])
     arguments = parser.parse_args()
     if arguments.worker:
         work(**arguments.worker)
         return
-    cases = {name: measure_case(name, arguments.steps, arguments.rounds, arguments.threads) for name in arguments.cases}
+    cases = {
+        name: measure_watching(arguments.steps)
+        if name == WATCHING
+        else measure_case(name, arguments.steps, arguments.rounds, arguments.threads)
+        for name in arguments.cases
+    }
     versions = harness.environment("torch", "litgpt", "lightning")
     report = {"benchmark": "pretrain_speed", **versions, "threads": arguments.threads, "cases": cases}
     print(json.dumps(report, indent=1))
     for name, rows in cases.items():
-        print(f"\n{name}\n\n{table(rows)}")
+        print(f"\n{name}\n\n{watching_table(rows) if name == WATCHING else table(rows)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from litgpt import GPT, Config
 
 from export.checkpoint_files import EMBEDDING, HEAD
 from export.checkpoint_weights import find_weights
+from export.gguf_file import gguf_layout, gguf_problems
 from export.hf_config import export_problems, family_of
 from export.hf_layout import hf_layout
 from export.plan import ExportPlan
@@ -22,18 +23,18 @@ from utils.tokenizer import TokenizerInfo, read_tokenizer_info
 
 
 def make_plan(
-    checkpoint_dir: Path, checkpoint: dict[str, Any] | None, for_hf: bool, dtype: str, pad_token: str | None
+    checkpoint_dir: Path, checkpoint: dict[str, Any] | None, formats: str, dtype: str, pad_token: str | None
 ) -> ExportPlan:
     """Check everything that can be checked without reading all weights; every problem is reported at once.
 
     Args:
         checkpoint: its manifest.
-        for_hf: whether Hugging Face's format is made.
+        formats: as in the script's settings.
         dtype: of the exported weights, as "bfloat16"; "same" keeps the checkpoint's.
         pad_token: of the exported tokenizer; None: no choice.
     """
     problems = Problems()
-    config = problems.collect(read_model_config, checkpoint_dir, for_hf)
+    config = problems.collect(read_model_config, checkpoint_dir, formats)
     found = problems.collect(find_weights, checkpoint_dir)
     tokenizer = problems.collect(find_tokenizer, checkpoint_dir, config, checkpoint)
     pad_id = problems.collect(find_pad_id, checkpoint_dir, tokenizer, pad_token)
@@ -44,11 +45,20 @@ def make_plan(
     if dtype != "same":
         rounded = getattr(torch, dtype)
         weights = {name: dataclasses.replace(tensor, rounded_dtype=rounded) for name, tensor in weights.items()}
-    layout = hf_layout(family_of(config), config, weights, tied) if for_hf else None
-    return ExportPlan(checkpoint_dir, checkpoint, config, tokenizer, pad_token, pad_id, weights, tied, layout)
+    layout = gguf = None
+    if formats != "litgpt":
+        layout = hf_layout(family_of(config), config, weights, tied)
+    if formats == "gguf":
+        layout, gguf = None, gguf_layout(family_of(config), config, layout)
+    if formats == "gguf" and tokenizer is None:
+        raise UserError("--formats=gguf: needs the tokenizer, which is a part of model.gguf.")
+    for_litgpt = formats in ("all", "litgpt")
+    return ExportPlan(
+        checkpoint_dir, checkpoint, config, tokenizer, pad_token, pad_id, weights, tied, for_litgpt, layout, gguf
+    )
 
 
-def read_model_config(checkpoint_dir: Path, for_hf: bool) -> Config:
+def read_model_config(checkpoint_dir: Path, formats: str) -> Config:
     path = checkpoint_dir / "model_config.yaml"
     if not path.is_file():
         raise UserError(
@@ -58,12 +68,14 @@ def read_model_config(checkpoint_dir: Path, for_hf: bool) -> Config:
         config = Config.from_file(path)
     except Exception as error:  # whatever a damaged or foreign file makes of litgpt's dataclass
         raise UserError(f"{path}: not a model configuration of litgpt ({error}).") from error
-    reasons = export_problems(config) if for_hf else []
+    reasons = export_problems(config) if formats != "litgpt" else []
     if reasons:
         raise UserError(
             f"{path}: '{config.name}' cannot become a Hugging Face model of type {family_of(config)}: "
             f"{'; '.join(reasons)}. For litgpt alone: --formats litgpt"
         )
+    if formats == "gguf" and (reasons := gguf_problems(family_of(config), config)):
+        raise UserError(f"{path}: '{config.name}' cannot become a model of llama.cpp: {'; '.join(reasons)}.")
     return config
 
 

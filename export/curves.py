@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,11 @@ def smoothed(at: Sequence[float], values: Sequence[float]) -> tuple[list[float],
 
 
 def draw_curves(
-    runs: Mapping[str, Records], output: str | os.PathLike, x: str = "auto", title: str | None = None
+    runs: Mapping[str, Records],
+    output: str | os.PathLike,
+    x: str = "auto",
+    title: str | None = None,
+    events: Mapping[str, Records] | None = None,
 ) -> None:
     """Draw loss, validation loss, learning rate, gradient norm and throughput.
 
@@ -55,6 +60,7 @@ def draw_curves(
         output: picture; its suffix tells the format.
         x: "step", "tokens", or "auto" for tokens if every run logged them.
         title: above the picture.
+        events: by name, the records of events.jsonl: a vertical mark for each that has a step.
     """
     if x == "auto":
         x = "tokens" if all(len(series(records, "tokens", "step")[0]) for records in runs.values()) else "step"
@@ -74,9 +80,13 @@ def draw_curves(
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
         grid = figure.add_gridspec(len(PANELS), 2, width_ratios=(1.9, 1))
-        draw_loss(figure.add_subplot(grid[:, 0]), runs, x)
+        loss_axes = figure.add_subplot(grid[:, 0])
+        draw_loss(loss_axes, runs, x)
         for row, (key, name) in enumerate(PANELS.items()):
             draw_panel(figure.add_subplot(grid[row, 1]), runs, x, key, name, is_last=row + 1 == len(PANELS))
+        for name, records in (events or {}).items():
+            prefix = f"{name}: " if len(runs) > 1 else ""
+            draw_events(figure.axes, loss_axes, records, runs[name], x, prefix, colour_of(runs, name))
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         with atomic_write(output) as file:
@@ -120,6 +130,23 @@ def draw_loss(axes: Axes, runs: Mapping[str, Records], x: str) -> None:
         axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center", color="#888888")
     axes.set_title("loss, nats per token")
     format_x(axes, x)
+
+
+def draw_events(
+    panels: list[Axes], loss_axes: Axes, events: Records, records: Records, x: str, prefix: str, colour: str
+) -> None:
+    """A vertical mark in every panel for each event, and how often each kind happened in the legend of the loss."""
+    shown = [event for event in events if is_number(event.get("step"))]
+    if not shown:
+        return
+    per_step = records[-1][x] / records[-1]["step"] if x == "tokens" and records[-1]["step"] else 1
+    for axes in panels:
+        for at in sorted({event["step"] * per_step for event in shown}):
+            axes.axvline(at, color=colour, linestyle=":", linewidth=1, alpha=0.7)
+    counts = Counter(event["event"] for event in shown)
+    label = prefix + ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
+    loss_axes.plot([], [], color=colour, linestyle=":", linewidth=1, label=label)
+    loss_axes.legend(loc="upper right")
 
 
 def end_level(values: Sequence[float]) -> float:

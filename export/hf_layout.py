@@ -10,6 +10,7 @@ tensor, from which row of which litgpt tensor it is taken:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from functools import partial
 
@@ -40,13 +41,18 @@ class HfLayout:
     ranges: dict[str, list[RowRange]]
     """By litgpt name; a tied lm_head has none."""
 
+    @functools.cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {spec.name: spec.dtype for spec in self.specs}
+
     def distribute(self, name: str, start: int, block: torch.Tensor) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """Rows start, start + 1, ... of a litgpt tensor, as (Hugging Face tensor, row in it, rows)."""
+        """Rows start, start + 1, ... of a litgpt tensor, as (Hugging Face tensor, row in it, rows in its dtype)."""
         for part in self.ranges.get(name, ()):
             first = max(start, part.source_row)
             stop = min(start + len(block), part.source_row + part.num_rows)
             if first < stop:
-                yield part.target, part.target_row + first - part.source_row, block[first - start : stop - start]
+                rows = block[first - start : stop - start].to(self._dtypes[part.target])
+                yield part.target, part.target_row + first - part.source_row, rows
 
 
 def _copy_weights_olmo2(config: Config, into: dict, weights: dict) -> None:
@@ -56,6 +62,12 @@ def _copy_weights_olmo2(config: Config, into: dict, weights: dict) -> None:
     litgpt.copy_weights_olmo2(config, into, weights)
 
 
+def _copy_weights_falcon(config: Config, into: dict, weights: dict) -> None:
+    # litgpt asks the name which of the two architectures it is, which a model of one's own need not tell.
+    name = "falcon-7b" if config.shared_attention_norm else "falcon-40b"
+    litgpt.copy_weights_falcon(dataclasses.replace(config, name=name), into, weights)
+
+
 # `untie_weights` drops lm_head; whether it is dropped is decided here from the weights, not from the family.
 _CONVERTERS = {
     "llama": partial(litgpt.copy_weights_llama, untie_weights=False),
@@ -63,11 +75,17 @@ _CONVERTERS = {
     "gemma": partial(litgpt.copy_weights_llama, untie_weights=False),
     "gemma2": partial(litgpt.copy_weights_gemma_2, untie_weights=False),
     "gemma3_text": partial(litgpt.copy_weights_gemma_3, untie_weights=False),
+    "mixtral": partial(litgpt.copy_weights_llama, untie_weights=False),
     "qwen2": litgpt.copy_weights_qwen_2_5,
     "qwen3": litgpt.copy_weights_qwen_3,
+    "qwen3_moe": litgpt.copy_weights_qwen_3,
     "olmo2": _copy_weights_olmo2,
     "phi3": litgpt.copy_weights_phi,
     "gpt_neox": litgpt.copy_weights_gpt_neox,
+    "phi": litgpt.copy_weights_phi,
+    "falcon": _copy_weights_falcon,
+    "stablelm": partial(litgpt.copy_weights_llama, untie_weights=False),
+    "olmo": partial(litgpt.copy_weights_llama, untie_weights=False),
 }
 
 

@@ -33,8 +33,11 @@ class ExportPlan:
     weights: dict[str, StoredTensor]
     """By litgpt name, in the model's order; their dtype is that of the export."""
     tied: bool
+    for_litgpt: bool
     layout: HfLayout | None
     """None without Hugging Face's format."""
+    gguf: HfLayout | None
+    """None without model.gguf."""
 
     @property
     def num_parameters(self) -> int:

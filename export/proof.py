@@ -16,7 +16,10 @@ import transformers
 from litgpt import GPT, Config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from export.hf_layout import HfLayout
+from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
+from export.experts import join_experts
+from export.gguf_file import find_in_gguf
+from export.plan import ExportPlan
 from export.stored_tensor import StoredTensor
 from utils.errors import UserError
 
@@ -33,13 +36,23 @@ _MAX_ROPE_POSITION = 32_768
 # Weights --------------------------------------------------------------------------------------------------------------
 
 
-def compare_weights(
-    source: dict[str, StoredTensor],
-    lit: dict[str, StoredTensor] | None,
-    hf: dict[str, StoredTensor] | None,
-    layout: HfLayout | None,
-) -> int:
-    """Read the exported files again and compare every row with the checkpoint, in the exported dtype.
+@dataclasses.dataclass(frozen=True)
+class ExportedWeights:
+    """What the written files hold, by the names of each format; None for a format that was not made."""
+
+    lit: dict[str, StoredTensor] | None
+    hf: dict[str, StoredTensor] | None
+    gguf: dict[str, StoredTensor] | None
+
+
+def find_exported(plan: ExportPlan, directory: Path) -> ExportedWeights:
+    lit = find_in_torch_file(directory / "lit_model.pth") if plan.for_litgpt else None
+    hf = find_in_safetensors(directory) if plan.layout else None
+    return ExportedWeights(lit, hf, find_in_gguf(directory) if plan.gguf else None)
+
+
+def compare_weights(plan: ExportPlan, exported: ExportedWeights) -> int:
+    """Compare every row of the exported files with the checkpoint, in the exported dtype.
 
     Returns:
         The number of values compared.
@@ -47,18 +60,22 @@ def compare_weights(
     Raises:
         UserError: a value differs, or names or shapes do.
     """
-    lit_shapes = {name: tensor.shape for name, tensor in source.items()}
-    hf_shapes = {spec.name: spec.shape for spec in layout.specs} if layout else {}
-    for files, shapes in ((lit, lit_shapes), (hf, hf_shapes)):
-        if files is not None and {name: tensor.shape for name, tensor in files.items()} != shapes:
-            raise UserError(f"exported files hold other tensors than planned: {sorted(set(files) ^ set(shapes))[:5]}")
+    lit = exported.lit
+    converted = [(exported.hf, plan.layout), (exported.gguf, plan.gguf)]
+    converted = [(files, layout) for files, layout in converted if files is not None]
+    shapes = [(files, {spec.name: spec.shape for spec in layout.specs}) for files, layout in converted]
+    if lit is not None:
+        shapes.append((lit, {name: tensor.shape for name, tensor in plan.weights.items()}))
+    for files, planned in shapes:
+        if {name: tensor.shape for name, tensor in files.items()} != planned:
+            raise UserError(f"exported files hold other tensors than planned: {sorted(set(files) ^ set(planned))[:5]}")
 
     num_values = 0
-    for name, tensor in source.items():
+    for name, tensor in plan.weights.items():
         for start, block in tensor.blocks():
             copies = [(lit[name], start, block)] if lit is not None else []
-            if hf is not None:
-                copies += [(hf[target], row, rows) for target, row, rows in layout.distribute(name, start, block)]
+            for files, layout in converted:
+                copies += [(files[target], row, rows) for target, row, rows in layout.distribute(name, start, block)]
             for found, row, expected in copies:
                 rows = found.rows(row, row + len(expected))
                 if rows.dtype != expected.dtype or not torch.equal(_bits(rows), _bits(expected)):
@@ -151,6 +168,7 @@ def _transformers_model(directory: Path, tensors: dict[str, StoredTensor]) -> tr
         names = {module: name for name, module in model.named_modules()}
         head, embedding = names[model.get_output_embeddings()], names[model.get_input_embeddings()]
         tensors = {**tensors, f"{head}.weight": tensors[f"{embedding}.weight"]}
+    tensors = join_experts(tensors)
     expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if expected != set(tensors):
         raise UserError(

@@ -43,7 +43,8 @@ def agree_on_checkpoint(out_dir: Path, verify: str, still_working: Callable[[], 
     newest = first_whole(checkpoints, skipped, lambda one: _damage(one, verify == "checksums", still_working))
     if dist.get_rank() == 0:
         for line in skipped:
-            record_event(out_dir, "checkpoint refused", f"skipped checkpoint {line}", taken=newest and str(newest.path))
+            message, taken = f"skipped checkpoint {line}", newest and str(newest.path)
+            record_event(out_dir, "checkpoint refused", message, step=newest.step if newest else 0, taken=taken)
     return newest
 
 

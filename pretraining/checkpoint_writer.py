@@ -76,6 +76,8 @@ class CheckpointWriter:
         self.error: str | None = None
         """Why the last save failed; the same on every process."""
         self.last_good: Path | None = None
+        self.longest_s = 0.0
+        """That writing a checkpoint has taken so far, in the background or not."""
 
     def save(self, name: str, primitives: dict[str, Any], asynchronous: bool) -> float:
         """Start to write the checkpoint `name`; returns the seconds for which the caller was held up.
@@ -155,8 +157,10 @@ class CheckpointWriter:
         device = next(self.model.parameters()).device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a new thread begins with device 0, which belongs to another process
+        started = time.perf_counter()
         try:
             self._write_with_peers(temporary, name, state, primitives)
+            self.longest_s = max(self.longest_s, time.perf_counter() - started)
         except BaseException as error:  # a peer is gone or did not answer in time; uncaught, nobody would hear of it
             self.error = f"{self.out_dir / name} could not be written: {_reason(error)}"
 

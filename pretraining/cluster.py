@@ -19,6 +19,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from pretraining.failures import Failure, Restarts, TrainingEnded, UnevenPlacement, failure_of
 from pretraining.plan import Plan
+from pretraining.process_layout import group_timeout
 from pretraining.ray_output import hide_crash_reports
 from pretraining.settings import STOP_NAME, Settings
 from pretraining.user_error_note import RAY_NAME, note_path, read_note
@@ -28,7 +29,6 @@ from utils import console
 from utils.errors import UserError
 from utils.node_check import check_nodes, probe_in
 
-_GROUP_EXTRA_S = 600
 CHECKED_PACKAGES = ("torch", "lightning", "litgpt", "litdata", "ray", "numpy", "xxhash")
 
 
@@ -178,10 +178,7 @@ def fit_once(settings: Settings, plan: Plan, token: str) -> Exception | None:
             resources_per_worker={resource: 1},
             placement_strategy=placement_of(settings.num_nodes, settings.num_devices, room),
         ),
-        # Beyond what the watchdog allows anything to take: it ends a hang, and says who hangs.
-        torch_config=TorchConfig(
-            timeout_s=int(max(settings.train.slow_timeout, settings.train.step_timeout or 0)) + _GROUP_EXTRA_S
-        ),
+        torch_config=TorchConfig(timeout_s=int(group_timeout(settings).total_seconds())),
         run_config=ray.train.RunConfig(
             name="ray_train",
             storage_path=str(Path(settings.out_dir) / RAY_NAME),

@@ -14,6 +14,7 @@ back through the same exchanges, so the sum over all processes is the gradient o
 
 from __future__ import annotations
 
+import datetime
 import math
 from typing import Any, NamedTuple
 
@@ -52,10 +53,14 @@ class ContextGroup(NamedTuple):
 ALONE = ContextGroup()
 
 
-def join_context_group(size: int) -> ContextGroup:
-    """Divide all processes into groups of `size` consecutive ones; every process must call this."""
+def join_context_group(size: int, timeout: datetime.timedelta | None = None) -> ContextGroup:
+    """Divide all processes into groups of `size` consecutive ones; every process must call this.
+
+    Args:
+        timeout: of an exchange (None: torch's own).
+    """
     rank, count = dist.get_rank(), dist.get_world_size() // size
-    name = dist.new_subgroups(size)[0].group_name if size > 1 else ""
+    name = dist.new_subgroups(size, timeout=timeout)[0].group_name if size > 1 else ""
     return ContextGroup(size, rank % size, rank // size, count, name)
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from pretraining.checkpoint import list_checkpoints
 from pretraining.data_order import SequenceOrder
+from pretraining.events import record_event
 from pretraining.plan import Plan
 from pretraining.settings import Settings
 from utils.chunks import read_index
@@ -88,29 +89,32 @@ class DatasetCheck:
         problem = next((problem for problem in problems if problem is not None), None)
         if problem is None:
             return
-        directory = problem.directory
         if problem.unreadable:
-            raise OSError(f"{directory}/{problem.chunk} {problem.reason}")
+            raise OSError(f"{problem.directory}/{problem.chunk} {problem.reason}")
+        message, steps = self._what_to_do(problem, read, out_dir)
+        if dist.get_rank() == 0:
+            facts = {"step": read.num_steps, "chunk": f"{problem.directory}/{problem.chunk}", "steps": len(steps)}
+            record_event(out_dir, "damaged text", message, tell=False, **facts, first_step=steps[0] if steps else None)
+        raise UserError(message)
+
+    def _what_to_do(self, problem: Damage, read: Reading, out_dir: Path) -> tuple[str, list[int]]:
+        """For the user, and the steps that have read from the chunk."""
+        directory = problem.directory
         message = f"--dataset_path={directory}: {problem.chunk}: {problem.reason}. "
         if directory not in self._train_directories:
-            raise UserError(
-                f"{message}It holds validation text: no weight depends on it. Merge the dataset again with "
-                "--verify=checksums."
-            )
-        source = self._train_directories.index(directory)
-        steps = read.steps_with(Path(directory), source, problem.chunk)
+            more = "It holds validation text: no weight depends on it. Merge the dataset again with --verify=checksums."
+            return message + more, []
+        steps = read.steps_with(Path(directory), self._train_directories.index(directory), problem.chunk)
         if not steps:
-            raise UserError(
-                f"{message}No step has read from it yet. Merge the dataset again with --verify=checksums, and run "
-                "the same command."
-            )
+            more = "No step has read from it yet. Merge the dataset again with --verify=checksums, and run the same "
+            return f"{message}{more}command.", []
         good = [checkpoint for checkpoint in list_checkpoints(out_dir)[0] if checkpoint.step < steps[0]]
-        raise UserError(
-            f"{message}{len(steps)} of {read.num_steps} steps have read from it, the first is {steps[0]}, the last "
-            f"{steps[-1]}. Newest checkpoint from before them: {good[0].path if good else 'none'}. Merge the dataset "
-            "again with --verify=checksums; remove the later checkpoints, and run the same command to train these "
-            "steps again."
+        more = (
+            f"{len(steps)} of {read.num_steps} steps have read from it, the first is {steps[0]}, the last {steps[-1]}. "
+            f"Newest checkpoint from before them: {good[0].path if good else 'none'}. Merge the dataset again with "
+            "--verify=checksums; remove the later checkpoints, and run the same command to train these steps again."
         )
+        return message + more, steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,16 @@ from utils.metrics_file import whole_records
 EVENTS_NAME = "events.jsonl"
 
 
-def record_event(out_dir: str | os.PathLike, event: str, message: str, **facts: Any) -> None:
-    """Append an event, in one write, and tell the user; `message` is a paragraph for a person."""
+def record_event(out_dir: str | os.PathLike, event: str, message: str, tell: bool = True, **facts: Any) -> None:
+    """Append an event, in one write, and tell the user; `message` is a paragraph for a person.
+
+    Args:
+        tell: False where the user is told otherwise.
+    """
     now = datetime.datetime.now(datetime.UTC)
     record = {"time": now.isoformat(timespec="seconds"), "event": event, **facts, "message": message}
-    console.warn(message)
+    if tell:
+        console.warn(message)
     line = json.dumps(record).encode() + b"\n"
     try:
         descriptor = os.open(Path(out_dir) / EVENTS_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

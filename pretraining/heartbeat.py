@@ -29,13 +29,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# In the order of a step. The first is before the first step has ended; `save` is what holds up training.
-PHASES = ("start", "reading data", "forward and backward pass", "reduction and update", "validation", "save", "end")
+# In the order of a step. The first is before the first step has ended; `save` is what holds up training, `ending` what
+# comes after the last step, or after the request to stop.
+PHASES = (
+    "start",
+    "reading data",
+    "forward and backward pass",
+    "reduction and update",
+    "validation",
+    "save",
+    "ending",
+    "end",
+)
 STEP_PHASES = PHASES[1:4]
 
 STACKS_SIGNAL = signal.SIGUSR2
-# step, phase, steps done since the start of the process, time.monotonic() of the last change
-_LAYOUT = struct.Struct("<qqqd")
+# step, phase, steps done since the start of the process, time.monotonic() of the last change, Beat.longest_s
+_LAYOUT = struct.Struct("<qqqdd")
 
 
 def beats_directory(token: str, node_id: str) -> Path:
@@ -65,9 +75,11 @@ class Heartbeat:
 
     Args:
         path: of the page, `rank-N.beat`.
+        place: of the process, for people: node and device.
     """
 
-    def __init__(self, path: Path | None = None):
+    def __init__(self, path: Path | None = None, place: str = "unknown node"):
+        self.place = place
         if path is None:
             self._page = mmap.mmap(-1, mmap.PAGESIZE)
         else:
@@ -75,11 +87,20 @@ class Heartbeat:
                 file.truncate(mmap.PAGESIZE)
                 self._page = mmap.mmap(file.fileno(), mmap.PAGESIZE)
         self._step, self._phase, self._steps_done = 0, 0, 0
+        self._began = time.monotonic()
+        self._longest_s: dict[int, float] = {}
         self.beat("start")
 
-    def beat(self, phase: str) -> None:
-        """Now in `phase`."""
-        self._phase = PHASES.index(phase)
+    def beat(self, phase: str, longest_s: float = 0.0) -> None:
+        """Now in `phase`.
+
+        Args:
+            longest_s: where its length says little of how long it may take: what this has taken so far at most.
+        """
+        now = time.monotonic()
+        self._longest_s[self._phase] = max(now - self._began, self._longest_s.get(self._phase, 0.0))
+        self._phase, self._began = PHASES.index(phase), now
+        self._longest_s[self._phase] = max(longest_s, self._longest_s.get(self._phase, 0.0))
         self._write()
 
     def again(self) -> None:
@@ -93,7 +114,8 @@ class Heartbeat:
         self._write()
 
     def _write(self) -> None:
-        _LAYOUT.pack_into(self._page, 0, self._step, self._phase, self._steps_done, time.monotonic())
+        longest_s = self._longest_s[self._phase]
+        _LAYOUT.pack_into(self._page, 0, self._step, self._phase, self._steps_done, time.monotonic(), longest_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +126,8 @@ class Beat:
     """Since the process started: the first is slower."""
     changed: float
     """time.monotonic() of the node."""
+    longest_s: float
+    """For how long this process has been in this phase before, at most; 0: it never was."""
 
 
 def read_beat(path: Path) -> Beat:
@@ -116,8 +140,8 @@ def read_beat(path: Path) -> Beat:
                 continue
         if len(before) < _LAYOUT.size:
             raise ValueError(f"{path}: not written yet")
-        step, phase, steps_done, changed = _LAYOUT.unpack(before)
-        return Beat(step, PHASES[phase], steps_done, changed)
+        step, phase, steps_done, changed, longest_s = _LAYOUT.unpack(before)
+        return Beat(step, PHASES[phase], steps_done, changed, longest_s)
 
 
 @contextlib.contextmanager
@@ -130,7 +154,7 @@ def watched(
         collectives: gives the content of rank-N.collectives.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    heartbeat = Heartbeat(directory / f"rank-{rank}.beat")
+    heartbeat = Heartbeat(directory / f"rank-{rank}.beat", f"node {node}, {device}")
     log = os.readlink("/proc/self/fd/2")
     log_file = log if log.startswith("/") else None
     process = Process(rank, os.getpid(), start_time(os.getpid()), out_dir, node, device, log_file)

@@ -1,8 +1,7 @@
-"""metrics.jsonl, and what is made of it: the progress line, csv, TensorBoard, wandb.
+"""What is made of metrics.jsonl and events.jsonl: the progress line, csv, TensorBoard, wandb.
 
-Rank 0 of the training processes appends one JSON object per logged step. The driver, which started them, follows the
-file and passes the records on. So the loggers live in the process whose terminal and environment are the user's: a
-wandb key never reaches Ray, its logs or its dashboard.
+They live in the driver, which follows the files (see follower), the process whose terminal and environment are the
+user's: a wandb key never reaches Ray, its logs or its dashboard.
 """
 
 from __future__ import annotations
@@ -12,65 +11,13 @@ import importlib.util
 import os
 import re
 import secrets
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pretraining.settings import LogSettings
 from utils import console
 from utils.errors import UserError
-from utils.metrics_file import METRICS_NAME, whole_records
-
-
-class Follower:
-    """The reading end: calls `consume(record)` for each record appended after its start, in a thread.
-
-    When the file becomes shorter (the workers were restarted and rewound it) it is read from its beginning again;
-    records of steps that were passed on before are not repeated.
-    """
-
-    def __init__(self, out_dir: Path, last_step: int, consume: Callable[[dict[str, Any]], None]):
-        self._path = out_dir / METRICS_NAME
-        self._last_step = last_step
-        self._consume = consume
-        self._offset = 0
-        self._inode: int | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
-
-    def __enter__(self) -> Follower:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.2):
-            self._read_new()
-        self._read_new()
-
-    def _read_new(self) -> None:
-        try:
-            with open(self._path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset = status.st_ino, 0
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for record in whole_records(whole.decode(errors="replace").splitlines(keepends=True)):
-            if record.get("step", 0) > self._last_step:
-                self._last_step = record["step"]
-                try:
-                    self._consume(record)
-                except Exception as error:  # a logger must not end a training run
-                    console.warn(f"logger: {type(error).__name__}: {error}")
+from utils.metrics_file import read_metrics
 
 
 def progress_line(record: dict[str, Any], total_steps: int) -> str:
@@ -108,7 +55,7 @@ def make_logger(
     log: LogSettings,
     wandb_key: str | None,
 ):
-    """A logger: an object with log(record) and close() -> lines for the user.
+    """A logger: log(record), event(record), undo(step): forget the later steps, close() -> lines for the user.
 
     Args:
         earlier: the records from before a resume that stay.
@@ -135,20 +82,31 @@ class _CsvLogger:
     COLUMNS = (
         "step", "epoch", "tokens", "loss", "val_loss", "val_perplexity", "val_bits_per_byte", "lr", "grad_norm",
         "nonfinite_steps", "tokens_per_s", "tokens_per_s_per_device", "mfu", "step_s", "data_wait_s",
-        "checkpoint_stall_s", "memory_peak_bytes", "eta_s",
+        "rank_compute_s_median", "rank_compute_s_max", "slowest_rank", "checkpoint_stall_s", "memory_peak_bytes",
+        "eta_s",
     )  # fmt: skip
 
     def __init__(self, out_dir: Path, earlier: list[dict[str, Any]]):
-        self._path = out_dir / "metrics.csv"
-        self._file = open(self._path, "w", newline="", encoding="utf-8")
+        self._out_dir = out_dir
+        self._write(earlier)
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        self._file = open(self._out_dir / "metrics.csv", "w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self.COLUMNS, extrasaction="ignore")
         self._writer.writeheader()
-        for record in earlier:
-            self._writer.writerow(record)
+        self._writer.writerows(records)
+        self._file.flush()
 
     def log(self, record: dict[str, Any]) -> None:
         self._writer.writerow(record)
         self._file.flush()
+
+    def event(self, record: dict[str, Any]) -> None:
+        """They are no rows."""
+
+    def undo(self, step: int) -> None:
+        self._file.close()
+        self._write([record for record in read_metrics(self._out_dir) if record["step"] <= step])
 
     def close(self) -> list[str]:
         self._file.close()
@@ -161,20 +119,35 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
 class _TensorBoardLogger:
     def __init__(self, out_dir: Path, earlier: list[dict[str, Any]]):
+        self._directory = out_dir / "tensorboard"
+        self._go_on_from(earlier[-1]["step"] if earlier else -1)
+        self._events: Any = None  # in a directory of their own, where no step is ever dropped
+
+    def _go_on_from(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._directory = out_dir / "tensorboard"
-        last = earlier[-1]["step"] if earlier else -1
-        # TensorBoard drops what an earlier process logged from purge_step on.
-        self._writer = SummaryWriter(str(self._directory), purge_step=last + 1 if self._directory.is_dir() else None)
+        # TensorBoard drops what was logged before from purge_step on.
+        purge_step = step + 1 if self._directory.is_dir() else None
+        self._writer = SummaryWriter(str(self._directory), purge_step=purge_step)
 
     def log(self, record: dict[str, Any]) -> None:
         for key, value in _scalars(record).items():
             self._writer.add_scalar(key, value, record["step"])
         self._writer.flush()
 
-    def close(self) -> list[str]:
+    def event(self, record: dict[str, Any]) -> None:
+        if self._events is None:
+            self._events = type(self._writer)(str(self._directory / "events"))
+        self._events.add_text(record["event"], record["message"], record.get("step") or 0)
+        self._events.flush()
+
+    def undo(self, step: int) -> None:
         self._writer.close()
+        self._go_on_from(step)
+
+    def close(self) -> list[str]:
+        for writer in filter(None, (self._writer, self._events)):
+            writer.close()
         return [f"curves: tensorboard --logdir {self._directory}"]
 
 
@@ -184,6 +157,7 @@ class _WandbLogger:
     ):
         import wandb
 
+        self._last_step = earlier[-1]["step"] if earlier else -1
         id_file = out_dir / "wandb_run_id"
         run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(run_id + "\n")
@@ -223,7 +197,19 @@ class _WandbLogger:
                 os.environ.pop(name, None)
 
     def log(self, record: dict[str, Any]) -> None:
-        self._run.log(_scalars(record), step=record["step"])
+        if record["step"] > self._last_step:
+            self._last_step = record["step"]
+            self._run.log(_scalars(record), step=record["step"])
+
+    def event(self, record: dict[str, Any]) -> None:
+        # In the row of the last step, since wandb takes nothing for an earlier one; and by mail to whoever wants it.
+        self._run.log({f"events/{record['event']}": record.get("step") or 0})
+        self._run.alert(title=f"{self._run.name}: {record['event']}", text=record["message"])
+
+    def undo(self, step: int) -> None:
+        """wandb cannot: the undone steps stay in its curves, and those done in their place are not logged."""
+        undone = self._run.summary.get("undone_steps") or ""
+        self._run.summary["undone_steps"] = f"{undone} {step + 1}-{self._last_step}".strip()
 
     def close(self) -> list[str]:
         directory = self._run.dir

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pretraining.attention import ATTENTION_OPERATIONS
 from pretraining.context_parallel import join_context_group
-from pretraining.process_layout import shard_size
+from pretraining.process_layout import group_timeout, shard_size
 from pretraining.settings import Settings
 from utils.machine import available_cpus
 
@@ -44,7 +45,11 @@ def launch_fabric(settings: Settings) -> L.Fabric:
 
     def parallelize(model: torch.nn.Module, _) -> torch.nn.Module:
         # Fabric passes its own mesh, which has no dimension for replicas.
-        shard_model(model, device_mesh(settings, fabric.device.type, world_size, local_size), settings)
+        mesh = device_mesh(settings, fabric.device.type, world_size, local_size)
+        # Torch's own limits, 10 or 30 minutes, would end processes that wait for one that saves or compiles.
+        for group in (dist.group.WORLD, *mesh.get_all_groups()):
+            dist.set_timeout(group_timeout(settings), group)
+        shard_model(model, mesh, settings)
         model.to_empty(device=fabric.device)
         model.reset_parameters()  # the table of rotary positions is not a parameter, and is empty too
         return model
@@ -73,7 +78,7 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
     and FSDP2 averages gradients over all processes.
     """
     parallel = settings.parallel
-    model.context_group = join_context_group(parallel.context_parallel_size)
+    model.context_group = join_context_group(parallel.context_parallel_size, group_timeout(settings))
     sharding = {
         "mesh": mesh["shard"] if parallel.sharding == "full" else mesh,
         "reshard_after_forward": parallel.reshard_after_forward,

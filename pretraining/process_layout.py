@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+
 from pretraining.settings import Settings
 from utils.errors import UserError
+
+_GROUP_EXTRA_S = 600
+
+
+def group_timeout(settings: Settings) -> datetime.timedelta:
+    """Of collectives: beyond what the watchdog allows anything to take, since it ends a hang and says who hangs."""
+    slowest_s = max(settings.train.slow_timeout, settings.train.step_timeout or 0)
+    return datetime.timedelta(seconds=int(slowest_s) + _GROUP_EXTRA_S)
 
 
 def shard_size(settings: Settings, world_size: int, local_size: int) -> int:

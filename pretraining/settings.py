@@ -40,7 +40,8 @@ class TrainSettings:
     """Seconds for which a process may stand still within a step before it counts as hung (null: 10 median steps, at
     least 60, at most 600)."""
     slow_timeout: float = field(default=3600.0, metadata=PLACE)
-    """The same for what takes longer: start, first steps, validation, saves."""
+    """The same for what takes longer: start, first steps, the last save; and the most for other saves and validations,
+    which may take 10 times as long as the longest before them."""
     max_seq_length: int | None = None
     """Tokens per sequence, the context (null: the model's block_size)."""
     document_masking: bool = False

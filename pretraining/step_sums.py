@@ -25,9 +25,11 @@ class StepSums:
     poll_preemption: bool
     checkpoint_error: bool
     dataset_problem: bool
+    seconds: list[float]
+    """What the step before was spent on (slow_ranks.KINDS); summed: of all ranks, one after the other."""
 
     def summed(self, norm: torch.Tensor) -> tuple[StepSums, float]:
-        """Entropy, digest and seconds added up, flags raised that are raised on any process; equal on all of them.
+        """Entropy, digest and wait for data added up, flags raised that are raised anywhere; equal on all processes.
 
         This is where a step waits for its device, and the only place: `entropy` comes back as a number.
 
@@ -39,15 +41,20 @@ class StepSums:
         """
         limbs = [self.digest >> bits & 0xFFFF for bits in _LIMB_BITS]  # exact in float64 when summed
         flags = [self.stop, self.poll_preemption, self.checkpoint_error, self.dataset_problem]
-        values = [0.0, self.data_wait_s, *limbs, *flags]
+        # Each rank adds its seconds to the zeros of all others.
+        rank, num_seconds = dist.get_rank(), len(self.seconds)
+        seconds = [0.0] * (num_seconds * dist.get_world_size())
+        seconds[rank * num_seconds : (rank + 1) * num_seconds] = self.seconds
+        values = [0.0, self.data_wait_s, *limbs, *flags, *seconds]
         # From page-locked memory: an ordinary copy to a GPU would wait for it once more.
         sums = torch.tensor(values, dtype=torch.float64, pin_memory=norm.is_cuda).to(norm.device, non_blocking=True)
         sums[0] = self.entropy
         dist.all_reduce(sums)
         norm_value, entropy, data_wait_s, *rest = torch.cat([norm.double().view(1), sums]).tolist()
         digest = sum(int(limb) << bits for limb, bits in zip(rest, _LIMB_BITS)) % 2**64
-        flags = (flag > 0 for flag in rest[len(_LIMB_BITS) :])
-        return StepSums(entropy, digest, data_wait_s, *flags), norm_value
+        num_flags = len(_LIMB_BITS) + len(flags)
+        flags = (flag > 0 for flag in rest[len(_LIMB_BITS) : num_flags])
+        return StepSums(entropy, digest, data_wait_s, *flags, rest[num_flags:]), norm_value
 
 
 @dataclasses.dataclass

@@ -44,6 +44,7 @@ from pretraining.profiling import garbage_collected, profiled
 from pretraining.replicas import check_replicas
 from pretraining.run_state import RunState
 from pretraining.settings import Settings
+from pretraining.slow_ranks import SlowRanks
 from pretraining.step_sums import StepResult, StepSums
 from pretraining.stopping import Stopping
 from pretraining.throughput import Throughput
@@ -81,6 +82,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, settings.optimizer)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.learning_rate = make_schedule(settings, plan)
+        self.slow_ranks = SlowRanks(self.model, self.device, self.heartbeat.place, self.out_dir)
 
         self.sequences = plan_sequences(plan, plan.train_directories, settings.seed)
         self.validation = Validation(self.wrapped, settings, plan, self.device)
@@ -128,7 +130,7 @@ class Trainer:
         """Train to the plan's last step, or until something asks to stop; goes back as often as spikes ask for it."""
         while self._run_until_spikes():
             self._go_back()
-        self.heartbeat.beat("save")
+        self.heartbeat.beat("ending")
         self.writer.wait_and_report(final=self.state.step == self.plan.total_steps)
 
     def _run_until_spikes(self) -> bool:
@@ -157,9 +159,10 @@ class Trainer:
                 self.throughput.add_step(result.loss, time.perf_counter() - started, wait_s)
                 self.state.step += 1
                 self.heartbeat.step_done(self.state.step)
+                self.slow_ranks.add(result.sums.seconds, self.state.step)
                 last = self.state.step == self.plan.total_steps
                 if last or result.sums.dataset_problem:
-                    self.heartbeat.beat("save")
+                    self.heartbeat.beat("ending")
                     self.dataset_check.wait(self.heartbeat.again)
                     self.dataset_check.raise_if_damaged(self._reading(), self.out_dir)
                 stop = result.sums.stop or (result.sums.poll_preemption and self.stopping.poll())
@@ -198,26 +201,26 @@ class Trainer:
         # FSDP2 averages gradients over processes; the mean over the tokens of the global batch is wanted.
         scale = self.world_size / self.plan.tokens_per_step
         entropy = torch.zeros((), device=self.device)
-        wait_s, digest = 0.0, 0
+        digest, next_batch = 0, self.slow_ranks.clock.begin(batches)
         for micro_step in range(self.accumulation):
-            waited = time.perf_counter()
             self.heartbeat.beat("reading data")
-            batch = next(batches)
-            wait_s += time.perf_counter() - waited
+            batch = next_batch()
             self.heartbeat.beat("forward and backward pass")
             digest += batch.digest
             schedule_reductions(self.model, self.settings, last=micro_step + 1 == self.accumulation)
             micro_entropy, objective = self.wrapped(*batch.to(self.device))
             self.fabric.backward(objective * scale)
             entropy += micro_entropy
-        return self._update(entropy, digest, wait_s)
+        self.slow_ranks.clock.end()
+        return self._update(entropy, digest)
 
-    def _update(self, entropy: torch.Tensor, digest: int, wait_s: float) -> StepResult:
+    def _update(self, entropy: torch.Tensor, digest: int) -> StepResult:
         """Sum over processes, clip, and update unless something is not finite."""
         self.heartbeat.beat("reduction and update")
         stop, poll = self.stopping.wanted(), self.stopping.poll_is_due()
         failed, damaged = self.writer.error is not None, self.dataset_check.problem is not None
-        sums = StepSums(entropy, digest, wait_s, stop, poll, failed, damaged)
+        clock = self.slow_ranks.clock
+        sums = StepSums(entropy, digest, clock.data_wait_s, stop, poll, failed, damaged, clock.seconds_before)
         norm = global_gradient_norm(self.parameters)
         sums, grad_norm = sums.summed(norm)
         loss = sums.entropy / self.plan.tokens_per_step
@@ -272,6 +275,7 @@ class Trainer:
             "spike_steps": self.state.bad_steps.spike_steps,
             "batch_digest": f"{result.sums.digest:016x}",
             **speed,
+            **self.slow_ranks.record(),
         }
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -281,7 +285,7 @@ class Trainer:
     def _save(self, last: bool) -> float:
         """Returns the seconds for which training was held up."""
         started = time.perf_counter()
-        self.heartbeat.beat("save")
+        self.heartbeat.beat("ending" if last else "save", self.writer.longest_s)
         self.writer.wait_and_report()  # the save before this one
         name = FINAL_NAME if last else step_name(self.state.step)
         self.writer.save(name, self.state.primitives(), self.settings.checkpoint.asynchronous and not last)

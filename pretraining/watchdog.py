@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pretraining.events import record_event
 from pretraining.failures import Failure, name_of
-from pretraining.heartbeat import PHASES, STEP_PHASES
+from pretraining.heartbeat import PHASES, STEP_PHASES, Beat
 from pretraining.node_watcher import NodeWatcher, Seen
 from pretraining.settings import Settings
 from utils import console
@@ -30,6 +30,10 @@ _TOO_MANY_FAILED_LOOKS = 30
 _STEPS_WAITED_FOR = 10
 _MIN_TIMEOUT_S, _MAX_TIMEOUT_S = 60.0, 600.0
 _WARM_UP_STEPS = 2  # they compile, allocate and tune
+_TIMES_THE_LONGEST = 10
+# Phases whose earlier length tells how long they may take, and the least for which one is waited. A shared file system
+# that stalls for some minutes is no hang.
+_MIN_SLOW_TIMEOUT_S = {"validation": 60.0, "save": 600.0}
 
 
 class Watchers:
@@ -134,7 +138,16 @@ class Watchdog:
         in_step = all(one.beat.phase in STEP_PHASES and one.beat.steps_done >= _WARM_UP_STEPS for one in others)
         if in_step or seen.state in ("T", "t"):
             return self.step_timeout_s()
-        return self._settings.train.slow_timeout
+        return max(self._slow_timeout_s(one.beat) for one in others)
+
+    def _slow_timeout_s(self, beat: Beat) -> float:
+        if beat.steps_done >= _WARM_UP_STEPS and beat.phase in STEP_PHASES:
+            return self.step_timeout_s()
+        limit_s = self._settings.train.slow_timeout
+        least_s = _MIN_SLOW_TIMEOUT_S.get(beat.phase)
+        if least_s is None or not beat.longest_s:
+            return limit_s
+        return min(max(_TIMES_THE_LONGEST * beat.longest_s, least_s), limit_s)
 
     def _run(self) -> None:
         while not self._stop.wait(_POLL_INTERVAL_S):

@@ -12,9 +12,12 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_S = 0.1
+"""By which the rank that SLOW_RANK names is slower, per micro-batch."""
 
 
 def free_port() -> int:
@@ -114,12 +117,21 @@ def train_one_rank(job: Path) -> None:
 
     import torch
 
+    import pretraining.slow_ranks
     from pretraining.trainer import Trainer
 
+    if "SLOW_RANK" in os.environ:  # a test has not the time for 50
+        pretraining.slow_ranks.SLOW_STEPS = 6
     if limit := os.environ.get("LIMIT_FILE_BYTES"):  # writing beyond it fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     for settings, plan in pickle.loads(job.read_bytes()):
         trainer = Trainer(settings, plan)
+        if os.environ.get("PRINT_TIMEOUTS"):
+            mesh = trainer.parameters[0].device_mesh
+            for group in (torch.distributed.group.WORLD, *mesh.get_all_groups()):
+                print("timeout_s", group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+        if os.environ.get("SLOW_RANK") == str(trainer.rank):
+            trainer.model.transformer.h[0].register_forward_pre_hook(lambda *_: time.sleep(SLOW_S))
         trainer.resume_or_initialise()
         trainer.run()
         if settings.log.run == "measure memory":

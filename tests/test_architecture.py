@@ -74,8 +74,8 @@ MAX_INNER_IMPORTS = {
     # tensorboard, wandb and torchao (twice), which are optional, and the training that the driver starts elsewhere and
     # does not import.
     "pretraining": 5,
-    # matplotlib, which an export without a metrics.jsonl beside its checkpoint does without.
-    "export": 1,
+    # matplotlib, which an export without a metrics.jsonl beside its checkpoint does without; gguf, which is optional.
+    "export": 2,
 }
 
 

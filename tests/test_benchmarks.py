@@ -47,11 +47,23 @@ def test_tokenization_is_measured_beside_what_people_use_now(tmp_path, run_scrip
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_a_short_night_of_faults_ends_like_a_quiet_one(run_script):
+    kinds = ["SIGKILL of a process", "SIGSTOP of a process", "byte flipped in the newest checkpoint"]
+    said = run_script("benchmarks/soak.py", f"--num_faults={len(kinds)}", "--kinds", *kinds, timeout=1100).stdout
+    assert said.rstrip().endswith("equal to the quiet run's, bit for bit.")
+    rows = {row.split("|")[1].strip(): row for row in said.splitlines() if row.startswith("|")}
+    assert "| 1 | restart |" in rows[kinds[0]] and "| 1 | hang, restart |" in rows[kinds[1]]
+    assert "checkpoint refused |" in rows[kinds[2]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "command",
     [
         ["data_at_scale.py", "--small_files=20", "--many_files=40", "--chunks=20"],
         ["pretrain_speed.py", "--cases", "small", "--steps", "8", "--rounds", "1"],
+        ["pretrain_speed.py", "--cases", "watching", "--steps", "8"],
         ["pretrain_checkpoint.py"],
         ["pretrain_data.py", "--contexts", "1024"],
         ["attention_and_loss.py", "--parts", "attention", "--rounds", "1"],

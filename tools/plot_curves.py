@@ -3,7 +3,8 @@
     python -m tools.plot_curves RUN [RUN ...] --output=curves.png
 
 RUN is a directory with the metrics.jsonl that distributed_pretrain.py writes, or that file itself. What a run did
-not log is left out; steps that were logged twice, by a run that was restarted, count as they were logged last.
+not log is left out; steps that were logged twice, by a run that was restarted, count as they were logged last. What
+happened to a run (restarts, hangs, skipped steps: its events.jsonl) is marked by vertical lines.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from export.run_metrics import read_steps
+from pretraining.events import read_events
 from utils import cli, console
 from utils.errors import Problems, UserError
 from utils.metrics_file import METRICS_NAME
@@ -54,10 +56,14 @@ def read_run(run_dir: str) -> list[dict[str, Any]]:
     return steps
 
 
+def directory_of(run_dir: str) -> Path:
+    path = Path(run_dir).absolute()
+    return path.parent if path.is_file() else path
+
+
 def names_of(run_dirs: Sequence[str]) -> list[str]:
     """The shortest endings of the paths that tell the runs apart."""
-    paths = [Path(run).absolute() for run in run_dirs]
-    paths = [path.parent if path.is_file() else path for path in paths]
+    paths = [directory_of(run) for run in run_dirs]
     depth = 1
     while depth < 8 and len({path.parts[-depth:] for path in paths}) < len(set(paths)):
         depth += 1
@@ -78,8 +84,10 @@ def main(settings: Settings) -> None:
 
     from export.curves import draw_curves
 
-    draw_curves(dict(zip(names_of(settings.run_dirs), found)), output, settings.x, settings.title)
-    console.say(f"{output}: curves of {', '.join(names_of(settings.run_dirs))}")
+    names = names_of(settings.run_dirs)
+    events = {name: read_events(directory_of(run)) for name, run in zip(names, settings.run_dirs)}
+    draw_curves(dict(zip(names, found)), output, settings.x, settings.title, events)
+    console.say(f"{output}: curves of {', '.join(names)}")
 
 
 if __name__ == "__main__":

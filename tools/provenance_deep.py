@@ -140,18 +140,14 @@ def check_values(node: Node, export_dir: Path, manifest: dict[str, Any], checkpo
     """Compare every exported value with the checkpoint's, and config.json with what the model makes of it."""
     import json
 
-    from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
     from export.checks import make_plan
     from export.hf_config import hf_config
-    from export.proof import compare_weights
+    from export.proof import compare_weights, find_exported
 
     settings = manifest["settings"]
-    for_hf = settings["formats"] != "litgpt"
     try:
-        plan = make_plan(checkpoint, made, for_hf, settings["dtype"], settings.get("pad_token"))
-        lit = find_in_torch_file(export_dir / "lit_model.pth") if settings["formats"] != "hf" else None
-        hf = find_in_safetensors(export_dir) if for_hf else None
-        count = compare_weights(plan.weights, lit, hf, plan.layout)
+        plan = make_plan(checkpoint, made, settings["formats"], settings["dtype"], settings.get("pad_token"))
+        count = compare_weights(plan, find_exported(plan, export_dir))
     except UserError as error:
         node.lines += [(CHANGED, f"--deep: {problem}") for problem in error.problems]
         return
@@ -163,7 +159,7 @@ def check_values(node: Node, export_dir: Path, manifest: dict[str, Any], checkpo
         return
     node.add(AGREES, f"--deep: {console.human_count(count)} stored values equal the checkpoint's")
     path = export_dir / "config.json"
-    if for_hf and path.is_file():
+    if settings["formats"] != "litgpt" and path.is_file():
         ids = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
         wanted = json.loads(json.dumps(hf_config(plan.config, plan.tied, plan.dtype_name, *ids, plan.pad_id)))
         found = json.loads(path.read_bytes())

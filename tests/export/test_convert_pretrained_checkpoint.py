@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 
-from export.checkpoint_weights import find_in_safetensors, find_in_torch_file, find_weights
+from export.checkpoint_weights import find_in_torch_file, find_weights
 
 SCRIPT = "convert_pretrained_checkpoint.py"
 
@@ -425,32 +425,29 @@ def test_a_wrong_config_json_is_not_published(checkpoint, tmp_path, monkeypatch)
         assert "logits differ" in message or "different angles" in message, wrong
 
 
-def test_weights_proof_notices_one_changed_bit(checkpoint, exported, tmp_path):
-    from litgpt import Config
-
-    from export.hf_layout import hf_layout
-    from export.proof import compare_weights
+@pytest.mark.parametrize(
+    ("formats", "name"), [("litgpt", "lit_model.pth"), ("hf", "model.safetensors"), ("gguf", "model.gguf")]
+)
+def test_weights_proof_notices_one_changed_bit(checkpoint, tmp_path, formats, name):
+    from export.checkpoint_files import read_checkpoint_manifest
+    from export.checks import make_plan
+    from export.proof import compare_weights, find_exported
     from utils.errors import UserError
 
-    copy = tmp_path / "model"
-    shutil.copytree(exported, copy)
-    source = find_weights(checkpoint)
-    config = Config.from_file(checkpoint / "model_config.yaml")
-    layout = hf_layout("llama", config, source, tied=False)
-    for find, name in ((find_in_torch_file, "lit_model.pth"), (find_in_safetensors, "model.safetensors")):
-        files = (
-            find_in_torch_file(copy / "lit_model.pth") if find is find_in_torch_file else None,
-            find_in_safetensors(copy) if find is find_in_safetensors else None,
-        )
-        assert compare_weights(source, *files, layout) == 201024
-        tensor = next(found for found in (files[0] or files[1]).values() if "1" in found.name)
-        with open(copy / name, "r+b") as file:
-            file.seek(tensor.pieces[0].first_byte)
-            byte = file.read(1)[0]
-            file.seek(tensor.pieces[0].first_byte)
-            file.write(bytes([byte ^ 128]))
-        with pytest.raises(UserError, match=f"{name}: '{tensor.name}' differs from the checkpoint"):
-            compare_weights(source, *files, layout)
+    export_in_process(checkpoint, tmp_path / "model", formats=formats)
+    manifest = read_checkpoint_manifest(checkpoint)
+    plan = make_plan(checkpoint, manifest, formats, dtype="same", pad_token=None)
+    exported = find_exported(plan, tmp_path / "model")
+    assert compare_weights(plan, exported) == 201024
+    tensors = exported.lit or exported.hf or exported.gguf
+    tensor = next(found for found in tensors.values() if "1" in found.name)
+    with open(tmp_path / "model" / name, "r+b") as file:
+        file.seek(tensor.pieces[0].first_byte)
+        byte = file.read(1)[0]
+        file.seek(tensor.pieces[0].first_byte)
+        file.write(bytes([byte ^ 128]))
+    with pytest.raises(UserError, match=f"{name}: '{tensor.name}' differs from the checkpoint"):
+        compare_weights(plan, exported)
 
 
 @pytest.mark.parametrize("verify", ["weights", "off"])

@@ -47,6 +47,17 @@ FAMILIES = {
     "phi-4": ("phi-4", {"n_query_groups": 2}),
     "phi-4-mini": ("Phi-4-mini-instruct", {"n_query_groups": 2, **PADDED}),
     "olmo-2": ("OLMo-2-1124-7B", {"n_query_groups": 4}),
+    "mixtral": ("Mixtral-8x7B-v0.1", {"n_query_groups": 2, "n_expert": 4}),
+    "qwen-3-moe": (
+        "Qwen3-30B-A3B",
+        {"n_query_groups": 2, "head_size": 32, "n_expert": 6, "n_expert_per_token": 3, "moe_intermediate_size": 48},
+    ),
+    "phi-1.5": ("phi-1_5", {}),
+    "phi-2-grouped": ("phi-2", {"n_query_groups": 2}),
+    "falcon-7b": ("falcon-7b", {"n_query_groups": 1}),
+    "falcon-40b": ("falcon-40b", {"n_query_groups": 2}),
+    "stablelm": ("stablelm-3b-4e1t", PADDED),
+    "olmo": ("OLMo-1B-hf", {"norm_eps": 1e-5}),
     "olmo-2-grouped": ("OLMo-2-1124-7B", {"n_query_groups": 2}),
 }
 

@@ -14,6 +14,7 @@ from tiny_runs import write_config, write_dataset
 from pretraining.data import Sequences
 from pretraining.dataset_check import Reading
 from pretraining.dataset_index import check_index_agrees
+from pretraining.events import read_events
 from pretraining.left_out import LeftOut
 from utils.chunks import read_index
 from utils.errors import UserError
@@ -99,6 +100,9 @@ def test_a_byte_that_flipped_after_the_merge_ends_the_run_and_names_file_and_ste
         log = (tmp_path / "job" / f"rank-{rank}.log").read_text()
         assert "chunk-2.bin: its checksum is" in log
         assert "steps have read from it" in log or "No step has read from it yet" in log
+    (event,) = read_events(tmp_path / "run")
+    assert event["event"] == "damaged text" and event["chunk"] == str(damaged / "train" / "chunk-2.bin")
+    assert (event["first_step"] is None) == (event["steps"] == 0) and event["steps"] <= event["step"]
 
 
 def test_damaged_validation_text_is_named_as_such(tmp_path, dataset):

@@ -123,7 +123,7 @@ def test_a_process_that_is_stopped_in_a_validation_or_during_a_save(tmp_path, fl
     out_dir = tmp_path / "out"
     run = Run(out_dir, SCRIPT, *flags, "--max_failures=1", "--train.step_timeout=5")
     os.kill(run.wait_for(1, lambda step, phase: step == 10 and phase == "validation"), signal.SIGSTOP)
-    os.kill(run.wait_for(1, lambda *_: any(out_dir.glob(f"{TEMPORARY_PREFIX}step-00000010*"))), signal.SIGSTOP)
+    os.kill(run.wait_for(1, lambda *_: any(out_dir.glob(f"{TEMPORARY_PREFIX}step-*"))), signal.SIGSTOP)
     output = run.output()
     assert run.process.returncode == 0, output
     assert_same_run(out_dir, quiet)
@@ -151,6 +151,24 @@ def test_a_reader_that_sleeps_or_fails(tmp_path, flags, quiet, fault):
     else:
         assert "rank 1 (" in told["message"] and "RuntimeError: the reader found a dragon" in told["message"]
         assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_hang_in_a_validation_is_measured_by_the_ones_before(tmp_path, flags, quiet):
+    """After a minute, since they took less than 6 s; not after an hour."""
+    out_dir = tmp_path / "out"
+    run = Run(out_dir, "tests/faulty_training.py", "validation", tmp_path / "mark", *flags)
+    assert run.wait_for(1, lambda *_: (tmp_path / "mark").exists())
+    began = time.monotonic()
+    while not [event for event in read_events(out_dir) if event["event"] == "hang"]:
+        assert time.monotonic() - began < 60 + 15
+        time.sleep(0.1)
+    output = run.output()
+    assert run.process.returncode == 0, output
+    assert_same_run(out_dir, quiet)
+    hang = read_events(out_dir)[0]
+    assert hang["ranks"] == [1] and hang["phases"]["1"] == "validation"
+    assert "validation_that_sleeps" in (Path(hang["stacks"]) / "rank-1.txt").read_text()
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import threading
 import pytest
 from conftest import ROOT
 
-from pretraining.loggers import Follower, make_logger, progress_line
+from pretraining.events import record_event
+from pretraining.follower import Follower
+from pretraining.loggers import make_logger, progress_line
 from pretraining.metrics_writer import MetricsFile, rewind_metrics
 from pretraining.settings import LogSettings
 from utils.errors import UserError
@@ -59,6 +61,96 @@ def test_the_follower_passes_each_step_on_once_even_after_a_rewind(tmp_path):
             metrics.write({"step": step})
         assert all_there.wait(timeout=30)
     assert seen == list(range(8))
+
+
+class Kept:
+    """A logger that remembers what it is told."""
+
+    def __init__(self):
+        self.told, self.saw_step_4, self.saw_step_7 = [], threading.Event(), threading.Event()
+
+    def log(self, record):
+        self.told.append((record["step"], record["loss"]))
+        if record["step"] in (4, 7):
+            {4: self.saw_step_4, 7: self.saw_step_7}[record["step"]].set()
+
+    def event(self, record):
+        self.told.append(record["event"])
+
+    def undo(self, step):
+        self.told.append(f"undo after {step}")
+
+
+def test_steps_that_a_rollback_undid_are_undone_in_the_loggers_too(tmp_path):
+    record_event(tmp_path, "restart", "of an earlier start", step=1)
+    kept = Kept()
+    with Follower(tmp_path, -1, kept.log, kept):
+        metrics = MetricsFile(tmp_path)
+        for step in range(5):
+            metrics.write({"step": step, "loss": 1.0})
+        assert kept.saw_step_4.wait(timeout=30)
+        record_event(tmp_path, "went back", "the text was bad", step=5, to_step=2)
+        rewind_metrics(tmp_path, 2)
+        metrics = MetricsFile(tmp_path)
+        for step in range(3, 8):
+            metrics.write({"step": step, "loss": 2.0})
+        assert kept.saw_step_7.wait(timeout=30)
+    before, after = [(step, 1.0) for step in range(5)], [(step, 2.0) for step in range(3, 8)]
+    assert kept.told == [*before, "undo after 2", "went back", *after]
+
+
+def test_csv_drops_the_steps_that_are_undone(tmp_path):
+    metrics = MetricsFile(tmp_path)
+    logger = make_logger("csv", tmp_path, [], {}, LogSettings(), None)
+    for step in range(1, 6):
+        metrics.write({"step": step, "loss": 1.0})
+        logger.log({"step": step, "loss": 1.0})
+    rewind_metrics(tmp_path, 3)
+    logger.undo(3)
+    logger.event({"event": "went back", "message": "", "step": 5})
+    logger.log({"step": 4, "loss": 2.0})
+    logger.close()
+    with open(tmp_path / "metrics.csv") as file:
+        assert [(row["step"], row["loss"]) for row in csv.DictReader(file)] == [
+            ("1", "1.0"), ("2", "1.0"), ("3", "1.0"), ("4", "2.0")
+        ]  # fmt: skip
+
+
+def test_tensorboard_shows_events_and_not_the_steps_that_are_undone(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = make_logger("tensorboard", tmp_path, [], {}, LogSettings(), None)
+    for step in range(1, 6):
+        logger.log({"step": step, "loss": 1.0})
+    logger.event({"event": "skipped step", "message": "step 5 updates nothing", "step": 5})
+    logger.undo(3)
+    logger.event({"event": "went back", "message": "to step 3", "step": 5})
+    logger.log({"step": 4, "loss": 2.0})
+    logger.close()
+    found = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    losses = [(point.step, point.value) for point in found.Scalars("loss")]
+    assert losses == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "events"))
+    events.Reload()
+    texts = {tag: [point.step for point in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+    assert texts == {"skipped step/text_summary": [5], "went back/text_summary": [5]}
+
+
+def test_wandb_keeps_events_and_says_which_steps_are_undone(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    logger = make_logger("wandb", tmp_path, [], {}, LogSettings(), None)
+    for step in range(1, 6):
+        logger.log({"step": step, "loss": 1.0})
+    logger.event({"event": "went back", "message": "the text was bad", "step": 5})
+    logger.undo(3)
+    logger.log({"step": 4, "loss": 2.0})
+    assert logger._run.summary["undone_steps"] == "4-5"
+    assert logger._run.summary["loss"] == 1.0 and logger._run.summary["events/went back"] == 5
+    logger.log({"step": 6, "loss": 3.0})
+    logger.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"the text was bad" in file.read_bytes()
 
 
 def test_a_logger_that_fails_does_not_end_the_run(tmp_path, capsys):

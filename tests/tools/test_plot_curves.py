@@ -54,6 +54,20 @@ def texts_of_svg(path: Path) -> set[str]:
     return {element.text.strip() for element in root.iter() if element.tag is ElementTree.Comment}
 
 
+def test_events_are_marked_and_counted(tmp_path):
+    run, quiet = write_run(tmp_path / "run", 100), write_run(tmp_path / "quiet", 100)
+    events = [("restart", 20), ("restart", 60), ("hang", 60), ("checkpoint refused", None)]
+    lines = [json.dumps({"event": event, "step": step, "message": "so it was"}) + "\n" for event, step in events]
+    (run / "events.jsonl").write_text("".join(lines))
+    plot(run, f"--output={tmp_path / 'one.svg'}")
+    assert "restart (2), hang" in texts_of_svg(tmp_path / "one.svg")
+    plot(run, quiet, f"--output={tmp_path / 'two.svg'}", "--x=step")
+    assert "run: restart (2), hang" in texts_of_svg(tmp_path / "two.svg")
+    plot(quiet, f"--output={tmp_path / 'none.svg'}")
+    marks = [(tmp_path / name).read_text().count("stroke-dasharray: 1,1.65") for name in ("one.svg", "none.svg")]
+    assert marks == [2 * 4 + 1, 0]  # two steps in four panels, and the legend
+
+
 def test_last_of_repeated_steps_wins_and_a_cut_line_is_skipped(tmp_path):
     run = write_run(tmp_path / "run", 100)
     with open(run / "metrics.jsonl", "a") as file:
