@@ -46,7 +46,7 @@ from pretraining.loggers import make_logger, progress_line, sample_line
 from pretraining.metrics_writer import rewind_metrics, samples_of
 from pretraining.model_config import litgpt_config_module, model_names
 from pretraining.plan import Plan, make_plan
-from pretraining.process_layout import micro_batches_per_step, shard_size
+from pretraining.process_layout import computed_by, micro_batches_per_step, shard_size
 from pretraining.run_identity import check_same_run, result_settings
 from pretraining.settings import STOP_NAME, Settings
 from utils.errors import UserError
@@ -153,7 +153,7 @@ def train(settings: Settings, plan: Plan, newest: Checkpoint | None) -> None:
             f"training {plan.model_config['name']} on {world_size} {settings.accelerator} processes: steps "
             f"{newest.step if newest else 0} to {plan.total_steps}, {console.human_count(plan.tokens_per_step)} tokens "
             f"per step ({accumulation} x {settings.train.micro_batch_size} sequences of {plan.context_tokens} per "
-            "process)"
+            f"{computed_by(settings)})"
         )
         # Steps after the checkpoint will be done again: drop their records, so that nobody takes them for new ones. The
         # workers do the same once they have compared checksums.

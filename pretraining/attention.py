@@ -27,6 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from pretraining.context_parallel import ALONE, ContextGroup, Ulysses
+
 # What the kernels below are to autograd: dear to compute and small to keep, for recomputation that selects.
 ATTENTION_OPERATIONS = frozenset(
     {
@@ -188,34 +190,43 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-Pattern = Causal | Masked | Band | Varlen | Flex
+Pattern = Causal | Masked | Band | Varlen | Flex | Ulysses
 
 
-def attention_patterns(config: Any, x: Tensor, offsets: Tensor | None = None) -> list[Pattern | None]:
+def attention_patterns(
+    config: Any, x: Tensor, offsets: Tensor | None = None, group: ContextGroup = ALONE
+) -> list[Pattern | None]:
     """What the layers' tokens see, per layer; layers with the same window share it.
 
     Args:
         config: litgpt's Config.
-        x: the embedded tokens, shape (B, T, n_embd), for their shape, type and device.
+        x: the embedded tokens, shape (B, T / group.size, n_embd), for their shape, type and device.
         offsets: where documents start (see `documents.document_offsets`), on the device; None: a row is one document.
+        group: the processes that share each row.
 
     Returns:
         For litgpt's latent attention, which keeps its own forward pass, None (causal).
 
     Raises:
-        ValueError: documents with latent attention.
+        ValueError: documents, or a group, with latent attention.
     """
     if config.latent_attention:
         if offsets is not None:
             raise ValueError("latent attention cannot mask documents")
+        if group.size > 1:
+            raise ValueError("latent attention cannot share sequences")
         return [None] * config.n_layer
+    batch, tokens = x.size(0), x.size(1) * group.size
     windows: list[int | None] = [None] * config.n_layer
     if config.sliding_window_size is not None and config.sliding_window_indices is not None:
         sliding = config.sliding_window_indices
         # A window that reaches over the whole sequence hides nothing.
-        if config.sliding_window_size < x.size(1):
+        if config.sliding_window_size < tokens:
             windows = [config.sliding_window_size if sliding[i] else None for i in range(config.n_layer)]
-    shared = {window: _pattern(config, x, offsets, window) for window in set(windows)}
+    whole = x.new_empty(()).expand(batch, tokens, 1)
+    shared: dict[int | None, Pattern] = {window: _pattern(config, whole, offsets, window) for window in set(windows)}
+    if group.size > 1:
+        shared = {window: Ulysses(pattern, group.size, group.name) for window, pattern in shared.items()}
     return [shared[window] for window in windows]
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pretraining.process_layout import micro_batches_per_step, shard_size
+from pretraining.process_layout import listed, micro_batches_per_step, shard_size
 from pretraining.settings import Settings
 from utils import console
 from utils.errors import Problems, UserError
@@ -21,7 +21,7 @@ _POSITIVE = (
     "eval.sample_temperature", "optimizer.lr", "optimizer.eps", "num_nodes",
     "num_devices", "tokens", "parallel.shard_size", "parallel.loss_chunk_tokens", "parallel.cpu_threads",
     "checkpoint.keep_last", "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",
-    "parallel.compare_copies_every",
+    "parallel.compare_copies_every", "parallel.context_parallel_size",
 )  # fmt: skip
 _NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "optimizer.weight_decay")
 _FRACTIONS = ("train.lr_warmup_fraction", "train.lr_decay_fraction")
@@ -65,6 +65,38 @@ def check_numbers(settings: Settings, problems: Problems) -> None:
         )
 
 
+def check_model(settings: Settings, config: Any, problems: Problems) -> None:
+    """Add a problem for each setting that the model's sizes do not allow.
+
+    Args:
+        config: litgpt's Config of the model.
+    """
+    problems.collect(check_float8, settings, config)
+    problems.collect(check_context_parallel, settings, config)
+
+
+def check_context_parallel(settings: Settings, config: Any) -> None:
+    """Raises UserError where processes cannot share the model's sequences."""
+    size = settings.parallel.context_parallel_size
+    if size <= 1:
+        return
+    if config.latent_attention:
+        raise UserError(
+            f"--parallel.context_parallel_size={size}: not possible for {config.name}, whose latent attention is "
+            "litgpt's own and exchanges no heads between processes. Leave it out, or choose another model."
+        )
+    context_tokens = settings.train.max_seq_length or config.block_size
+    shared = {"attention heads of the model": config.n_head, "tokens of a sequence": context_tokens}
+    odd = [f"{number} {name}" for name, number in shared.items() if number % size]
+    if odd:
+        common = math.gcd(*shared.values(), settings.num_devices or 0)
+        fitting = listed([n for n in range(1, common + 1) if common % n == 0])
+        raise UserError(
+            f"--parallel.context_parallel_size={size}: does not divide the {' nor the '.join(odd)}, of which each "
+            f"process takes an equal part. Use {fitting}, or another --train.max_seq_length."
+        )
+
+
 def check_float8(settings: Settings, config: Any) -> None:
     """Raises UserError where the model's sizes do not fit float8: the products want multiples of 16.
 
@@ -79,8 +111,10 @@ def check_float8(settings: Settings, config: Any) -> None:
             "bf16-mixed."
         )
     context_tokens = settings.train.max_seq_length or config.block_size
+    parts = max(1, settings.parallel.context_parallel_size)
+    tokens_name = f"train.micro_batch_size * context{f' / {parts}' if parts > 1 else ''}"
     sizes = {
-        "train.micro_batch_size * context": settings.train.micro_batch_size * context_tokens,
+        tokens_name: settings.train.micro_batch_size * context_tokens // parts,
         "n_embd": config.n_embd,
         "n_head * head_size": config.n_head * config.head_size,
         "n_query_groups * head_size": (config.n_query_groups or config.n_head) * config.head_size,

@@ -19,6 +19,7 @@ import xxhash
 from litdata.streaming.item_loader import TokensLoader
 from litdata.streaming.serializers import _get_serializers
 
+from pretraining.context_parallel import ALONE, ContextGroup
 from pretraining.data_order import SequenceOrder
 from pretraining.documents import Separator, document_offsets
 from pretraining.plan import Plan
@@ -165,13 +166,16 @@ def plan_sequences(plan: Plan, directories: list[str], seed: int) -> Sequences:
 
 
 def rank_positions(first: int, count: int, rank: int, world_size: int) -> np.ndarray:
-    """Those of the `count` positions from `first` on that a rank reads: position p belongs to rank p mod world_size."""
+    """Those of the `count` positions from `first` on that a rank reads: position p belongs to rank p mod world_size.
+
+    Where processes share sequences, `rank` and `world_size` are those of their groups (ContextGroup.index and .count).
+    """
     positions = np.arange(first, first + count, dtype=np.int64)
     return positions[positions % world_size == rank]
 
 
 def rank_micro_batches(steps: range, train: TrainSettings, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """The positions of each micro-batch that a rank computes in these steps."""
+    """The positions of each micro-batch that a rank computes in these steps; see `rank_positions`."""
     for step in steps:
         mine = rank_positions(step * train.global_batch_size, train.global_batch_size, rank, world_size)
         for start in range(0, len(mine), train.micro_batch_size):
@@ -181,13 +185,14 @@ def rank_micro_batches(steps: range, train: TrainSettings, rank: int, world_size
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
     tokens: torch.Tensor
-    """int64, shape (sequences, block_tokens)."""
+    """int64, shape (sequences, block_tokens). Members of a group that shares sequences have their part of these, as
+    `ContextGroup.part_of` says."""
     offsets: torch.Tensor | None
-    """Where documents start, if they are masked from one another: int32, of one length for all micro-batches, as
-    `documents.document_offsets` says."""
+    """Where documents start in the whole sequences, if they are masked from one another: int32, of one length for all
+    micro-batches, as `documents.document_offsets` says."""
     digest: int
     """Sum over sequences of a 64-bit hash of position and tokens, modulo 2^64: it tells which sequences a global batch
-    holds, in whatever pieces they were read."""
+    holds, in whatever pieces they were read. 0 for all members of a group but the first."""
 
     def to(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What the model takes: inputs, targets and offsets. From page-locked memory no one waits for the copy."""
@@ -196,18 +201,26 @@ class MicroBatch:
         return tokens[:, :-1], tokens[:, 1:], offsets
 
 
-def read_micro_batch(sequences: Sequences, positions: np.ndarray, pin_memory: bool) -> MicroBatch:
+def read_micro_batch(
+    sequences: Sequences, positions: np.ndarray, pin_memory: bool, group: ContextGroup = ALONE
+) -> MicroBatch:
     tokens, offsets = sequences.read_with_offsets(positions)
-    digest = sum(
-        xxhash.xxh3_64_intdigest(row.numpy(), seed=position) for row, position in zip(tokens, positions.tolist())
-    )
+    digest = 0
+    if group.member == 0:
+        numbered = zip(tokens, positions.tolist())
+        digest = sum(xxhash.xxh3_64_intdigest(row.numpy(), seed=position) for row, position in numbered)
+    tokens = group.part_of(tokens)
     if pin_memory:
         tokens, offsets = tokens.pin_memory(), offsets if offsets is None else offsets.pin_memory()
     return MicroBatch(tokens, offsets, digest % 2**64)
 
 
 def prefetch(
-    sequences: Sequences, batches: Iterator[np.ndarray], pin_memory: bool, depth: int = 8
+    sequences: Sequences,
+    batches: Iterator[np.ndarray],
+    pin_memory: bool,
+    depth: int = 8,
+    group: ContextGroup = ALONE,
 ) -> Iterator[MicroBatch]:
     """Read micro-batches in a thread, ahead of the training loop. The thread ends when the generator is closed.
 
@@ -215,11 +228,12 @@ def prefetch(
         batches: the positions of each micro-batch, in the order of use.
         pin_memory: whether to copy into page-locked memory, so that the copy to a GPU overlaps with work.
         depth: how many micro-batches are ready at most.
+        group: the processes that share each sequence.
     """
 
     def read_next() -> MicroBatch | None:
         positions = next(batches, None)
-        return None if positions is None else read_micro_batch(sequences, positions, pin_memory)
+        return None if positions is None else read_micro_batch(sequences, positions, pin_memory, group)
 
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:

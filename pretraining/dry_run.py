@@ -12,7 +12,7 @@ from pretraining.evaluation_plan import evaluation_lines
 from pretraining.memory import MemoryPlan, plan_memory
 from pretraining.model import training_flops_per_token
 from pretraining.plan import Plan
-from pretraining.process_layout import micro_batches_per_step
+from pretraining.process_layout import computed_by, micro_batches_per_step
 from pretraining.settings import Settings
 from pretraining.throughput import PEAK_FLOPS
 from utils import console
@@ -47,7 +47,7 @@ def print_dry_run(settings: Settings, plan: Plan) -> None:
         "data": f"{plan.train_blocks:,} sequences of {plan.context_tokens} tokens, {human_count(epoch_tokens)} tokens "
         f"per epoch{'' if settings.tokens is None else ' (--tokens; no dataset was read)'}",
         "steps": f"{plan.total_steps:,} of {human_count(plan.tokens_per_step)} tokens ({accumulation} x "
-        f"{settings.train.micro_batch_size} sequences per process)",
+        f"{settings.train.micro_batch_size} sequences per {computed_by(settings)})",
         "tokens": f"{human_count(tokens)}, {tokens / epoch_tokens:.2f} epochs",
         **evaluation_lines(settings),
         **_durations(settings, plan, tokens, flops_per_token, world_size),
@@ -144,6 +144,7 @@ def _problems(settings: Settings, memory: MemoryPlan, disk_bytes: int) -> list[s
         problems.append(
             f"--train.micro_batch_size={settings.train.micro_batch_size}: a process needs about "
             f"{human_bytes(memory.total)}, an 80 GB GPU holds less. Lower it, use "
-            "--parallel.activation_checkpointing=full, or more processes."
+            "--parallel.activation_checkpointing=full, more processes, or for long sequences "
+            "--parallel.context_parallel_size."
         )
     return problems

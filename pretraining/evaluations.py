@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pretraining.context_parallel import ALONE
 from pretraining.data import rank_positions
 from pretraining.loss import IGNORED_TARGET
 from pretraining.plan import Plan
@@ -30,7 +31,7 @@ class Evaluations:
     def __init__(self, model: torch.nn.Module, settings: Settings, plan: Plan, device: torch.device):
         self._model = model
         self._validation = Validation(model, settings, plan, device)
-        tokens = settings.train.micro_batch_size * plan.context_tokens
+        tokens = settings.train.micro_batch_size * plan.context_tokens // settings.parallel.context_parallel_size
         self._tasks = [
             TaskEvaluation(name, directory, model, tokens, device)
             for name, directory in (settings.eval.tasks or {}).items()
@@ -51,12 +52,15 @@ class Evaluations:
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No gradients, and nothing compiled: tasks and samples have shapes of their own, and compiled blocks that have met
-    a second shape are compiled for any, training's as well."""
+    """No gradients, whole sequences on each process, and nothing compiled: tasks and samples have shapes of their own,
+    and compiled blocks that have met a second shape are compiled for any, training's as well."""
+    gpt = model.module  # Fabric's name for what it wraps
+    group, gpt.context_group = gpt.context_group, ALONE
     model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
     model.train()
+    gpt.context_group = group
 
 
 class TaskEvaluation:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from pretraining.attention import attention_patterns
+from pretraining.context_parallel import ContextGroup
 from pretraining.documents import Separator, document_offsets
 from pretraining.model import PretrainGPT, build_model, count_parameters
 from pretraining.parallelism import SELECTED_IS_COUNTABLE, checkpoint_activations, local_shard
@@ -122,7 +123,7 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
 
 def _logit_bytes(settings: Settings, plan: Plan) -> int:
     vocabulary = plan.model_config["padded_vocab_size"]
-    tokens = settings.train.micro_batch_size * plan.context_tokens
+    tokens = settings.train.micro_batch_size * plan.context_tokens // settings.parallel.context_parallel_size
     rows = min(tokens, settings.parallel.loss_chunk_tokens)
     computes_in_bf16 = settings.precision != "32-true"
     # One buffer for the logits in float32, and their gradient in the type of the products.
@@ -188,10 +189,12 @@ def _fake_model(settings: Settings, plan: Plan, num_layers: int) -> Iterator[tup
         finally:
             torch.set_default_dtype(default)
         model.cos, model.sin = model.cos.float(), model.sin.float()
+        model.context_group = ContextGroup(settings.parallel.context_parallel_size)
         for block in model.transformer.h:
             if settings.parallel.activation_checkpointing != "none":
                 checkpoint_activations(block, settings.parallel.activation_checkpointing)
-        yield model, torch.zeros(settings.train.micro_batch_size, plan.context_tokens, dtype=torch.int64)
+        part_tokens = plan.context_tokens // model.context_group.size
+        yield model, torch.zeros(settings.train.micro_batch_size, part_tokens, dtype=torch.int64)
 
 
 def _bytes_saved_for_backward(settings: Settings, plan: Plan, num_layers: int) -> int:

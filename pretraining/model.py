@@ -12,6 +12,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from pretraining.attention import Attention, attention_patterns
+from pretraining.context_parallel import ALONE
 from pretraining.loss import OutputLayer
 from pretraining.parallelism import fill_local_shard, local_shard
 from pretraining.settings import Settings
@@ -26,20 +27,24 @@ class PretrainGPT(GPT):
         if not config.latent_attention:
             for i, block in enumerate(self.transformer.h):
                 block.attn = Attention(config, i)
+        self.context_group = ALONE
+        """The processes that share each sequence; set when the model is laid over them."""
         self._chunk_tokens, self._z_loss = settings.parallel.loss_chunk_tokens, settings.train.z_loss
 
     def hidden_states(self, inputs: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
-        """GPT.forward up to the output layer: inputs (B, T) -> (B, T, n_embd).
+        """GPT.forward up to the output layer: inputs (B, T) -> (B, T, n_embd); T are the tokens of this process.
 
         Args:
-            offsets: where documents start (see `documents.document_offsets`); None: a sequence is one document.
+            offsets: where documents start in the whole sequences (see `documents.document_offsets`); None: a sequence
+                is one document.
         """
-        positions = inputs.size(1)
-        cos, sin = self.cos[:positions].unsqueeze(0), self.sin[:positions].unsqueeze(0)  # (1, T, rotary width)
+        first = self.context_group.member * inputs.size(1)
+        positions = slice(first, first + inputs.size(1))
+        cos, sin = self.cos[positions].unsqueeze(0), self.sin[positions].unsqueeze(0)  # (1, T, rotary width)
         x = self.transformer.wte(inputs)  # (B, T, n_embd)
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
-        patterns = attention_patterns(self.config, x, offsets)
+        patterns = attention_patterns(self.config, x, offsets, self.context_group)
         for i, block in enumerate(self.transformer.h):
             if self.config.rope_indices is not None:
                 which = self.config.rope_indices[i]

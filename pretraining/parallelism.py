@@ -20,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pretraining.attention import ATTENTION_OPERATIONS
+from pretraining.context_parallel import join_context_group
 from pretraining.process_layout import group_timeout, shard_size
 from pretraining.settings import Settings
 from utils.machine import available_cpus
@@ -71,8 +72,13 @@ def device_mesh(settings: Settings, device_type: str, world_size: int, local_siz
 
 
 def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) -> None:
-    """Apply recomputation, compilation and FSDP2 to each block, then FSDP2 to the rest."""
+    """Apply recomputation, compilation and FSDP2 to each block, then FSDP2 to the rest.
+
+    Processes that share sequences hold pieces of the model like all others: each computes the loss of its own tokens,
+    and FSDP2 averages gradients over all processes.
+    """
     parallel = settings.parallel
+    model.context_group = join_context_group(parallel.context_parallel_size, group_timeout(settings))
     sharding = {
         "mesh": mesh["shard"] if parallel.sharding == "full" else mesh,
         "reshard_after_forward": parallel.reshard_after_forward,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
 from pretraining.checks import (
-    check_float8,
+    check_model,
     check_numbers,
     check_out_dir,
     warn_of_documents_without_end,
@@ -93,7 +93,7 @@ def make_plan(settings: Settings) -> Plan:
     config = problems.collect(resolve_model_config, settings)
     context = _check_context(settings, config, problems) if config is not None else None
     if config is not None:
-        problems.collect(check_float8, settings, config)
+        check_model(settings, config, problems)
     located = problems.collect(data_directories, settings) if settings.tokens is None else ([], None)
     train, val, manifests = _read_datasets(located[0] if located else [], problems)
     if settings.tokens is None:

@@ -159,6 +159,9 @@ class ParallelSettings:
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """The type in which gradients are summed, over processes and over micro-batches that were not reduced. bf16: half
     the traffic and half the memory of unsharded gradients, rounded to 8 bits at each addition."""
+    context_parallel_size: int = field(default=1, metadata=PLACE)
+    """Neighbouring processes of a node that share each sequence, for contexts too long for one GPU; each computes its
+    part of the tokens, and for attention its part of the heads (1: each process has sequences of its own)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """full: keep only each block's input and recompute the rest; selective: keep attention and every second
     matrix product that the backward pass needs."""

@@ -137,9 +137,10 @@ class Trainer:
         """Train from `step` on; returns whether it must go back."""
         train, evaluation = self.settings.train, self.settings.eval
         steps = range(self.state.step, self.plan.total_steps)
-        numbers = rank_micro_batches(steps, train, self.rank, self.world_size)
+        group = self.model.context_group
+        numbers = rank_micro_batches(steps, train, group.index, group.count)
         positions = map(self.state.left_out.positions, numbers)
-        batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda")
+        batches = prefetch(self.sequences, positions, pin_memory=self.device.type == "cuda", group=group)
         profiler = profiled(self.settings, self.out_dir / "profile", self.rank, self.heartbeat)
         with (
             fastest_kernels(self.device),

@@ -27,10 +27,10 @@ class Validation:
         self._sequences = plan_sequences(plan, plan.val_directories, seed=0)
         count = min(plan.val_blocks, settings.eval.max_iters * settings.train.global_batch_size)
         self._batch_size = size = settings.train.micro_batch_size
-        world_size = dist.get_world_size()
-        mine = rank_positions(0, count, dist.get_rank(), world_size)
+        self._group = group = model.context_group
+        mine = rank_positions(0, count, group.index, group.count)
         # All processes must make the same number of forward passes, for they gather weights together.
-        num_rounds = math.ceil(math.ceil(count / world_size) / size)
+        num_rounds = math.ceil(math.ceil(count / group.count) / size)
         self._micro_batches = [mine[i * size : (i + 1) * size] for i in range(num_rounds)]
 
     @torch.no_grad()
@@ -42,7 +42,8 @@ class Validation:
             # Always of the same shape: for another one compiled blocks would be compiled once more. What fills it up
             # is read but not counted.
             filled = np.resize(positions if len(positions) else np.zeros(1, np.int64), self._batch_size)
-            inputs, targets, offsets = read_micro_batch(self._sequences, filled, pin_memory=False).to(self._device)
+            batch = read_micro_batch(self._sequences, filled, pin_memory=False, group=self._group)
+            inputs, targets, offsets = batch.to(self._device)
             targets = targets.clone()
             targets[len(positions) :] = IGNORED_TARGET
             entropy, _ = self._model(inputs, targets, offsets)

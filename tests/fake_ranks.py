@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretraining.memory import plan_memory
 from pretraining.model import build_model, count_parameters
@@ -31,6 +32,21 @@ from pretraining.parallelism import device_mesh, local_shard, schedule_reduction
 from pretraining.process_layout import micro_batches_per_step
 from pretraining.settings import Settings
 from utils.cli import parse_settings
+
+
+class CountedExchanges(TorchDispatchMode):
+    """Adds the exchanges around attention to the counters of `counted_collectives`."""
+
+    def __init__(self, counts: collections.Counter, num_bytes: collections.Counter):
+        super().__init__()
+        self._counts, self._num_bytes = counts, num_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops._c10d_functional.all_to_all_single.default:
+            key = f"all_to_all over {len(args[1])}"
+            self._counts[key] += 1
+            self._num_bytes[key] += args[0].numel() * args[0].element_size()
+        return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -65,7 +81,8 @@ def counted_collectives():
 
     dist.all_reduce = counted_all_reduce
     try:
-        yield counts, num_bytes
+        with CountedExchanges(counts, num_bytes):
+            yield counts, num_bytes
     finally:
         dist.all_reduce = all_reduce
         for owner, original in undo:
@@ -88,7 +105,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         model.to_empty(device="cpu")
         model.reset_parameters()
         optimizers = make_optimizers(model, settings.optimizer)
-        tokens = torch.zeros(settings.train.micro_batch_size, context, dtype=torch.int64)
+        part_tokens = context // model.context_group.size
+        tokens = torch.zeros(settings.train.micro_batch_size, part_tokens, dtype=torch.int64)
         tracker = FSDPMemTracker(model, optimizers[0])
         tracker.track_inputs((tokens,))
         with tracker, counted_collectives() as (calls, num_bytes):

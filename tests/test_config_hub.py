@@ -21,10 +21,10 @@ BIG_ENOUGH_DISK = "checkpoints need"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Long enough for two sequences of 32,768 tokens in both splits, with EOS between documents."""
+    """Long enough for two sequences of 131,072 tokens in both splits, with EOS between documents."""
     root = tmp_path_factory.mktemp("dataset")
     for split in ("train", "val"):
-        write_dataset(root / split, [np.zeros(70_000, np.int64)], 1, separators={"bos_id": None, "eos_id": 0})
+        write_dataset(root / split, [np.zeros(270_000, np.int64)], 1, separators={"bos_id": None, "eos_id": 0})
     return root
 
 

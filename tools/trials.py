@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pretraining.plan import Plan
-from pretraining.process_layout import shard_size
+from pretraining.process_layout import num_context_groups, shard_size
 from pretraining.settings import Settings
 from utils.chunks import CODE_OF_DTYPE, INDEX_NAME, header_bytes
 from utils.errors import UserError
@@ -73,15 +73,17 @@ def combinations(settings: Settings, search: Any, context_tokens: int) -> list[C
         UserError: none divides the global batch evenly.
     """
     world_size = settings.num_nodes * settings.num_devices
-    per_process = settings.train.global_batch_size // world_size
+    num_groups = num_context_groups(settings, world_size)  # of processes that compute a micro-batch together
+    per_group = settings.train.global_batch_size // num_groups
+    process_tokens = context_tokens // settings.parallel.context_parallel_size
 
     def evenly(size: int) -> bool:
-        return settings.train.global_batch_size % (size * world_size) == 0
+        return settings.train.global_batch_size % (size * num_groups) == 0
 
     sizes = search.micro_batch_size
     if sizes is None:
-        powers = [2**power for power in range(max(1, per_process).bit_length())]
-        small = [size for size in powers if size * context_tokens <= _MAX_MICRO_BATCH_TOKENS]
+        powers = [2**power for power in range(max(1, per_group).bit_length())]
+        small = [size for size in powers if size * process_tokens <= _MAX_MICRO_BATCH_TOKENS]
         sizes = sorted({*small, settings.train.micro_batch_size})
     if not any(map(evenly, sizes)):
         raise UserError(
@@ -103,7 +105,7 @@ def combinations(settings: Settings, search: Any, context_tokens: int) -> list[C
         search.loss_chunk_tokens or [settings.parallel.loss_chunk_tokens],
     ):
         # Where nothing is accumulated, or gradients are whole in any case, both values do the same.
-        matters = per_process > size and sharding != "replicate"
+        matters = per_group > size and sharding != "replicate"
         for reduces in search.reduce_every_micro_batch or ([False, True] if matters else [False]):
             found.append(Combination(size, recomputation, sharding, reduces, chunk, compiled))
     shard_size(settings, world_size, settings.num_devices)
@@ -142,13 +144,13 @@ def worth_trying(tried: list[Combination], fits: Callable[[Combination], bool], 
 def for_trial(settings: Settings, directory: Path) -> Settings:
     """The settings of a few steps on the made-up tokens in `directory`, with as many micro-batches as are needed for
     `_MIN_SEQUENCES_PER_STEP` sequences, at least two where the run has several, and at most the run's own number."""
-    world_size = settings.num_nodes * settings.num_devices
+    num_groups = num_context_groups(settings, settings.num_nodes * settings.num_devices)
     size = settings.train.micro_batch_size
-    real = settings.train.global_batch_size // (size * world_size)
+    real = settings.train.global_batch_size // (size * num_groups)
     accumulation = min(real, max(2, -(-_MIN_SEQUENCES_PER_STEP // size)))
     train = dataclasses.replace(
         settings.train,
-        global_batch_size=accumulation * size * world_size,
+        global_batch_size=accumulation * size * num_groups,
         max_steps=1000,
         max_tokens=None,
         epochs=None,

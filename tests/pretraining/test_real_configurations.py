@@ -10,6 +10,7 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT
+from litgpt.config import Config
 
 ALL = sorted(path.stem for path in (ROOT / "config_hub").glob("*.yaml") if path.stem != "demo-cpu")
 QUICK = ("llama3.2-1b",)
@@ -43,3 +44,11 @@ def test_a_step_sends_what_it_should_and_fits_the_memory_that_was_planned(name):
     piece = found["parameters"] / (parallel.get("shard_size") or config["num_devices"])
     assert calls.get("all_reduce", 0) == copies * groups
     assert num_bytes.get("all_reduce", 0) == pytest.approx(copies * 4 * piece, rel=0.01)
+    # Where sequences are shared: before and after attention; forward, again for recomputation, and backward.
+    sharing = parallel.get("context_parallel_size", 1)
+    assert calls.get("all_to_all", 0) == (sharing > 1) * found["accumulation"] * found["layers"] * 3 * 2
+    if sharing > 1:
+        model, train = Config.from_name(config["model_name"]), config["train"]
+        heads = 2 * model.n_head + 2 * max(model.n_query_groups, sharing)  # q and the result; k and v
+        exchanged = train["micro_batch_size"] * train["max_seq_length"] // sharing * heads * model.head_size * 2
+        assert num_bytes["all_to_all"] == found["accumulation"] * found["layers"] * 3 * exchanged
