@@ -11,6 +11,8 @@ another are copied into one. Run the same command again after a crash to finish,
 --mode=copy   copies and verifies
 --mode=move   links, and removes the files from the source when the dataset is published
 --mode=index  makes no files: --target_dir must be --source_dir, which gets one index.json that names the sub-folders
+
+--pack_tokens=8193 writes new chunks instead, of blocks for a context of 8,192 in which few documents are cut.
 """
 
 from __future__ import annotations
@@ -29,6 +31,15 @@ from utils import cli, console  # first: it says how to install the packages if 
 from tokenization.chunk_writer import make_index
 from tokenization.gather import gather_small
 from tokenization.merge_chunks import collect_chunks
+from tokenization.merge_packed import (
+    PACKED_PATTERN,
+    Counts,
+    Packing,
+    count_packing,
+    pack_chunks,
+    packing_of,
+    source_chunks,
+)
 from tokenization.merge_plan import Plan, check_places, fingerprint_of, make_plan
 from tokenization.merge_restore import restore_missing
 from tokenization.missing_chunks import moved_to, recorded_chunks, write_moved
@@ -56,6 +67,12 @@ class Settings:
     verify: Literal["auto", "checksums", "headers"] = "auto"
     """Compare the content of every chunk with its checksum, or only sizes and document offsets; auto: checksums up to
     64 GiB, and always where bytes are copied."""
+    pack_tokens: int | None = None
+    """Pack the documents into blocks of this many tokens, the context of training plus one, with few of them cut; null:
+    keep their order, and let training cut wherever a block ends."""
+    pack_window_tokens: int = 1 << 24
+    """With --pack_tokens: tokens of the documents that are packed together, and of a chunk file. More leave fewer
+    documents cut, and take more memory."""
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
 
@@ -67,6 +84,14 @@ class Settings:
 def plan_layout(settings: Settings) -> Plan:
     """The plan, with small chunks gathered unless --gather=false, or a merge that was begun otherwise, forbids it."""
     plan, target = make_plan(settings), Path(settings.target_dir)
+    if "packing" in (plan.manifest or {}):
+        raise UserError(
+            f"--source_dir={settings.source_dir}: is a packed dataset, whose blocks stay together only as they are. "
+            "Give the output of step 1, or copy the directory."
+        )
+    if settings.pack_tokens is not None:  # the layout with which its cuts are compared
+        chunk_tokens = plan.chunk_tokens or 0
+        return dataclasses.replace(plan, parts=gather_small(plan.parts, chunk_tokens))
     if plan.manifest is None or plan.chunk_tokens is None or settings.mode == "index":
         return plan
     published = read_manifest(target)
@@ -86,8 +111,11 @@ def plan_layout(settings: Settings) -> Plan:
     return gathered if settings.gather else plan
 
 
-def names_of(plan: Plan, target: Path) -> set[str]:
+def names_of(plan: Plan, target: Path, settings: Settings) -> set[str]:
     """What an interrupted merge of this plan can have left in the target."""
+    if settings.pack_tokens is not None:
+        names = set(filter(PACKED_PATTERN.fullmatch, os.listdir(target))) if target.is_dir() else set()
+        return names | {INDEX_NAME} if names else names
     names = {part.chunk.name for part in plan.parts}
     # The index is the last file before the manifest; beside fewer chunks it is another dataset's.
     return names | {INDEX_NAME} if names <= set(os.listdir(target)) else names
@@ -105,14 +133,20 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     """What a dataset must have been made with to be that of this source, as far as the source is there to say."""
     target, source = Path(settings.target_dir), Path(settings.source_dir)
     above = read_manifest(source) if source.is_dir() and source.resolve() != target.resolve() else None
-    return {key: above.get(key) for key in ("split", "tokenizer", "settings", "inputs")} if above else {}
+    identity = {key: above.get(key) for key in ("split", "tokenizer", "settings", "inputs")} if above else {}
+    identity["pack_tokens"] = settings.pack_tokens
+    if settings.pack_tokens is not None:
+        identity["pack_window_tokens"] = settings.pack_window_tokens
+    return identity
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Publish
 
 
-def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
+def merged_manifest(
+    plan: Plan, chunks: list[Chunk], settings: Settings, packed: tuple[Packing, Counts] | None
+) -> dict[str, Any]:
     inherited = plan.manifest or {}
     content = {
         "documents": sum(chunk.documents for chunk in chunks),
@@ -122,12 +156,23 @@ def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
         "dtype": plan.dtype,
     }
     files = [dataclasses.asdict(chunk) for chunk in chunks]
-    for entry, part in zip(files, plan.parts):
+    for entry, part in zip(files, plan.parts) if packed is None else ():
         # A dataset that is merged again names the chunks of step 1, which gathered ones consist of.
         made_of = [plan.gathered.get(path, [dataclasses.asdict(chunk)]) for path, chunk in part.sources]
         if part.is_gathered or any(path in plan.gathered for path, _ in part.sources):
             entry["gathered"] = [chunk for chunks_of_file in made_of for chunk in chunks_of_file]
+    packing = {}
+    if packed is not None:
+        about, counts = packed
+        content |= {"documents": counts.documents, "pieces": counts.pieces}
+        packing = {
+            "pack_tokens": about.pack_tokens,
+            "pack_window_tokens": settings.pack_window_tokens,
+            "packing": dataclasses.asdict(about) | dataclasses.asdict(counts),
+            "packed_from": source_chunks(plan),
+        }
     return {
+        **packing,
         "kind": "dataset",
         "made_by": made_by("merge_files.py", "litdata"),
         "tokenized_by": inherited.get("tokenized_by", inherited.get("made_by")),
@@ -141,10 +186,13 @@ def merged_manifest(plan: Plan, chunks: list[Chunk]) -> dict[str, Any]:
     }
 
 
-def publish(plan: Plan, chunks: list[Chunk], target: Path) -> dict[str, Any]:
+def publish(
+    plan: Plan, chunks: list[Chunk], settings: Settings, packed: tuple[Packing, Counts] | None
+) -> dict[str, Any]:
     """Write index.json, then manifest.json, which completes the dataset."""
+    target = Path(settings.target_dir)
     fsync_directory(target)
-    manifest = merged_manifest(plan, chunks)
+    manifest = merged_manifest(plan, chunks, settings, packed)
     write_json(target / INDEX_NAME, make_index(chunks, plan.dtype, plan.chunk_tokens, manifest["fingerprint"]))
     write_manifest(target, manifest)
     return manifest
@@ -204,6 +252,10 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
 
 def say_unread(manifest: dict[str, Any]) -> None:
     """Training reads blocks of context + 1 tokens; the rest of each chunk, which fills none, is not read."""
+    if "packing" in manifest:
+        packing = manifest["packing"]
+        Counts(**{field.name: packing[field.name] for field in dataclasses.fields(Counts)}).say(packing["pack_tokens"])
+        return
     tokens = [entry.get("tokens", 0) for entry in manifest["files"]]
     shares = [
         f"{sum(count % (context + 1) for count in tokens) / max(1, sum(tokens)):.2%} at a context of {context:,}"
@@ -232,7 +284,7 @@ def main(settings: Settings) -> None:
 def merge(settings: Settings) -> None:
     source, target = Path(settings.source_dir), Path(settings.target_dir)
     plan_of = functools.cache(lambda: plan_layout(settings))  # a finished dataset needs no plan, and no source
-    names = functools.cache(lambda: names_of(plan_of(), target))
+    names = functools.cache(lambda: names_of(plan_of(), target, settings))
     in_place = settings.mode == "index"
     problems = Problems()
     if source.is_dir():  # here, since a finished dataset gets no plan
@@ -251,6 +303,7 @@ def merge(settings: Settings) -> None:
         say_next(settings, published)
         return
     plan = plan_of()
+    packing = packing_of(settings, plan)
     if in_place:
         check_index_is_ours(source)
     gathered = [part for part in plan.parts if part.is_gathered]
@@ -259,24 +312,37 @@ def merge(settings: Settings) -> None:
         f"source: {console.counted(num_chunks, 'chunk')}, {console.human_bytes(plan.bytes)}, "
         f"{sum(part.chunk.tokens for part in plan.parts):,} tokens of {plan.dtype} in {source}"
     )
-    if gathered:
+    if packing is not None:
+        console.say(
+            f"pack: into blocks of {packing.pack_tokens:,} tokens, the documents of "
+            f"{console.human_count(packing.window_tokens)} tokens at a time"
+        )
+    elif gathered:
         console.say(
             f"gather: {sum(len(part.sources) for part in gathered):,} small chunks become {len(gathered):,}; "
             f"{console.human_bytes(sum(part.chunk.bytes for part in gathered))} are copied for that"
         )
+    if settings.dry_run and packing is not None:
+        count_packing(plan, packing, settings).say(packing.pack_tokens)
+        console.result(f"would pack them into {target}")
+        return
     if settings.dry_run:
         console.result(f"would {settings.mode} them to {target}")
         return
 
     if target.is_dir() and not in_place:
         remove_temporaries(target)
+    counts = None
     try:
-        chunks = collect_chunks(plan, settings)
+        if packing is not None:
+            chunks, counts = pack_chunks(plan, packing, settings)
+        else:
+            chunks = collect_chunks(plan, settings)
     except UserError:
         if moved_to(source) in (None, target.absolute()) and not any(source.rglob("*.bin")):
             write_moved(source, None)  # step 1 must not take them for moved
         raise
-    manifest = publish(plan, chunks, target)
+    manifest = publish(plan, chunks, settings, None if packing is None else (packing, counts))
     if settings.mode == "move":
         remove_sources(source, target, manifest)
     say_result(manifest, target)

@@ -1,11 +1,11 @@
-"""Step 1: tokenize parquet text or JSON lines into litdata chunks, on a Ray cluster or on this machine alone.
+"""Step 1: tokenize parquet, Arrow or JSON lines text into litdata chunks, on a Ray cluster or on this machine alone.
 
     python optimize_dataset.py --input_dir=PARQUET --tokenizer_dir=CKPT --output_dir=OUT
     python optimize_dataset.py --input_dir=PARQUET --tokenizer_dir=CKPT --output_dir=OUT --dry_run
 
-Reads every *.parquet, *.jsonl, *.jsonl.gz and *.jsonl.zst file below PARQUET (a local path, or s3://, gs://,
-hf://datasets/...), and writes OUT/{train,val}/NODE/chunk-*.bin, with an index.json and a manifest.json per folder. Then
-run merge_files.py.
+Reads every *.parquet, *.arrow, *.jsonl, *.jsonl.gz and *.jsonl.zst file below PARQUET (a local path, or s3://, gs://,
+hf://datasets/...; also what `save_to_disk` of Hugging Face datasets wrote), and writes
+OUT/{train,val}/NODE/chunk-*.bin, with an index.json and a manifest.json per folder. Then run merge_files.py.
 
 Run the same command again after a crash: finished units are kept, and the result is as if nothing had happened.
 Which documents are validation data depends on their text alone, and the chunks do not depend on the cluster.
@@ -53,7 +53,7 @@ class Settings:
     """What step 1 takes: the text, its tokenizer, where the tokens go, and how the work is cut and spread."""
 
     input_dir: str
-    """Directory with the parquet files or JSON lines, searched recursively; a local path or a URL."""
+    """Directory with the parquet, Arrow or JSON lines files, searched recursively; a local path or a URL."""
     tokenizer_dir: str
     """Directory with tokenizer.json (a litgpt or Hugging Face checkpoint directory)."""
     output_dir: str
@@ -73,7 +73,7 @@ class Settings:
     limit_documents: int | None = None
     """Use only this many rows, the first ones, for a trial run; null: all."""
     on_bad_file: Literal["fail", "quarantine"] = "fail"
-    """Whether a file, row group or line that cannot be read stops the run, or is left out and listed in
+    """Whether a file, row group, record batch or line that cannot be read stops the run, or is left out and listed in
     quarantine.jsonl."""
     chunk_tokens: int | None = None
     """Tokens after which a chunk file is cut; null: 2049 * 8012 (64 MB in int32), up to 4 times that from 4 TiB on."""
@@ -311,7 +311,9 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     null, empty = content["skipped_null"], content["skipped_empty"]
     console.say(f"skipped: {null:,} null and {empty:,} empty texts" if null + empty else "skipped: nothing")
     if content["quarantined"]:
-        console.warn(f"{content['quarantined']} files, row groups or lines left out, listed in quarantine.jsonl")
+        console.warn(
+            f"{content['quarantined']} files, row groups, record batches or lines left out, listed in quarantine.jsonl"
+        )
     phases: collections.Counter = collections.Counter()
     tokens_of_folder: collections.Counter = collections.Counter()
     for record in records.values():

@@ -159,10 +159,18 @@ def warn_of_repetition(settings: Settings, epochs: float, epoch_tokens: int) -> 
         )
 
 
-def warn_of_documents_without_end(directory: Path, manifest: dict[str, Any]) -> None:
+def warn_of_documents(directory: Path, manifest: dict[str, Any], context_tokens: int | None) -> None:
+    """Warn where documents have no end, or are packed into blocks of another context; None: that is not known."""
     made_with = manifest.get("settings", {})
     if made_with.get("bos_id") is not None and made_with.get("eos_id") is None:
         console.warn(
             f"{directory}: its documents begin with BOS and do not end with EOS, so the model will not learn to stop: "
             "what it writes runs on into another document. Tokenize with --add_eos=true if that matters."
+        )
+    packed = manifest.get("pack_tokens")
+    if packed is not None and context_tokens is not None and context_tokens + 1 != packed:
+        console.warn(
+            f"{directory}: packed into blocks of {packed:,} tokens, for a context of {packed - 1:,}. A context of "
+            f"{context_tokens:,} cuts it at other places, so that more documents are cut than without packing. Give "
+            f"--train.max_seq_length={packed - 1}, or merge again with --pack_tokens={context_tokens + 1}."
         )

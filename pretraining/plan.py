@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretraining.checkpoint import WEIGHTS_NAME
-from pretraining.checks import (
-    check_model,
-    check_numbers,
-    check_out_dir,
-    warn_of_documents_without_end,
-    warn_of_repetition,
-)
+from pretraining.checks import check_model, check_numbers, check_out_dir, warn_of_documents, warn_of_repetition
 from pretraining.data_order import interleave
 from pretraining.dataset_index import check_index_agrees
 from pretraining.documents import Separator, separator_of
@@ -95,7 +89,7 @@ def make_plan(settings: Settings) -> Plan:
     if config is not None:
         check_model(settings, config, problems)
     located = problems.collect(data_directories, settings) if settings.tokens is None else ([], None)
-    train, val, manifests = _read_datasets(located[0] if located else [], problems)
+    train, val, manifests = _read_datasets(located[0] if located else [], context, problems)
     if settings.tokens is None:
         _check_vocabulary(settings, config, manifests, problems)
     separators = _separators(settings, config, train, manifests, problems)
@@ -182,7 +176,7 @@ def _check_context(settings: Settings, config: Any, problems: Problems) -> int:
     return context
 
 
-def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[Index | None], list[Index | None], list]:
+def _read_datasets(directories: list[Path], context_tokens: int | None, problems: Problems) -> tuple[list, list, list]:
     """The indexes of train/ and val/ of each dataset, and the manifests of train/; None where they are missing."""
     train, val, manifests = [], [], []
     for directory in directories:
@@ -201,7 +195,7 @@ def _read_datasets(directories: list[Path], problems: Problems) -> tuple[list[In
             if split == "train":
                 manifests.append(manifest)
                 if manifest is not None:
-                    warn_of_documents_without_end(directory, manifest)
+                    warn_of_documents(directory, manifest, context_tokens)
             if index is not None and manifest is None:
                 console.warn(
                     f"{directory / split} has no manifest.json: its tokenizer and its bytes of text are unknown and "

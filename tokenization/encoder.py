@@ -12,8 +12,6 @@ import os
 import resource
 from typing import Any, NamedTuple
 
-import awkward as ak
-import gigatoken
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -123,8 +121,10 @@ class Encoder:
         return self._reference
 
     def _load_fast(self) -> Any | None:
+        from tokenization.fast_encoder import FastEncoder
+
         try:
-            return gigatoken.Tokenizer.from_json(self._json)
+            return FastEncoder(self._json)
         except Exception as error:  # of whatever kind: a tokenizer.json that it was not made for
             self.load_error = (str(error).splitlines() or [type(error).__name__])[0]
             return None
@@ -171,14 +171,7 @@ class Encoder:
         return self.encode_reference(texts.to_pylist())
 
     def _encode_fast(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        offsets, data = arrow_text_buffers(texts)
-        strings = ak.contents.ListOffsetArray(
-            ak.index.Index64(offsets.astype(np.int64, copy=False)),  # gigatoken takes no narrower index
-            ak.contents.NumpyArray(data, parameters={"__array__": "char"}),
-            parameters={"__array__": "string"},
-        )
-        encoded = self._fast.encode_batch(ak.Array(strings), parallel=False).layout.to_ListOffsetArray64(True)
-        ids, ends = np.asarray(encoded.content.data), np.asarray(encoded.offsets)
+        ids, ends = self._fast.encode(*arrow_text_buffers(texts))
         if _resident_bytes() - self._bytes_at_load > MAX_CACHE_BYTES:
             ids = ids.copy()
             self.forget()

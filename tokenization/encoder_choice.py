@@ -68,12 +68,17 @@ class EncoderChoice:
         """In words, which documents go to `tokenizers`; a few examples stand for many."""
         parts = []
         if self.code_points:
-            points = [chr(point) for first, last in self.code_points for point in range(first, last + 1)]
-            known = [c for c in points if unicodedata.category(c) != "Cn"]
+            known, num_points = [], 0
+            for first, last in self.code_points:
+                # Most are not assigned, more than 800,000: not one by one in Python.
+                categories = list(map(unicodedata.category, map(chr, range(first, last + 1))))
+                num_points += len(categories)
+                if categories.count("Cn") < len(categories):
+                    known += [first + i for i, category in enumerate(categories) if category != "Cn"]
             if known:
-                named = ", ".join(f"U+{ord(c):04X}" for c in known[:MAX_NAMED]) + ", ..." * (len(known) > MAX_NAMED)
+                named = ", ".join(f"U+{point:04X}" for point in known[:MAX_NAMED]) + ", ..." * (len(known) > MAX_NAMED)
                 parts.append(f"one of {len(known):,} characters ({named})")
-            if len(known) < len(points):
+            if len(known) < num_points:
                 parts.append(f"a character newer than Unicode {unicodedata.unidata_version}")
         if self.literals:
             named = ", ".join(map(repr, self.literals[:MAX_NAMED]))

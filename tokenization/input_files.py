@@ -6,7 +6,6 @@ fsspec reads.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import heapq
 import os
@@ -14,14 +13,19 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
+import xxhash
 
-from tokenization.job import InputStamp
+from tokenization.job import FileEntry, InputStamp
+from tokenization.saved_datasets import only_datasets_own
 from utils import console
 from utils.errors import UserError
 
 PARQUET_ENDINGS = (".parquet",)
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+ARROW_ENDINGS = (".arrow",)
+END_BYTES = 64 << 10  # of each end of a file, for its fingerprint
 MAX_LINKS_NAMED = 5
 
 
@@ -40,19 +44,6 @@ class DamagedInput(Exception):
 
     def entry(self, path: str) -> dict[str, Any]:
         raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class FileEntry:
-    """A file of the input directory."""
-
-    path: str
-    """Relative to the input directory, with '/'."""
-    bytes: int
-    mtime_ns: int | None = None
-    """When it was last written; None: not known, as for remote files."""
-    fault: str = ""
-    """Why it cannot be used, where its kind or name says so already."""
 
 
 @functools.cache
@@ -84,8 +75,8 @@ def open_member(url: str, path: str) -> tuple[Any, str]:
 
 
 def list_input_files(url: str) -> list[FileEntry]:
-    """All parquet and JSON lines files at and below `url`, by their endings, each once, sorted by path; hidden ones
-    (., _) are left out.
+    """All parquet, Arrow and JSON lines files at and below `url`, by their endings, each once, sorted by path; hidden
+    ones (., _) are left out.
 
     Raises:
         UserError: nothing there, or no such file in it.
@@ -102,16 +93,20 @@ def list_input_files(url: str) -> list[FileEntry]:
             f"--input_dir={url}: cannot be listed ({error}). Check the path and the credentials."
         ) from error
     if not entries:
-        what = "no *.parquet, *.jsonl, *.jsonl.gz or *.jsonl.zst file in it" if exists else "no such directory"
+        what = "no *.parquet, *.arrow, *.jsonl, *.jsonl.gz or *.jsonl.zst file in it" if exists else "no such directory"
         raise UserError(
             f"--input_dir={url}: {what}. Give the directory of the text's files, for example made by "
             "`python examples/make_demo_corpus.py` or `hf download HuggingFaceFW/fineweb --repo-type dataset`."
         )
-    return sorted(entries, key=lambda entry: entry.path)
+    return sorted(only_datasets_own(filesystem, base, entries), key=lambda entry: entry.path)
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith((".", "_"))
+
+
+def is_arrow(path: str) -> bool:
+    return path.lower().endswith(ARROW_ENDINGS)
 
 
 def is_jsonl(path: str) -> bool:
@@ -124,7 +119,7 @@ def compression_of(path: str) -> str | None:
 
 
 def _is_input(name: str) -> bool:
-    return name.lower().endswith(PARQUET_ENDINGS) or is_jsonl(name)
+    return name.lower().endswith(PARQUET_ENDINGS) or is_arrow(name) or is_jsonl(name)
 
 
 def _list_remote(filesystem: Any, base: str) -> tuple[list[FileEntry], bool]:
@@ -138,6 +133,19 @@ def _list_remote(filesystem: Any, base: str) -> tuple[list[FileEntry], bool]:
         if file.type == pafs.FileType.File and _is_input(path) and not any(map(_is_hidden, path.split("/"))):
             entries.append(FileEntry(path, file.size))
     return entries, info.type != pafs.FileType.NotFound or bool(found)
+
+
+def ends_of(source: pa.NativeFile) -> tuple[int, bytes, bytes]:
+    """Size, first bytes, and last bytes as far as they are not among the first."""
+    size = source.size()
+    tail_at = min(size, max(END_BYTES, size - END_BYTES))
+    return size, source.read_at(min(size, END_BYTES), 0), source.read_at(size - tail_at, tail_at)
+
+
+def fingerprint_of_ends(source: pa.NativeFile) -> str:
+    """Changes when the size or one of the two ends of the file changes; 16 hexadecimal digits."""
+    size, head, tail = ends_of(source)
+    return xxhash.xxh3_64_hexdigest(b"%d %d " % (size, len(head)) + head + tail)
 
 
 def is_input_failure(error: Exception) -> bool:

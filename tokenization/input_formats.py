@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence, Set
 
 import pyarrow as pa
 
-from tokenization.input_files import FileEntry, is_jsonl
+from tokenization.arrow_files import read_batches_summary, stream_batches
+from tokenization.input_files import FileEntry, is_arrow, is_jsonl
 from tokenization.job import InputRange, Job, UnitRecord
 from tokenization.jsonl import read_summary, stream_jsonl
 from tokenization.parquet import read_footer, stream_texts
@@ -22,14 +23,20 @@ FILE_THREADS = 32
 def read_summaries(
     url: str, entries: Sequence[FileEntry], text_column: str
 ) -> Iterator[tuple[FileEntry, InputSummary | None, str | None]]:
-    """Footers, and samples of JSON lines, in the order of `entries`; read in parallel, a bounded number ahead.
+    """Footers, record batches, and samples of JSON lines, in the order of `entries`; read in parallel, a bounded number
+    ahead.
 
     Yields:
         (entry, summary, None), or (entry, None, reason) for a file that cannot be used.
     """
 
     def read(entry: FileEntry) -> InputSummary:
-        return (read_summary if is_jsonl(entry.path) else read_footer)(url, entry, text_column)
+        read_any = read_footer
+        if is_jsonl(entry.path):
+            read_any = read_summary
+        elif is_arrow(entry.path):
+            read_any = read_batches_summary
+        return read_any(url, entry, text_column)
 
     for entry, future in zip(entries, submit_ahead(read, entries, num_threads=FILE_THREADS)):
         try:
@@ -41,7 +48,7 @@ def read_summaries(
 def stream_range(
     job: Job, piece: InputRange, record: UnitRecord, excluded: Set[tuple[int, int | None]] = frozenset()
 ) -> Iterator[pa.Array]:
-    """The text column of some row groups or lines, a few MB at a time, in bounded memory.
+    """The text column of some row groups, record batches or lines, a few MB at a time, in bounded memory.
 
     Args:
         record: counts what was read, where the plan did not know it, and lists damaged lines that are left out.
@@ -63,4 +70,5 @@ def stream_range(
     groups = [group for group in range(piece.first, piece.last) if (i, group) not in excluded]
     if groups:
         stamp = job.stamps[i] if job.stamps else None
-        yield from stream_texts(job.input_dir, job.paths[i], i, groups, job.text_column, stamp)
+        stream = stream_batches if is_arrow(job.paths[i]) else stream_texts
+        yield from stream(job.input_dir, job.paths[i], i, groups, job.text_column, stamp)

@@ -20,12 +20,26 @@ HASH_RANGE = 1 << 64
 CHUNK_PATTERN = re.compile(r"chunk-\d{7,}-\d+\.bin")
 
 
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """A file of the input directory."""
+
+    path: str
+    """Relative to the input directory, with '/'."""
+    bytes: int
+    mtime_ns: int | None = None
+    """When it was last written; None: not known, as for remote files."""
+    fault: str = ""
+    """Why it cannot be used, where its kind or name says so already."""
+
+
 class Piece(NamedTuple):
     """What units are packed from: the least that is read of a file at a time, in the file's order."""
 
     first: int
     last: int
-    """Row groups first .. last - 1 of a parquet file; of a JSON lines file the lines that begin in these bytes."""
+    """Row groups first .. last - 1 of a parquet file, record batches of an Arrow file; of a JSON lines file the lines
+    that begin in these bytes."""
     rows: int | None
     """None: not known before it is read."""
     text_bytes: int
@@ -69,7 +83,7 @@ class InputStamp:
     mtime_ns: int | None
     """None: not known, as for remote files."""
     fingerprint: str
-    """Of a parquet file's footer, of the two ends of a JSON lines file."""
+    """Of a parquet file's footer, of the two ends of other files."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import xxhash
 
 from tokenization.input_files import (
     DamagedInput,
     FileEntry,
     check_stamp,
     compression_of,
+    ends_of,
+    fingerprint_of_ends,
     is_input_failure,
     open_member,
 )
@@ -34,7 +35,6 @@ from tokenization.line_ranges import count_lines_before, lines_of_range
 from utils.console import human_bytes
 from utils.errors import UserError
 
-END_BYTES = 64 << 10  # of each end of a file: the fingerprint, and a sample of its lines
 SAMPLE_READ_BYTES = 16 << 10
 # A compressed file's sample is larger: it ends with a whole block, and zstd's are of 128 KiB.
 COMPRESSED_SAMPLE_BYTES, MAX_SAMPLE_BYTES = 512 << 10, 4 << 20
@@ -129,7 +129,8 @@ def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
     compression = compression_of(path)
     try:
         with filesystem.open_input_file(path) as source:
-            size, head, tail = _ends(source)
+            size, head, tail = ends_of(source)
+            fingerprint = fingerprint_of_ends(source)
             start = source.read_at(min(size, COMPRESSED_SAMPLE_BYTES), 0) if compression else head
     except OSError as error:
         raise _reading_failed(url, entry.path, error) from error
@@ -143,18 +144,7 @@ def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
         if not compression:
             sample += tail[tail.find(b"\n") + 1 :]
     share = bytes_per_byte * max(MIN_TEXT_SHARE, _text_share(sample, text_column))
-    return JsonlSummary(url, entry.path, entry.bytes, share, _fingerprint(size, head, tail))
-
-
-def _ends(source: pa.NativeFile) -> tuple[int, bytes, bytes]:
-    """Size, first bytes, and last bytes as far as they are not among the first."""
-    size = source.size()
-    tail_at = min(size, max(END_BYTES, size - END_BYTES))
-    return size, source.read_at(min(size, END_BYTES), 0), source.read_at(size - tail_at, tail_at)
-
-
-def _fingerprint(size: int, head: bytes, tail: bytes) -> str:
-    return xxhash.xxh3_64_hexdigest(b"%d %d " % (size, len(head)) + head + tail)
+    return JsonlSummary(url, entry.path, entry.bytes, share, fingerprint)
 
 
 def _decompressed(head: bytes, compression: str, is_whole: bool) -> bytes:
@@ -216,7 +206,7 @@ def stream_jsonl(job: Job, piece: InputRange, record: UnitRecord) -> Iterator[pa
     filesystem, full_path = open_member(url, path)
     try:
         with filesystem.open_input_file(full_path) as source:
-            check_stamp(url, path, stamp, lambda: _fingerprint(*_ends(source)))
+            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(source))
             num_lines = 0  # of this range so far
             before = 0 if compression else None
             for lines in lines_of_range(source, compression, piece.first, piece.last):

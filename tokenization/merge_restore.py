@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenization.chunk_writer import make_index
 from tokenization.merge_chunks import THREADS, for_each_part, how_to_get_back, place_part, try_link, verify_sources
+from tokenization.merge_packed import restore_packed
 from tokenization.merge_plan import Plan
 from tokenization.missing_chunks import chunk_of, moved_to, write_moved
 from tokenization.threads import submit_ahead
@@ -77,6 +78,9 @@ def _restore_chunks(
         raise UserError(f"--target_dir={target}: {how_to_get_back(list(damaged.values()), published, settings)}")
     recorded = {entry["name"]: chunk_of(entry) for entry in published["files"]}
     plan = plan_of()
+    if "packing" in published:
+        restore_packed(damaged, published, plan, settings)
+        return
     parts = [part for part in plan.parts if part.chunk.name in damaged]
     if len(parts) < len(damaged) or not all(_agree(part.chunk, recorded[part.chunk.name]) for part in parts):
         raise UserError(

@@ -116,12 +116,15 @@ def _without_moved(split_dir: Path, found: list[LostChunk], num_chunks: int, may
 
 
 def recorded_chunks(dataset: dict[str, Any], target: Path | None = None) -> dict[str, Chunk]:
-    """The source's chunks that a merged dataset has, as files or gathered in larger ones.
+    """The source's chunks that a merged dataset has, as files, gathered in larger ones, or packed into blocks.
 
     Args:
         dataset: its manifest.
         target: where it is, to leave out what is not there any more.
     """
+    if "packing" in dataset:  # their documents are spread over its files: if one is missing, nothing is whole
+        is_whole = target is None or not damaged_files(target, dataset["files"], checksums=False)
+        return {entry["name"]: chunk_of(entry) for entry in dataset["packed_from"]} if is_whole else {}
     here = [e for e in dataset["files"] if target is None or not damaged_files(target, [e], checksums=False)]
     return {part["name"]: chunk_of(part) for entry in here for part in entry.get("gathered", [entry])}
 

@@ -6,25 +6,19 @@ import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from tokenization.encoder_choice import arrow_text_buffers
 from tokenization.input_files import DamagedInput, FileEntry, check_stamp, is_input_failure, open_member
 from tokenization.job import InputStamp, Piece
+from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, is_text, joined
 from utils.errors import UserError
 
-# Text per batch. Large enough that the cost per batch vanishes, small enough for the processor's caches.
-BATCH_BYTES = 4 << 20
-MAX_BATCH_ROWS = 1 << 16
 READ_BUFFER_BYTES = 4 << 20
 # The footer says what is encoded. A row of a dictionary takes a few bits there and can be of any length here, so
 # batches start with a row, grow as fast as this, and end early where the text is longer than the footer suggests.
 BATCH_GROWTH = 8
-MAX_BATCH_BYTES = 8 << 20
 # What one read may decode if each of its rows were as long as the whole dictionary page.
 MAX_DECODED_BYTES = 512 << 20
 
@@ -45,10 +39,10 @@ class CorruptRowGroup(DamagedInput):
 
 @dataclasses.dataclass(frozen=True)
 class Footer:
-    """What planning needs from a parquet file's footer."""
+    """What planning needs from a parquet file's footer, and of an Arrow file."""
 
     rows: tuple[int, ...]
-    """Of each row group."""
+    """Of each row group, or record batch."""
     text_bytes: tuple[int, ...]
     """Of the text column in each row group, uncompressed."""
     fingerprint: str
@@ -82,7 +76,7 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
         raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
     if schema.names.count(text_column) > 1:
         raise ValueError(f"{schema.names.count(text_column)} columns are called {text_column!r}")
-    if not _is_text(schema.field(text_column).type):
+    if not is_text(schema.field(text_column).type):
         raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
 
     column = leaf_index(metadata, text_column)
@@ -123,12 +117,6 @@ def _check_not_encrypted(parquet: pq.ParquetFile, text_column: str) -> None:
 def leaf_index(metadata: Any, column: str) -> int:
     """Position of a top-level column among the leaves, which row groups count: a struct before it has several."""
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
-
-
-def _is_text(arrow_type: pa.DataType) -> bool:
-    if pa.types.is_dictionary(arrow_type):
-        arrow_type = arrow_type.value_type
-    return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type)
 
 
 def stream_texts(
@@ -209,14 +197,14 @@ def _stream_row_group(
     held_rows = held_bytes = total_bytes = 0
     for batch in parquet.iter_batches(read_rows, [group], [text_column], use_threads=False):
         read_bytes = 0
-        for texts in _as_plain_text(batch.column(0)):
+        for texts in as_plain_text(batch.column(0)):
             texts.validate(full=True)  # parquet readers do not check whether text is UTF-8
             held.append(texts)
             held_rows += len(texts)
             held_bytes += texts.nbytes
             read_bytes += texts.nbytes
             if held_rows >= batch_rows or held_bytes >= MAX_BATCH_BYTES:
-                yield _joined(held)
+                yield joined(held)
                 held_rows = held_bytes = 0
         total_bytes += read_bytes
         read_rows = min(read_rows * BATCH_GROWTH, most_rows)
@@ -224,40 +212,5 @@ def _stream_row_group(
         # The reader asks for its batch size before every batch.
         parquet.reader.set_batch_size(max(1, min(read_rows, batch_rows - held_rows, fitting)))
     if held:
-        yield _joined(held)
+        yield joined(held)
     return max(1, total_bytes // metadata.num_rows)
-
-
-def _joined(held: list[pa.Array]) -> pa.Array:
-    """One array of all of them; empties the list, so that nothing is held twice."""
-    texts = held[0] if len(held) == 1 else pa.concat_arrays(held)
-    held.clear()
-    return texts
-
-
-def _as_plain_text(column: pa.Array) -> Iterator[pa.Array]:
-    """The column as arrays of string or large_string, each of a bounded size or of one row."""
-    if pa.types.is_dictionary(column.type):
-        values = column.dictionary
-        if pa.types.is_string_view(values.type):
-            column = pa.DictionaryArray.from_arrays(column.indices, values.cast(pa.large_string()))
-            values = column.dictionary
-        value_bytes = np.append(pc.binary_length(values).fill_null(0).to_numpy(zero_copy_only=False), 0)
-        indices = column.indices.cast(pa.int64()).fill_null(len(values)).to_numpy(zero_copy_only=False)
-        for piece in _pieces(column, value_bytes[indices]):
-            yield piece.dictionary_decode()
-        return
-    if pa.types.is_string_view(column.type):
-        column = column.cast(pa.large_string())
-    yield from _pieces(column, np.diff(arrow_text_buffers(column)[0]))
-
-
-def _pieces(column: pa.Array, row_bytes: np.ndarray) -> Iterator[pa.Array]:
-    """Slices of at most MAX_BATCH_BYTES, or of one row that is longer."""
-    ends = np.cumsum(row_bytes, dtype=np.int64)
-    first = 0
-    while first < len(column):
-        before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + MAX_BATCH_BYTES, side="right")))
-        yield column.slice(first, last - first)
-        first = last

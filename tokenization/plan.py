@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
-from tokenization.input_files import FileEntry, is_jsonl, list_input_files
+from tokenization.input_files import FileEntry, is_arrow, is_jsonl, list_input_files
 from tokenization.input_formats import read_summaries
 from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit, fingerprint_of_identity
 from tokenization.output import check_output_dir
@@ -127,13 +127,15 @@ def read_inputs(
 
 def describe_inputs(inputs: list[dict[str, Any]]) -> str:
     """How many files of each kind."""
-    jsonl = sum(is_jsonl(entry["path"]) for entry in inputs)
+    of_kind = {"JSON lines file": [], "Arrow file": [], "parquet file": []}
+    for entry in inputs:
+        kind = "JSON lines" if is_jsonl(entry["path"]) else "Arrow" if is_arrow(entry["path"]) else "parquet"
+        of_kind[f"{kind} file"].append(entry.get("rows"))
     kinds = []
-    if jsonl < len(inputs) or not inputs:
-        rows = sum(entry.get("rows", 0) for entry in inputs)
-        kinds.append(f"{console.counted(len(inputs) - jsonl, 'parquet file')}, {rows:,} rows")
-    if jsonl:
-        kinds.append(console.counted(jsonl, "JSON lines file"))
+    for kind, rows in reversed(of_kind.items()):
+        if rows or (kind == "parquet file" and not inputs):
+            known = "" if None in rows else f", {sum(rows):,} rows"
+            kinds.append(f"{console.counted(len(rows), kind)}{known}")
     return ", and ".join(kinds)
 
 

@@ -1,8 +1,8 @@
 """Cuts the input into units of work, from the sorted list of files and what is known of each.
 
-A unit is what one worker tokenizes at a time, and what a crash can lose. It consists of ranges of row groups or of
-bytes of JSON lines: many small files make one unit, a large file makes several. The same input and settings give the
-same units on any cluster.
+A unit is what one worker tokenizes at a time, and what a crash can lose. It consists of ranges of row groups, of record
+batches, or of bytes of JSON lines: many small files make one unit, a large file makes several. The same input and
+settings give the same units on any cluster.
 """
 
 from __future__ import annotations

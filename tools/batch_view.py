@@ -80,7 +80,8 @@ class View:
 
     def _describe_part(self, part: Part, origin: str) -> list[str]:
         tokens = f"tokens {part.first:,} to {part.end - 1:,} of {part.document_tokens:,}"
-        number = f"document {part.document:,} ({part.document_of_dataset:,} of the dataset)"
+        what = "piece" if "packing" in (self._manifests[part.dataset] or {}) else "document"
+        number = f"{what} {part.document:,} ({part.document_of_dataset:,} of the dataset)"
         ids = self._blocks[part.dataset].tokens(part)[part.first : part.end].tolist()
         return [f"  {number}, {tokens}; {origin}", f"    {self._text(ids)}"]
 
@@ -120,6 +121,8 @@ class View:
         manifest = self._manifests[dataset]
         if manifest is None or not manifest["inputs"] or not manifest.get("split"):
             return "the dataset's manifest names no parquet files"
+        if "packing" in manifest:
+            return "the dataset is packed, and which document a piece was follows from the tokens of step 1 alone"
         near = self._settings.parquet_dir or find_parquet(manifest["inputs"], self.directories[dataset])
         if near is None:
             return "the parquet files are not near the dataset (--parquet_dir)"

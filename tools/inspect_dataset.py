@@ -67,6 +67,8 @@ def check_against_manifest(index: Index, manifest: dict[str, Any], checksums: bo
     problems = Problems()
     content = manifest["content"]
     found = {"documents": index.documents, "tokens": index.tokens, "chunks": len(index.chunks), "dtype": index.dtype}
+    if "packing" in manifest:  # the headers count pieces of documents
+        found["pieces"] = found.pop("documents")
     for key, value in found.items():
         if content.get(key) != value:
             problems.add(f"{index.directory}: {key} is {value!r} in index.json, {content.get(key)!r} in manifest.json.")
@@ -159,9 +161,10 @@ def main(settings: Settings) -> None:
     else:
         check_against_manifest(index, manifest, settings.checksums)
     content = (manifest or {}).get("content", {})
+    what = "pieces of documents" if "packing" in (manifest or {}) else "documents"
     text = f", {console.human_bytes(content['text_bytes'])} of text" if content.get("text_bytes") else ""
     console.result(
-        f"{settings.dataset_dir}: {index.documents:,} documents, {index.tokens:,} tokens of {index.dtype}{text}, "
+        f"{settings.dataset_dir}: {index.documents:,} {what}, {index.tokens:,} tokens of {index.dtype}{text}, "
         f"{len(index.chunks):,} chunks"
     )
     console.result(

@@ -14,7 +14,7 @@ from typing import Any
 from utils import console
 from utils.errors import UserError
 from utils.files import checksum
-from utils.manifest import MANIFEST_NAME, differences, safe_member
+from utils.manifest import LISTS_OF_FILES, MANIFEST_NAME, differences, safe_member
 
 AGREES, CHANGED, MISSING = "agrees", "CHANGED", "MISSING"
 UNKNOWN, ABSENT = "cannot tell", "not here"
@@ -158,7 +158,7 @@ def check_embedded(node: Node, recorded: dict[str, Any], directory: Path, manife
     if found == recorded.get("sha256"):
         node.add(AGREES, f"{MANIFEST_NAME}: SHA-256 {found[:12]}... as recorded by what was made from it")
         return
-    now = {key: value for key, value in manifest.items() if key != "files"}
+    now = {key: value for key, value in manifest.items() if key not in LISTS_OF_FILES}
     changed = differences(recorded.get("manifest") or {}, now)
     if not changed:
         changed = {"files": "its list of files differs: another result of the same settings"}

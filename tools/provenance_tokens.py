@@ -1,8 +1,7 @@
-"""Checks what steps 1 and 2 publish, tokens and merged datasets: each by itself, and a dataset against its tokens."""
+"""Checks what steps 1 and 2 publish, tokens and merged datasets, each by itself."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.chunk_reader import verify
-from tokenization.gather import checksum_of_gathered
 from tokenization.input_files import compression_of, is_jsonl
 from tokenization.job import SPLITS, UnitRecord, fingerprint_of_identity
-from tokenization.merge_plan import Part, fingerprint_of
+from tokenization.merge_plan import fingerprint_of
 from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME, chunk_of, moved_to, recorded_chunks
 from tokenization.output import PROGRESS_NAME, QUARANTINE_NAME
 from tools.provenance import AGREES, CHANGED, MISSING, UNKNOWN, Node, cached_checksum, in_threads
@@ -50,6 +48,8 @@ def check_chunks(node: Node, directory: Path, manifest: dict[str, Any], moved: d
     if index is None:
         return
     found = {"documents": index.documents, "tokens": index.tokens, "chunks": len(index.chunks), "dtype": index.dtype}
+    if "packing" in manifest:  # the headers count pieces of documents
+        found["pieces"] = found.pop("documents")
     for key, value in found.items():
         node.expect(f"{INDEX_NAME}: {key}", value, manifest["content"].get(key), MANIFEST_NAME)
     listed = {entry["name"]: entry for entry in manifest["files"]}
@@ -231,56 +231,3 @@ def check_dataset(node: Node, directory: Path, manifest: dict[str, Any] | None) 
         return
     for name in sorted(path.name for path in directory.iterdir() if path.name not in known):
         node.add(UNKNOWN, f"{name}: the manifest does not list it, so nothing says what it should be")
-
-
-def check_merge(node: Node, manifest: dict[str, Any], tokens_dir: Path, tokens: dict[str, Any]) -> None:
-    """A dataset against the tokens that it was merged from: settings, counts, and each chunk."""
-    split = manifest.get("split")
-    sound = True
-    if not manifest["inputs"]:
-        node.add(
-            UNKNOWN, "inputs: a folder was merged by itself, and only the tokens' own manifest names parquet files"
-        )
-    for key in ("settings", "tokenizer", *["inputs"] * bool(manifest["inputs"])):
-        sound &= node.expect(key, manifest.get(key), tokens.get(key), f"{tokens_dir.name}/{MANIFEST_NAME}")
-    sound &= node.expect("tokenized_by", manifest.get("tokenized_by"), tokens.get("made_by"), "the tokens' made_by")
-    counts = [key for key in COUNTS if key != "chunks"]  # small ones may have been gathered into larger ones
-    expected = {key: tokens["content"].get(split, {}).get(key) for key in counts}
-    found = {key: manifest["content"].get(key) for key in counts}
-    sound &= node.expect("content", found, expected, "the tokens' manifest")
-    there: dict[str, Chunk] = {}
-    paths: dict[str, Path] = {}
-    for path in sorted((tokens_dir / str(split)).glob(f"*/{MANIFEST_NAME}")):
-        folder = node.collect(read_manifest, path.parent, "tokens")
-        for entry in folder["files"] if folder else ():
-            there[entry["name"]] = chunk_of(entry)
-            paths.setdefault(entry["name"], path.parent / entry["name"])
-    here = {Path(name).name: dataclasses.replace(chunk, name=Path(name).name)
-            for name, chunk in recorded_chunks(manifest).items()}  # fmt: skip
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            sound = False
-            where = "the dataset alone" if name not in there else "the tokens alone" if name not in here else None
-            node.add(CHANGED, f"{name}: " + (f"is in {where}" if where else "another chunk than the tokens have"))
-    sound &= _check_gathered(node, manifest, paths)
-    if sound:
-        node.add(AGREES, f"settings, counts and all {len(here):,} chunks are those of the tokens")
-
-
-def _check_gathered(node: Node, manifest: dict[str, Any], paths: dict[str, Path]) -> bool:
-    """Gather small chunks again, without writing, and compare checksums; those that were moved away are passed over."""
-    sound = True
-    for entry in manifest["files"]:
-        sources = tuple((paths.get(part["name"]), chunk_of(part)) for part in entry.get("gathered", ()))
-        if not sources or not all(path is not None and path.is_file() for path, _ in sources):
-            continue
-        try:
-            same = (
-                checksum_of_gathered(Part(chunk_of(entry), sources), manifest["content"]["dtype"]) == entry["xxh3_128"]
-            )
-        except (OSError, ValueError):  # a damaged source, which is named among the tokens
-            continue
-        if not same:
-            node.add(CHANGED, f"{entry['name']}: not what the tokens' chunks give when they are gathered")
-        sound &= same
-    return sound

@@ -11,8 +11,9 @@ from tokenization.job import SPLITS
 from tokenization.missing_chunks import MADE_FROM, PLAN_NAME, recorded_chunks
 from tools.provenance import ABSENT, UNKNOWN, Node, check_embedded, check_files
 from tools.provenance_inputs import check_parquet, check_tokenizer
+from tools.provenance_merge import check_merge
 from tools.provenance_places import find_parquet, find_recorded, find_tokenizer, find_tokens, manifest_or_none
-from tools.provenance_tokens import check_dataset, check_merge, check_tokens
+from tools.provenance_tokens import check_dataset, check_tokens
 from utils.errors import UserError
 from utils.manifest import MANIFEST_NAME, read_manifest
 from utils.tokenizer import read_tokenizer_info
@@ -169,7 +170,8 @@ class Walk:
         source = Path(given) if given is not None else find_tokens(manifest, directory)
         if source is None:
             node.children.append(_absent("tokens", "--tokens_dir"))
-            node.children += self._inputs(directory, manifest, {split: _stored(directory, manifest)})
+            stored = None if "packing" in manifest else {split: _stored(directory, manifest)}
+            node.children += self._inputs(directory, manifest, stored)
             return node
         tokens = node.collect(read_manifest, source, "tokens")
         if tokens is None:
@@ -193,8 +195,8 @@ class Walk:
         node.children += self._inputs(directory, manifest, stored)
         return node
 
-    def _inputs(self, near: Path, manifest: dict[str, Any], stored: dict[str, Any]) -> list[Node]:
-        """Parquet files and tokenizer; with --deep the text is tokenized again."""
+    def _inputs(self, near: Path, manifest: dict[str, Any], stored: dict[str, Any] | None) -> list[Node]:
+        """Parquet files and tokenizer; with --deep the text is tokenized again, and compared with `stored`."""
         if manifest.get("tokenizer") is None or not manifest["inputs"]:
             node = Node("parquet files")
             node.add(UNKNOWN, "the manifest names none")
@@ -221,7 +223,9 @@ class Walk:
             if given is not None or (manifest_or_none(directory) or {"kind": "tokenizer"})["kind"] == "tokenizer":
                 nodes.append(Node(f"tokenizer  {directory}"))
                 nodes[-1].collect(check_tokenizer, nodes[-1], directory, recorded, corpus)
-        if self._settings.deep and source is not None:
+        if self._settings.deep and stored is None:
+            nodes[0].add(UNKNOWN, "--deep: of a packed dataset, text is compared with the tokens, which are not here")
+        elif self._settings.deep and source is not None:
             self._retokenize(nodes[0], source, recorded, stored)
         return nodes
 

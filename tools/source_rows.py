@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder_choice import arrow_text_buffers
-from tokenization.input_files import DamagedInput, FileEntry, is_jsonl, list_input_files
+from tokenization.input_files import DamagedInput, FileEntry, is_arrow, is_jsonl, list_input_files
 from tokenization.input_formats import read_summaries, stream_range
 from tokenization.job import CHUNK_PATTERN, InputRange, SplitRecord, Unit, UnitRecord
 from tokenization.plan import make_job
@@ -36,14 +36,15 @@ class Row:
     path: str
     """Of the file, relative to the input directory."""
     row_group: int
-    """In JSON lines the byte at which the range of lines begins that was read for a unit."""
+    """Or record batch; in JSON lines the byte at which the range of lines begins that was read for a unit."""
     row: int
     """In the row group, or of these lines without blank and damaged ones, from 0."""
 
     def __str__(self) -> str:
         if is_jsonl(self.path):
             return f"{self.path}, row {self.row} of the lines from byte {self.row_group} on"
-        return f"{self.path}, row group {self.row_group}, row {self.row}"
+        what = "record batch" if is_arrow(self.path) else "row group"
+        return f"{self.path}, {what} {self.row_group}, row {self.row}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ from utils.files import checksum, is_temporary, write_json
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
+LISTS_OF_FILES = ("files", "packed_from")
 
 
 def made_by(script: str, *packages: str) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def as_input(directory: str | os.PathLike) -> dict[str, Any]:
     return {
         "path": str(directory),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "manifest": {key: value for key, value in manifest.items() if key != "files"},
+        "manifest": {key: value for key, value in manifest.items() if key not in LISTS_OF_FILES},
     }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from pretraining.checks import warn_of_documents
 from pretraining.documents import Separator, document_offsets, separator_of
 from utils.errors import UserError
 
@@ -33,3 +36,14 @@ def test_the_manifest_says_which_token_parts_documents():
     for manifest, why in (({"settings": {"bos_id": None, "eos_id": None}}, "names neither"), (None, "no manifest")):
         with pytest.raises(UserError, match=rf"--train.document_masking=true: my/data: .*{why}.*--add_eos=true"):
             separator_of("my/data", manifest)
+
+
+def test_a_packed_dataset_is_for_one_context(capsys):
+    manifest = {"settings": {"bos_id": 0, "eos_id": 1}, "pack_tokens": 2049}
+    for context in (2048, None):
+        warn_of_documents(Path("DATA/train"), manifest, context)
+    assert not capsys.readouterr().err
+    warn_of_documents(Path("DATA/train"), manifest, 1024)
+    said = capsys.readouterr().err
+    assert "DATA/train: packed into blocks of 2,049" in said
+    assert "--train.max_seq_length=2048, or merge again with --pack_tokens=1025" in said

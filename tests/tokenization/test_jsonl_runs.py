@@ -110,7 +110,7 @@ def test_damaged_lines_and_files_stop_the_run_or_are_left_out_alone(documents, t
     assert "b.jsonl.gz: not a readable gzip file" in said and "c.jsonl: no column 'text' (it has id, body)" in said
     shutil.rmtree(tmp_path / "out")  # begun before a.jsonl was found damaged
     process = run_script("optimize_dataset.py", *arguments(tmp_path, tokenizer_dir, "--on_bad_file=quarantine"))
-    assert "3 files, row groups or lines left out" in process.stdout + process.stderr
+    assert "3 files, row groups, record batches or lines left out" in process.stdout + process.stderr
     assert num_documents(tmp_path / "out") == 99 + 20 and inputs_of(tmp_path / "out") == ["a.jsonl", "d.parquet"]
     assert [(entry["path"], entry.get("line")) for entry in quarantined(tmp_path / "out")] == [
         ("b.jsonl.gz", None), ("c.jsonl", None), ("a.jsonl", 41),

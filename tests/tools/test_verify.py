@@ -14,6 +14,7 @@ from conftest import ROOT, run_a_script, said_by
 from pretrain_ranks import run_ranks, settings_of
 from tiny_runs import TINY_MODEL, write_config
 
+from tools import inspect_dataset
 from tools.verify import Settings, main
 from utils.manifest import file_entry
 
@@ -462,6 +463,26 @@ def test_a_dataset_of_gathered_chunks_is_tokenized_again_without_the_tokens(
     flip(first_chunk(work / "dataset" / "train"))
     found = wrong_lines(verify(capsys, work / "dataset" / "train", code=1, **settings))
     assert [line for line in found if "its content is not the one" in line], found
+
+
+def test_a_packed_dataset_is_packed_again_from_its_tokens(tokens_of_plain_text, capsys, tmp_path, tokenizer_dir):
+    work = Path(shutil.copytree(tokens_of_plain_text, tmp_path / "a" / "b" / "copy"))
+    flags = ["--pack_tokens=129", "--pack_window_tokens=4096"]
+    for split in ("train", "val"):
+        places = [f"--source_dir={work}/tokens/{split}", f"--target_dir={work}/dataset/{split}"]
+        run_a_script("merge_files.py", *places, *flags)
+    said = verify(capsys, work / "dataset")
+    assert said.count("packed again from the tokens") == 2 and "CHANGED" not in said
+    inspected = inspect_dataset.Settings(str(work / "dataset" / "train"))
+    assert "pieces of documents" in said_by(capsys, lambda: inspect_dataset.main(inspected))
+    forged = json.loads((work / "dataset/train/manifest.json").read_text())
+    forged["packing"]["cut_at_end"] = False
+    (work / "dataset/train/manifest.json").write_text(json.dumps(forged))
+    found = wrong_lines(verify(capsys, work / "dataset" / "train", code=1))
+    assert found and all("not what the tokens' chunks give when they are packed" in line for line in found), found
+    shutil.rmtree(work / "tokens")
+    said = verify(capsys, work / "dataset" / "val", tokenizer_dir=str(tokenizer_dir), deep=True)
+    assert "of a packed dataset, text is compared with the tokens, which are not here" in said
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

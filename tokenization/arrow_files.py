@@ -1,0 +1,172 @@
+"""Arrow files, in Arrow's file format and in its stream format: what planning needs of them, and their text.
+
+Hugging Face's `save_to_disk` and its cache write streams, Arrow's and Polars' writers files; a magic number tells which
+one it is. Both are sequences of record batches, which are what row groups are of a parquet file. Local files are
+memory-mapped: of other columns nothing is read.
+
+A stream has no footer, so its record batches are walked through from its beginning; in a mapped file that touches a
+page of each. A remote one is read as a whole for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from tokenization.input_files import (
+    DamagedInput,
+    FileEntry,
+    check_stamp,
+    fingerprint_of_ends,
+    is_input_failure,
+    open_member,
+)
+from tokenization.job import InputStamp
+from tokenization.parquet import Footer
+from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, is_text, joined
+from utils.errors import UserError
+
+MAGIC = b"ARROW1"
+CONTINUATION, END_OF_STREAM = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
+
+
+class CorruptRecordBatch(DamagedInput):
+    """A record batch whose text cannot be used, though the file could be walked through."""
+
+    parts = "record batches"
+
+    def __init__(self, file_index: int, record_batch: int, rows: int, reason: str):
+        self.file_index, self.record_batch, self.rows, self.reason = file_index, record_batch, rows, reason
+        self.place, self.key = f"record batch {record_batch}", (file_index, record_batch)
+        super().__init__(file_index, record_batch, rows, reason)
+
+    def entry(self, path: str) -> dict[str, Any]:
+        return {"path": path, "record_batch": self.record_batch, "rows": self.rows, "reason": self.reason}
+
+
+def read_batches_summary(url: str, entry: FileEntry, text_column: str) -> Footer:
+    """Rows and text of each record batch, as of a parquet file's row groups.
+
+    Raises:
+        ValueError: says what is wrong with the file.
+        UserError: it could not be read at all.
+    """
+    if entry.fault:
+        raise ValueError(entry.fault)
+    if not entry.bytes:
+        raise ValueError("not a readable Arrow file (it is empty)")
+    rows, text_bytes = [], []
+    try:
+        with _open(url, entry.path) as source:
+            schema = _reader(source).schema
+            _check_column(schema, text_column)
+            for _, batch in _record_batches(source, schema, text_column):
+                rows.append(batch.num_rows)
+                text_bytes.append(batch.column(0).nbytes)
+            end = source.tell()
+            if not _is_file(source):
+                _check_end_of_stream(source, end)
+            fingerprint = fingerprint_of_ends(source)
+    except (OSError, pa.ArrowException) as error:
+        if is_input_failure(error):
+            raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
+        raise ValueError(f"not a readable Arrow file ({error})") from error
+    return Footer(tuple(rows), tuple(text_bytes), fingerprint)
+
+
+@contextlib.contextmanager
+def _open(url: str, path: str) -> Iterator[pa.NativeFile]:
+    filesystem, full_path = open_member(url, path)
+    is_local = isinstance(filesystem, pafs.LocalFileSystem)
+    with pa.memory_map(full_path) if is_local else filesystem.open_input_file(full_path) as source:
+        yield source
+
+
+def _is_file(source: pa.NativeFile) -> bool:
+    return source.read_at(len(MAGIC), 0) == MAGIC
+
+
+def _reader(source: pa.NativeFile, options: pa.ipc.IpcReadOptions | None = None) -> Any:
+    open_reader = pa.ipc.open_file if _is_file(source) else pa.ipc.open_stream
+    source.seek(0)  # the look at its beginning has moved a remote file's position
+    return open_reader(source, options=options)
+
+
+def _check_column(schema: pa.Schema, text_column: str) -> None:
+    if text_column not in schema.names:
+        raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
+    if schema.names.count(text_column) > 1:
+        raise ValueError(f"{schema.names.count(text_column)} columns are called {text_column!r}")
+    if not is_text(schema.field(text_column).type):
+        raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
+
+
+def _record_batches(
+    source: pa.NativeFile, schema: pa.Schema, text_column: str, wanted: Sequence[int] | None = None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Number and content of some record batches, or of all, with the text column alone."""
+    is_file = _is_file(source)  # before the reader: it moves a remote file's position
+    fields = [schema.names.index(text_column)]
+    reader = _reader(source, pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+    if is_file:
+        for number in range(reader.num_record_batches) if wanted is None else wanted:
+            yield number, reader.get_batch(number)
+        return
+    for number, batch in enumerate(reader):
+        if wanted is None or number in wanted:
+            yield number, batch
+        if wanted is not None and number >= wanted[-1]:
+            return
+
+
+def _check_end_of_stream(source: pa.NativeFile, end: int) -> None:
+    """A stream that was cut off between two record batches reads as a shorter one, and a second one behind it not at
+    all. Streams as Arrow wrote them before 0.15 have another end, and are taken as they are."""
+    size = source.size()
+    if end != size:
+        raise ValueError(f"not a readable Arrow file ({size - end:,} bytes follow the end of its stream)")
+    if source.read_at(4, 0) == CONTINUATION and source.read_at(8, max(0, size - 8)) != END_OF_STREAM:
+        raise ValueError("not a readable Arrow file (its stream has no end: it was cut off)")
+
+
+def stream_batches(
+    url: str,
+    path: str,
+    file_index: int,
+    record_batches: Sequence[int],
+    text_column: str,
+    stamp: InputStamp | None = None,
+) -> Iterator[pa.Array]:
+    """The text column of some record batches, a few MB at a time. Arguments, what is yielded, and errors are those of
+    `parquet.stream_texts`, with CorruptRecordBatch."""
+    number, rows = record_batches[0], 0
+    held: list[pa.Array] = []
+    held_rows = held_bytes = 0
+    try:
+        with _open(url, path) as source:
+            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(source))
+            schema = _reader(source).schema
+            for number, batch in _record_batches(source, schema, text_column, record_batches):  # noqa: B007 - in errors
+                column, rows = batch.column(0), batch.num_rows
+                is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+                column.validate(full=not is_plain)  # what is plain is looked at piece by piece
+                for texts in as_plain_text(column) if rows else ():
+                    texts.validate(full=True)
+                    held.append(texts)
+                    held_rows += len(texts)
+                    held_bytes += texts.nbytes
+                    if held_rows >= MAX_BATCH_ROWS or held_bytes >= BATCH_BYTES:
+                        yield joined(held)
+                        held_rows = held_bytes = 0
+            if held:
+                yield joined(held)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        check_stamp(url, path, stamp)
+        if is_input_failure(error):
+            raise
+        raise CorruptRecordBatch(file_index, number, rows, f"{type(error).__name__}: {error}") from error
+    check_stamp(url, path, stamp)
