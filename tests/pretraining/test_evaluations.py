@@ -134,8 +134,13 @@ def test_the_likeliest_tokens_are_those_of_transformers_in_the_export(trained, e
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "flags"),
-    [(1, {}), (2, {"parallel__sharding": "replicate"}), (2, {"train__tie_embeddings": "true"})],
-    ids=["one process", "without sharding", "tied embeddings"],
+    [
+        (1, {}),
+        (2, {"parallel__sharding": "replicate"}),
+        (2, {"parallel__context_parallel_size": 2}),
+        (2, {"train__tie_embeddings": "true"}),
+    ],
+    ids=["one process", "without sharding", "shared sequences", "tied embeddings"],
 )
 def test_it_is_the_same_however_the_model_is_spread(
     ranks, flags, tmp_path, trained, tasks, prepared, dataset, tokenizer_dir
