@@ -280,6 +280,8 @@ class Night:
 
             self.repairs.append(restore)
             fault.expected = rf"{path.name}: its checksum is"
+        if self.process.poll() is not None:  # else its end would count as noticed, and the damage be repaired unseen
+            self.start()
 
     def flip_a_byte(self, path: Path) -> None:
         place = self.random.randrange(path.stat().st_size)
