@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ def draw_curves(
     """
     if x == "auto":
         x = "tokens" if all(len(series(records, "tokens", "step")[0]) for records in runs.values()) else "step"
+    with picture(output, title) as figure:
+        tasks = task_names(runs)
+        num_rows = len(PANELS) + bool(tasks)
+        grid = figure.add_gridspec(num_rows, 2, width_ratios=(1.9, 1))
+        loss_axes = figure.add_subplot(grid[:, 0])
+        draw_loss(loss_axes, runs, x)
+        for row, (key, name) in enumerate(PANELS.items()):
+            draw_panel(figure.add_subplot(grid[row, 1]), runs, x, key, name, is_last=row + 1 == num_rows)
+        if tasks:
+            draw_tasks(figure.add_subplot(grid[len(PANELS), 1]), runs, x, tasks)
+        for name, records in (events or {}).items():
+            prefix = f"{name}: " if len(runs) > 1 else ""
+            draw_events(figure.axes, loss_axes, records, runs[name], x, prefix, colour_of(runs, name))
+
+
+@contextlib.contextmanager
+def picture(output: str | os.PathLike, title: str | None = None) -> Iterator[Figure]:
+    """An empty figure in the style of all pictures, written to `output` at the end of the block."""
     style = {
         "axes.grid": True,
         "axes.spines.right": False,
@@ -81,18 +100,7 @@ def draw_curves(
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
-        tasks = task_names(runs)
-        num_rows = len(PANELS) + bool(tasks)
-        grid = figure.add_gridspec(num_rows, 2, width_ratios=(1.9, 1))
-        loss_axes = figure.add_subplot(grid[:, 0])
-        draw_loss(loss_axes, runs, x)
-        for row, (key, name) in enumerate(PANELS.items()):
-            draw_panel(figure.add_subplot(grid[row, 1]), runs, x, key, name, is_last=row + 1 == num_rows)
-        if tasks:
-            draw_tasks(figure.add_subplot(grid[len(PANELS), 1]), runs, x, tasks)
-        for name, records in (events or {}).items():
-            prefix = f"{name}: " if len(runs) > 1 else ""
-            draw_events(figure.axes, loss_axes, records, runs[name], x, prefix, colour_of(runs, name))
+        yield figure
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         with atomic_write(output) as file:

@@ -186,7 +186,7 @@ def test_required_settings_that_are_missing_are_all_named(run_script):
     assert [line.partition(". ")[0] for line in said] == [
         f"--{name} is missing" for name in ("input_dir", "tokenizer_dir", "output_dir")
     ]
-    assert "Directory with the parquet files" in said[0]
+    assert "Directory with the parquet, Arrow or JSON lines files" in said[0]
     said = said_about(run_script, "convert_pretrained_checkpoint.py")
     assert [line.partition(". ")[0] for line in said] == ["checkpoint_dir is missing", "export_dir is missing"]
     assert said_about(run_script, "merge_files.py", "--sourcedir=a") == [

@@ -94,6 +94,9 @@ RUN_BY = {
     r"python -m tools\.prepare_task ": (
         "tools/test_prepare_task.py::test_the_tokens_are_those_that_lm_eval_gives_a_model"
     ),
+    r"python -m tools\.sweep_learning_rate ": (
+        "tools/test_sweep_learning_rate.py::test_each_rate_is_a_run_and_a_finished_one_is_not_trained_again"
+    ),
     r"python -m tools\.suggest ": "tools/test_suggest.py::test_training_accepts_the_yaml",
     r"python distributed_pretrain\.py --config my-run\.yaml": "tools/test_suggest.py::test_training_accepts_the_yaml",
     r"python benchmarks/gpu_acceptance\.py": "test_gpu_acceptance.py::test_every_row_runs_in_small_and_without_ray",
