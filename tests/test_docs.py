@@ -88,6 +88,9 @@ RUN_BY = {
         "tools/test_find_fastest.py::test_each_combination_is_a_row_whatever_becomes_of_it"
     ),
     r"python -m tools\.inspect_dataset ": "tools/test_inspect_dataset.py::test_shows_counts_samples_and_a_picture",
+    r"python -m tools\.run_page ": (
+        "tools/test_run_page.py::test_every_record_event_sample_setting_and_dataset_is_in_the_page"
+    ),
     r"python -m tools\.plot_curves ": "tools/test_plot_curves.py::test_one_picture_of_one_and_of_several_runs",
     r"python -m tools\.verify ": ("tools/test_verify.py::test_everything_agrees_from_the_export_to_the_parquet_files"),
     r"python -m tools\.show_batch ": ("tools/test_show_batch.py::test_every_batch_is_the_one_whose_digest_was_logged"),

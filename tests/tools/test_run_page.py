@@ -1,0 +1,163 @@
+"""The page of a run: what is in it, what must not be, `--serve`, and (slow) a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import said_by
+
+from tools.run_page import Settings, as_json, collect_all, main, make_server, render
+from tools.run_page_data import MAX_RECORDS, thinned
+from utils.errors import UserError
+from utils.manifest import write_manifest
+
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
+
+
+def write_run(directory: Path, lr: float = 1e-3, steps: int = 40) -> Path:
+    """What a run leaves: a step per record, a restart, a sample that would like to run, a checkpoint's manifest."""
+    directory.mkdir(parents=True)
+    records = [{"step": 0, "tokens": 0, "val_loss": 9.0, "task_order_acc": 0.25}]
+    records += [
+        {"step": step, "tokens": 100 * step, "loss": 9 - step / 10, "lr": lr, "tokens_per_s": 5000.0, "mfu": None}
+        for step in range(1, steps + 1)
+    ]
+    records[-1] |= {"val_loss": 5.125, "val_bits_per_byte": 1.75, "task_order_acc": 0.75, "grad_norm": float("nan")}
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / "metrics.jsonl").write_text(lines + '{"step": 41, "lo')
+    event = {"time": "2026-11-24T10:00:00+00:00", "event": "restart", "step": 7, "message": f"rank 1 died {HOSTILE}"}
+    (directory / "events.jsonl").write_text(json.dumps(event) + "\n")
+    sample = {"step": 40, "prompt": "Return", "text": HOSTILE, "temperature": 0, "tokens": [1, 2]}
+    (directory / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    dataset = {"split": "train", "content": {"documents": 12, "tokens": 3456, "text_bytes": 7890},
+               "tokenizer": {"sha256": "ab" * 32}, "inputs": [{}, {}]}  # fmt: skip
+    checkpoint = directory / "step-00000040"
+    checkpoint.mkdir()
+    write_manifest(
+        checkpoint,
+        {
+            "kind": "checkpoint",
+            "made_by": {"script": "distributed_pretrain.py", "versions": {}},
+            "settings": {"optimizer": {"lr": lr}, "seed": 42},
+            "content": {"step": 40},
+            "files": [],
+            "inputs": [{"path": "data/train", "sha256": "cd" * 32, "manifest": dataset}],
+        },
+    )
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[str]:
+    return [str(write_run(tmp_path / name, lr)) for name, lr in (("first", 1e-3), ("second", 2e-3))]
+
+
+def test_every_record_event_sample_setting_and_dataset_is_in_the_page(runs, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    said_by(capsys, lambda: main(Settings(runs, str(page))))
+    content = json.loads(re.search(r'id="content">(.*?)</script>', page.read_text(), re.S)[1])
+    first, second = content["runs"]
+    assert [run["name"] for run in (first, second)] == ["first", "second"]
+    assert len(first["records"]) == 41 and first["records"][-1]["val_loss"] == 5.125
+    assert first["records"][-1]["grad_norm"] is None, "JSON has no NaN"
+    assert first["events"][0]["step"] == 7 and first["samples"][0]["text"] == HOSTILE
+    assert [run["settings"]["optimizer.lr"] for run in (first, second)] == ["0.001", "0.002"]
+    assert first["data"][0] == {"path": "data/train", "split": "train", "documents": 12, "tokens": 3456,
+                                "text_bytes": 7890, "tokenizer": "ab" * 8, "manifest": "cd" * 8,
+                                "sources": 2}  # fmt: skip
+
+
+def test_nothing_comes_from_the_network_and_no_text_becomes_code(runs):
+    page = render(collect_all(runs), live=False)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page) and "@import" not in page
+    assert page.count("<script") == 2 and HOSTILE not in page
+    assert "default-src &#39;none&#39;" in page
+    assert as_json([{"name": HOSTILE}]).count("<") == 0
+
+
+def test_a_run_that_has_written_little_is_shown(tmp_path):
+    run = tmp_path / "young"
+    run.mkdir()
+    with pytest.raises(UserError, match=r"no metrics.jsonl there"):
+        collect_all([str(run)])
+    (run / "metrics.jsonl").write_text('{"step": 1, "lo')
+    with pytest.raises(UserError, match="no step was logged yet"):
+        collect_all([str(run)])
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 9.5}\n')
+    (found,) = collect_all([str(run)])
+    assert found["records"] == [{"step": 1, "loss": 9.5}]
+    assert not any(found[part] for part in ("events", "samples", "settings", "data", "checkpoint"))
+
+
+def test_a_long_run_is_thinned_by_means_and_keeps_its_validations():
+    records = [{"step": step, "loss": float(step % 2)} for step in range(10 * MAX_RECORDS)]
+    records[12345]["val_loss"] = 3.0
+    found = thinned(records)
+    assert len(found) <= MAX_RECORDS + 1 and found[-1]["step"] == records[-1]["step"]
+    assert {record["loss"] for record in found if "val_loss" not in record} == {0.5}
+    assert [record["val_loss"] for record in found if "val_loss" in record] == [3.0]
+
+
+def test_served_to_this_machine_alone_and_fresh(tmp_path):
+    run = write_run(tmp_path / "run")
+    with make_server(Settings([str(run)], port=0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert server.server_address[0] == "127.0.0.1"
+        place = f"http://127.0.0.1:{server.server_port}"
+
+        def get(path: str, **headers) -> str:
+            request = urllib.request.Request(place + path, headers=headers)
+            return urllib.request.urlopen(request, timeout=20).read().decode()
+
+        assert 'data-live="yes"' in get("/")
+        assert len(json.loads(get("/data.json"))["runs"][0]["records"]) == 41
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('ss": 5.0}\n')
+        assert json.loads(get("/data.json"))["runs"][0]["records"][-1] == {"step": 41, "loss": 5.0}
+        for path, headers in (("/metrics.jsonl", {}), ("/../run/metrics.jsonl", {}), ("/", {"Host": "example.com:80"})):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                get(path, **headers)
+        with pytest.raises(UserError, match=f"--port={server.server_port}: "):
+            make_server(Settings([str(run)], port=server.server_port))
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+@pytest.mark.parametrize("width", [420, 1400])
+def test_a_browser_draws_it_without_an_error_and_shows_values_where_one_points(runs, tmp_path, width):
+    """What is asked of the page is asked by a script that the page allows for this test alone."""
+    question = """
+    const errors = []; addEventListener("error", (e) => errors.push(e.message));
+    addEventListener("load", () => setTimeout(() => {
+      const { plot } = charts[0];
+      plot.setCursor({ left: plot.valToPos(2000, "x"), top: 20 });
+      requestAnimationFrame(() => document.body.append(element("pre", { id: "answer" }, JSON.stringify({
+        errors, charts: charts.length, pointed: plot.root.querySelector(".u-legend").textContent,
+        overflow: document.documentElement.scrollWidth > innerWidth, title: document.title,
+        samples: document.querySelector("#samples td.text").textContent,
+        differs: [...document.querySelectorAll("tr.differs td:first-child")].map((td) => td.textContent),
+      }))));
+    }, 300));"""
+    page = render(collect_all(runs), live=False)
+    path = tmp_path / "asked.html"
+    path.write_text(page.replace("</body>", f"<script>{question}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},1600", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="answer">(.*?)</pre>', process.stdout, re.S)
+    assert found, process.stderr[-2000:]
+    answer = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert answer["errors"] == [] and not answer["overflow"] and answer["title"] == "first, second"
+    assert answer["charts"] == 5, "loss, bits per byte, rate, speed, the task"
+    assert "first training" in answer["pointed"] and "7.000" in answer["pointed"]
+    assert HOSTILE in answer["samples"] and answer["differs"] == ["optimizer.lr"]

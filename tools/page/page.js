@@ -1,0 +1,315 @@
+// The page of a run: draws what tools/run_page_data.py has collected. Text only ever enters by textContent.
+"use strict";
+
+const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a"];
+const POLL_MS = 5000;
+const CHARTS = [
+  { title: "Loss (nats per token)", keys: ["loss", "val_loss"], main: true },
+  { title: "Validation (bits per byte)", keys: ["val_bits_per_byte"] },
+  { title: "Learning rate", keys: ["lr"] },
+  { title: "Gradient norm", keys: ["grad_norm"] },
+  { title: "Tokens per second", keys: ["tokens_per_s"] },
+  { title: "Model FLOPs utilization", keys: ["mfu"], percent: true },
+  { title: "Peak memory (GB per device)", keys: ["memory_peak_bytes"], factor: 1e-9 },
+  { title: "Seconds per step", keys: ["step_s", "data_wait_s", "rank_compute_s_max"] },
+];
+const NAMES = { loss: "training", val_loss: "validation", val_bits_per_byte: "validation", lr: "learning rate",
+  grad_norm: "norm before clipping", tokens_per_s: "tokens/s", memory_peak_bytes: "peak", step_s: "step", data_wait_s: "waiting for data", rank_compute_s_max: "slowest computing" };
+
+let runs = JSON.parse(document.getElementById("content").textContent).runs;
+let charts = [];
+const view = { x: "tokens", smooth: true, log: false, prompt: 0 };
+
+const byId = (id) => document.getElementById(id);
+const colour = (i) => COLOURS[i % COLOURS.length];
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "class") made.className = value;
+    else if (name === "colour") made.style.setProperty("--colour", value);
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+function count(value) {
+  if (value === null || value === undefined) return "–";
+  for (const [size, unit] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]]) {
+    if (Math.abs(value) >= size) return +(value / size).toPrecision(3) + unit;
+  }
+  return Number.isInteger(value) ? String(value) : value.toPrecision(4);
+}
+
+function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  const [d, h, m] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];
+  return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min` : `${Math.round(seconds)} s`;
+}
+
+const last = (records, key) => {
+  for (let i = records.length - 1; i >= 0; i--) if (typeof records[i][key] === "number") return records[i][key];
+  return null;
+};
+
+// Runs -----------------------------------------------------------------------------------------------------------------
+
+function drawRuns() {
+  const cards = runs.map((run, i) => {
+    const r = run.records;
+    const facts = [
+      ["step", count(last(r, "step"))],
+      ["tokens", count(last(r, "tokens"))],
+      ["loss", last(r, "loss") === null ? "–" : last(r, "loss").toFixed(3)],
+      ["validation", last(r, "val_loss") === null ? "–" : last(r, "val_loss").toFixed(3)],
+      ["bits per byte", last(r, "val_bits_per_byte") === null ? "–" : last(r, "val_bits_per_byte").toFixed(3)],
+      ["tokens/s", count(last(r, "tokens_per_s"))],
+      ["MFU", last(r, "mfu") === null ? "–" : (100 * last(r, "mfu")).toFixed(1) + "%"],
+      ["peak memory", last(r, "memory_peak_bytes") === null ? "–" : (last(r, "memory_peak_bytes") / 1e9).toFixed(1) + " GB"],
+      ["time left", duration(last(r, "eta_s"))],
+      ["checkpoint", run.checkpoint || "–"],
+    ].filter(([, value]) => value !== "–");
+    const list = element("dl");
+    for (const [name, value] of facts) list.append(element("div", {}, element("dt", {}, name), element("dd", {}, value)));
+    return element("div", { class: "card run", colour: colour(i) }, element("h2", {}, run.name), list);
+  });
+  byId("runs").replaceChildren(element("div", { class: "cards" }, ...cards));
+}
+
+// Curves ---------------------------------------------------------------------------------------------------------------
+
+function smoothed(values) {
+  const half = Math.max(1, Math.floor(values.length / 100));
+  return values.map((_, i) => {
+    const near = values.slice(Math.max(0, i - half), i + half + 1).sort((a, b) => a - b);
+    return near[Math.floor(near.length / 2)];
+  });
+}
+
+// Aligned columns for uPlot: one x, and one column per run and key.
+function columns(chart) {
+  const tables = [], series = [];
+  runs.forEach((run, i) => {
+    for (const key of chart.keys) {
+      const points = run.records.filter((r) => typeof r[key] === "number" && typeof r[view.x] === "number");
+      if (!points.length) continue;
+      const x = points.map((r) => r[view.x]), y = points.map((r) => r[key] * (chart.factor || 1));
+      const sparse = key.startsWith("val_") || key.startsWith("task_");
+      const what = chart.keys.length > 1 || runs.length === 1 ? NAMES[key] || chart.labels?.[key] || key : null;
+      const label = [runs.length > 1 ? run.name : null, what].filter(Boolean).join(" ");
+      const fade = view.smooth && key === "loss" && y.length > 20;
+      const shade = chart.keys.length > 1 && runs.length === 1 ? colour(chart.keys.indexOf(key)) : colour(i);
+      const style = { label, stroke: shade, width: 1.5, spanGaps: true, points: { show: sparse, size: 6, fill: shade } };
+      if (key === "val_loss" && runs.length > 1) style.dash = [6, 4];
+      if (fade) {
+        tables.push([x, smoothed(y)], [x, y]);
+        series.push(style, { ...style, label: label + " (each)", stroke: shade + "40", width: 1, points: { show: false } });
+      } else {
+        tables.push([x, y]);
+        series.push(style);
+      }
+    }
+  });
+  return tables.length ? { data: uPlot.join(tables), series } : null;
+}
+
+function eventMarks(plot) {
+  const { ctx, bbox } = plot;
+  ctx.save();
+  ctx.strokeStyle = getComputedStyle(document.body).getPropertyValue("--mark");
+  ctx.setLineDash([3 * devicePixelRatio, 3 * devicePixelRatio]);
+  ctx.lineWidth = devicePixelRatio;
+  for (const run of runs) {
+    for (const event of run.events) {
+      const at = event.step === undefined || event.step === null ? null : placeOf(run, event.step);
+      if (at === null || at < plot.scales.x.min || at > plot.scales.x.max) continue;
+      const left = Math.round(plot.valToPos(at, "x", true));
+      ctx.beginPath();
+      ctx.moveTo(left, bbox.top);
+      ctx.lineTo(left, bbox.top + bbox.height);
+      ctx.stroke();
+    }
+  }
+  ctx.restore();
+}
+
+function placeOf(run, step) {
+  if (view.x === "step") return step;
+  const record = run.records.find((r) => r.step >= step && typeof r.tokens === "number");
+  return record ? record.tokens : null;
+}
+
+function drawChart(chart, into) {
+  const found = columns(chart);
+  if (!found) return;
+  const card = element("div", { class: chart.main ? "card wide" : "card" }, element("h2", {}, chart.title));
+  const holder = element("div");
+  card.append(holder);
+  into.append(card);
+  const style = getComputedStyle(document.body);
+  const axis = { stroke: style.getPropertyValue("--quiet"), grid: { stroke: style.getPropertyValue("--grid"), width: 1 },
+    ticks: { stroke: style.getPropertyValue("--line"), width: 1 }, font: "11px system-ui, sans-serif" };
+  const format = (v) => (v === null || v === undefined ? "–" : chart.percent ? (100 * v).toFixed(1) + "%" :
+    Math.abs(v) >= 1000 ? count(v) : v.toPrecision(4));
+  // Where nobody points, the newest value.
+  const legend = (plot, v, i) => format(v ?? plot.data[i].findLast((each) => each !== null && each !== undefined));
+  const shown = (plot, values) => values.map((v) => (v === null ? "" : chart.percent ? Math.round(100 * v) + "%" :
+    Math.abs(v) >= 1000 ? count(v) : String(+v.toPrecision(3))));
+  const size = () => ({ width: Math.max(200, holder.clientWidth), height: chart.main ? 300 : 190 });
+  const plot = new uPlot({
+    ...size(),
+    cursor: { sync: { key: "runs", setSeries: false }, focus: { prox: 24 } },
+    scales: { x: { time: false }, y: { distr: chart.main && view.log ? 3 : 1 } },
+    axes: [{ ...axis, values: (_, values) => values.map(count) }, { ...axis, values: shown, size: 56 }],
+    series: [{ label: view.x, value: (plot, v) => count(v ?? plot.data[0][plot.data[0].length - 1]) },
+      ...found.series.map((each) => ({ ...each, value: legend }))],
+    hooks: { draw: [eventMarks] },
+  }, found.data, holder);
+  new ResizeObserver(() => plot.setSize(size())).observe(holder);
+  charts.push({ plot, chart });
+}
+
+function drawCharts() {
+  for (const { plot } of charts) plot.destroy();
+  charts = [];
+  const grid = element("div", { class: "cards" });
+  byId("charts").replaceChildren(grid);
+  for (const chart of CHARTS) drawChart(chart, grid);
+  const names = new Set(runs.flatMap((run) => run.records.flatMap((r) => Object.keys(r))));
+  const tasks = [...names].filter((key) => /^task_.*_(acc|acc_norm|perplexity)$/.test(key)).sort();
+  const taskGrid = element("div", { class: "cards" });
+  byId("tasks").replaceChildren(...(tasks.length ? [element("h2", {}, "Tasks"), taskGrid] : []));
+  for (const key of tasks) {
+    const name = key.slice("task_".length);
+    drawChart({ title: name, keys: [key], labels: { [key]: name }, percent: !key.endsWith("perplexity") }, taskGrid);
+  }
+}
+
+// Tables ---------------------------------------------------------------------------------------------------------------
+
+function table(head, rows) {
+  const cell = (tag, value) => {
+    const isNumber = typeof value === "number";
+    const made = element(tag, isNumber ? { class: "number" } : {});
+    made.append(value instanceof Node ? value : isNumber ? value.toLocaleString("en") : value ?? "");
+    return made;
+  };
+  const made = element("table", {}, element("thead", {}, element("tr", {}, ...head.map((name) => cell("th", name)))));
+  const body = element("tbody");
+  for (const { cells, kind } of rows) body.append(element("tr", kind ? { class: kind } : {}, ...cells.map((c) => cell("td", c))));
+  made.append(body);
+  return element("div", { class: "scroll" }, made);
+}
+
+const chip = (i) => element("span", { class: "chip", colour: colour(i), title: runs[i].name });
+
+function drawSamples() {
+  const prompts = [...new Set(runs.flatMap((run) => run.samples.map((s) => s.prompt)))];
+  if (!prompts.length) return byId("samples").replaceChildren();
+  view.prompt = Math.min(view.prompt, prompts.length - 1);
+  const choice = element("select", { "aria-label": "Prompt" });
+  prompts.forEach((prompt, i) => choice.append(element("option", i === view.prompt ? { value: i, selected: "" } : { value: i }, prompt)));
+  choice.addEventListener("change", () => { view.prompt = Number(choice.value); drawSamples(); });
+  const rows = [];
+  runs.forEach((run, i) => {
+    for (const s of [...run.samples].reverse()) {
+      if (s.prompt !== prompts[view.prompt]) continue;
+      const text = element("span", {}, element("span", { class: "prompt" }, s.prompt), s.text);
+      rows.push({ cells: [element("span", {}, chip(i), String(s.step)), s.temperature ? `at ${s.temperature}` : "greedy", text] });
+    }
+  });
+  const made = table(["step", "", "what the model writes"], rows);
+  for (const cell of made.querySelectorAll("td:last-child")) cell.className = "text";
+  byId("samples").replaceChildren(element("div", { class: "card" },
+    element("div", { class: "bar" }, element("h2", {}, "Samples"), choice), made));
+}
+
+function drawEvents() {
+  const rows = [];
+  runs.forEach((run, i) => {
+    for (const e of run.events) rows.push({ cells: [element("span", {}, chip(i), (e.time || "").replace("T", " ").replace("+00:00", "")),
+      element("span", { class: "event" }, e.event), e.step === undefined || e.step === null ? "" : `step ${e.step}`, e.message] });
+  });
+  byId("events").replaceChildren(...(rows.length ? [element("div", { class: "card" }, element("h2", {}, "Events"),
+    table(["time (UTC)", "event", "", ""], rows))] : []));
+}
+
+function drawSettings() {
+  const names = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
+  if (!names.length) return byId("settings").replaceChildren();
+  const row = (name) => runs.map((run) => run.settings[name] ?? "–");
+  const differing = names.filter((name) => new Set(row(name)).size > 1);
+  const made = table(["setting", ...runs.map((run) => run.name)],
+    [...differing, ...names.filter((name) => !differing.includes(name))].map((name) => (
+      { cells: [name, ...row(name)], kind: differing.includes(name) ? "differs" : null })));
+  const about = runs.length > 1 ? `${differing.length} of ${names.length} settings differ` : `${names.length} settings`;
+  const folded = element("details", differing.length ? { open: "" } : {}, element("summary", {}, about), made);
+  byId("settings").replaceChildren(element("div", { class: "card" }, element("h2", {}, "Settings"), folded));
+}
+
+function drawData() {
+  const rows = [];
+  runs.forEach((run, i) => {
+    for (const d of run.data) rows.push({ cells: [element("span", {}, chip(i), d.path || "–"), d.split, d.documents, d.tokens,
+      d.text_bytes, d.sources, d.tokenizer, d.manifest] });
+  });
+  byId("data").replaceChildren(...(rows.length ? [element("div", { class: "card" }, element("h2", {}, "Data"),
+    table(["dataset", "split", "documents", "tokens", "bytes of text", "source files", "tokenizer", "manifest"], rows))] : []));
+}
+
+// The page -------------------------------------------------------------------------------------------------------------
+
+function drawControls() {
+  const hasTokens = runs.every((run) => run.records.some((r) => typeof r.tokens === "number"));
+  if (!hasTokens) view.x = "step";
+  const choice = document.querySelector("[data-choice=x]");
+  choice.replaceChildren(...["tokens", "step"].filter((x) => x === "step" || hasTokens).map((x) => {
+    const button = element("button", { type: "button", "aria-pressed": String(x === view.x) }, x === "step" ? "steps" : x);
+    button.addEventListener("click", () => { view.x = x; drawControls(); drawCharts(); });
+    return button;
+  }));
+}
+
+function drawAll() {
+  document.querySelector("h1").textContent = runs.map((run) => run.name).join(", ");
+  drawControls();
+  drawRuns();
+  drawCharts();
+  drawSamples();
+  drawEvents();
+  drawSettings();
+  drawData();
+}
+
+// New records, without losing what was zoomed into.
+function refresh(fresh) {
+  if (JSON.stringify(fresh) === JSON.stringify(runs)) return;
+  const kept = charts.map(({ plot, chart }) => ({ chart, zoomed: isZoomed(plot), min: plot.scales.x.min, max: plot.scales.x.max }));
+  runs = fresh;
+  const scroll = window.scrollY;
+  drawAll();
+  for (const { plot, chart } of charts) {
+    const before = kept.find((each) => each.chart.title === chart.title);
+    if (before?.zoomed) plot.setScale("x", { min: before.min, max: before.max });
+  }
+  window.scrollTo(0, scroll);
+}
+
+function isZoomed(plot) {
+  const x = plot.data[0];
+  return plot.scales.x.min > x[0] || plot.scales.x.max < x[x.length - 1];
+}
+
+byId("log").addEventListener("change", (e) => { view.log = e.target.checked; drawCharts(); });
+byId("smooth").addEventListener("change", (e) => { view.smooth = e.target.checked; drawCharts(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
+drawAll();
+if (document.body.dataset.live === "yes") {
+  setInterval(async () => {
+    try {
+      const answer = await fetch("data.json");
+      if (answer.ok) refresh((await answer.json()).runs);
+    } catch { /* the server was stopped; what is here stays */ }
+  }, POLL_MS);
+}
