@@ -65,7 +65,9 @@ class BadSteps:
             return None
         for name, value, before in (("loss", loss, self._losses), ("gradient norm", grad_norm, self._norms)):
             mean = statistics.fmean(before)
-            sigma = max(statistics.pstdev(before, mean), MIN_RELATIVE_SIGMA * abs(mean))
+            # The same as statistics.pstdev, whose fractions take five times as long.
+            deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in before) / len(before))
+            sigma = max(deviation, MIN_RELATIVE_SIGMA * abs(mean))
             if value > mean + self._settings.spike_sigma * sigma:
                 return Verdict(True, f"{name} {value:.4g}, {(value - mean) / sigma:.1f} sigma above {mean:.4g}")
         return None
