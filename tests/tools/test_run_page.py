@@ -163,23 +163,24 @@ def test_a_browser_draws_it_without_an_error_and_shows_values_where_one_points(r
       return plot.data[0][plot.cursor.idx];
     };
     const errors = []; addEventListener("error", (e) => errors.push(e.message));
-    addEventListener("load", () => setTimeout(() => {
+    addEventListener("load", () => setTimeout(async () => {
       const { plot } = charts[0];
       plot.setCursor({ left: plot.valToPos(2000, "x"), top: 20 });
-      requestAnimationFrame(async () => document.body.append(element("pre", { id: "answer" }, JSON.stringify({
+      await settled();  // by timers alone: virtual time does not wait for frames
+      document.body.append(element("pre", { id: "answer" }, JSON.stringify({
         errors, charts: charts.length, pointed: plot.root.querySelector(".u-legend").textContent,
         overflow: document.documentElement.scrollWidth > innerWidth, title: document.title, keyed: byKeys(),
         ...await refreshed(),
         samples: document.querySelector("#samples td.text").textContent,
         differs: [...document.querySelectorAll("tr.differs td:first-child")].map((td) => td.textContent),
-      }))));
+      })));
     }, 300));"""
     page = render(collect_all(runs), live=False)
     path = tmp_path / "asked.html"
     path.write_text(page.replace("</body>", f"<script>{question}</script></body>"))
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     command = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},1600", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    command += [f"--window-size={width},1600", "--virtual-time-budget=20000", "--dump-dom", path.as_uri()]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="answer">(.*?)</pre>', process.stdout, re.S)
     assert found, process.stderr[-2000:]
