@@ -109,7 +109,7 @@ def make_server(settings: Settings) -> http.server.ThreadingHTTPServer:
             kind, make = answers[self.path]
             try:
                 body = make().encode()
-            except UserError as error:  # the run is being started anew, or was removed
+            except UserError as error:  # the run is starting again, or was removed
                 return self.send_error(503, explain=str(error))
             self.send_response(200)
             self.send_header("Content-Type", kind)

@@ -26,7 +26,7 @@ def read_run(run_dir: str, name: str) -> dict[str, Any]:
     directory = Path(run_dir)
     if not (directory / METRICS_NAME).is_file():
         raise UserError(f"{run_dir}: no {METRICS_NAME} there. Give the --out_dir of a run that has logged a step.")
-    records = read_steps(directory)
+    records = with_hours(read_steps(directory))
     if not records:
         raise UserError(f"{run_dir}/{METRICS_NAME}: no step was logged yet. Make the page later.")
     checkpoints, _ = list_checkpoints(directory)
@@ -45,6 +45,22 @@ def read_run(run_dir: str, name: str) -> dict[str, Any]:
         "checkpoint": checkpoints[0].path.name if checkpoints else None,
         "data": [data_row(record) for record in manifest.get("inputs", [])],
     }
+
+
+def with_hours(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each with `hours`: of training steps so far, without validation, saving and restarts; none without any speed.
+
+    A record's `step_s` is the mean over the steps since the record before it that has one.
+    """
+    if not any("step_s" in record for record in records):
+        return records
+    found, hours, counted_steps = [], 0.0, 0
+    for record in records:
+        if record.get("step_s") is not None:
+            hours += record["step_s"] * (record["step"] - counted_steps) / 3600
+            counted_steps = record["step"]
+        found.append({**record, "hours": hours})
+    return found
 
 
 def thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import pytest
 from conftest import said_by
 
 from tools.run_page import Settings, as_json, collect_all, main, make_server, render
-from tools.run_page_data import MAX_RECORDS, thinned
+from tools.run_page_data import MAX_RECORDS, thinned, with_hours
 from utils.errors import UserError
 from utils.manifest import write_manifest
 
@@ -106,6 +106,12 @@ def test_a_long_run_is_thinned_by_means_and_keeps_its_validations():
     assert [record["val_loss"] for record in found if "val_loss" in record] == [3.0]
 
 
+def test_hours_count_every_step_once():
+    records = [{"step": 0, "val_loss": 9.0}, {"step": 10, "step_s": 36.0}, {"step": 15}, {"step": 20, "step_s": 72.0}]
+    assert [record["hours"] for record in with_hours(records)] == pytest.approx([0, 0.1, 0.1, 0.3])
+    assert with_hours([{"step": 1, "loss": 9.0}]) == [{"step": 1, "loss": 9.0}]
+
+
 def test_served_to_this_machine_alone_and_fresh(tmp_path):
     run = write_run(tmp_path / "run")
     with make_server(Settings([str(run)], port=0)) as server:
@@ -136,23 +142,45 @@ def test_served_to_this_machine_alone_and_fresh(tmp_path):
 def test_a_browser_draws_it_without_an_error_and_shows_values_where_one_points(runs, tmp_path, width):
     """What is asked of the page is asked by a script that the page allows for this test alone."""
     question = """
+    const settled = () => new Promise((resolve) => setTimeout(resolve, 20));
+    const refreshed = async () => {  // records come, the page was zoomed into, its settings are folded
+      const { plot } = charts[0];
+      document.querySelector("details").open = false;
+      plot.setScale("x", { min: 1000, max: 2000 });
+      await settled();
+      const fresh = structuredClone(runs);
+      fresh[0].records.push({ step: 41, tokens: 4100, loss: 4.5 });
+      refresh(fresh);
+      await settled();
+      const { min, max } = plot.scales.x;
+      return { zoom: [min, max], same: charts[0].plot === plot, end: plot.data[0].at(-1),
+        open: document.querySelector("details").open, step: document.querySelector(".run dd").textContent };
+    };
+    const byKeys = () => {
+      const { plot } = charts[0];
+      const press = (key) => plot.root.parentNode.dispatchEvent(new KeyboardEvent("keydown", { key }));
+      ["Home", "ArrowRight"].forEach(press);
+      return plot.data[0][plot.cursor.idx];
+    };
     const errors = []; addEventListener("error", (e) => errors.push(e.message));
-    addEventListener("load", () => setTimeout(() => {
+    addEventListener("load", () => setTimeout(async () => {
       const { plot } = charts[0];
       plot.setCursor({ left: plot.valToPos(2000, "x"), top: 20 });
-      requestAnimationFrame(() => document.body.append(element("pre", { id: "answer" }, JSON.stringify({
+      await settled();  // by timers alone: virtual time does not wait for frames
+      document.body.append(element("pre", { id: "answer" }, JSON.stringify({
         errors, charts: charts.length, pointed: plot.root.querySelector(".u-legend").textContent,
-        overflow: document.documentElement.scrollWidth > innerWidth, title: document.title,
+        overflow: document.documentElement.scrollWidth > innerWidth, title: document.title, keyed: byKeys(),
+        ...await refreshed(),
         samples: document.querySelector("#samples td.text").textContent,
         differs: [...document.querySelectorAll("tr.differs td:first-child")].map((td) => td.textContent),
-      }))));
+      })));
     }, 300));"""
     page = render(collect_all(runs), live=False)
     path = tmp_path / "asked.html"
     path.write_text(page.replace("</body>", f"<script>{question}</script></body>"))
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     command = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},1600", "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    command += [f"--window-size={width},1600", "--virtual-time-budget=20000", "--dump-dom", path.as_uri()]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="answer">(.*?)</pre>', process.stdout, re.S)
     assert found, process.stderr[-2000:]
@@ -161,3 +189,6 @@ def test_a_browser_draws_it_without_an_error_and_shows_values_where_one_points(r
     assert answer["charts"] == 5, "loss, bits per byte, rate, speed, the task"
     assert "first training" in answer["pointed"] and "7.000" in answer["pointed"]
     assert HOSTILE in answer["samples"] and answer["differs"] == ["optimizer.lr"]
+    assert answer["keyed"] == 100, "Home, then the next record"
+    assert answer["zoom"] == [1000, 2000] and answer["same"] and answer["end"] == 4100
+    assert not answer["open"] and answer["step"] == "41"

@@ -1,7 +1,11 @@
 // The page of a run: draws what tools/run_page_data.py has collected. Text only ever enters by textContent.
 "use strict";
 
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a"];
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const COLOURS = {
+  light: ["#0072b2", "#d55e00", "#00805d", "#b0568a", "#9a6a00", "#4b5bd0", "#6b6b6b"],
+  dark: ["#4fa8e8", "#ff8f4d", "#35c79a", "#e79bc4", "#edb93f", "#9aa6ff", "#a9b1ba"],
+};
 const POLL_MS = 5000;
 const CHARTS = [
   { title: "Loss (nats per token)", keys: ["loss", "val_loss"], main: true },
@@ -11,17 +15,22 @@ const CHARTS = [
   { title: "Tokens per second", keys: ["tokens_per_s"] },
   { title: "Model FLOPs utilization", keys: ["mfu"], percent: true },
   { title: "Peak memory (GB per device)", keys: ["memory_peak_bytes"], factor: 1e-9 },
-  { title: "Seconds per step", keys: ["step_s", "data_wait_s", "rank_compute_s_max"] },
+  { title: "Seconds per step", keys: ["step_s", "data_wait_s"] },
+  { title: "Ranks (seconds of computing per step)", keys: ["rank_compute_s_max", "rank_compute_s_median", "rank_compute_s_min"] },
 ];
 const NAMES = { loss: "training", val_loss: "validation", val_bits_per_byte: "validation", lr: "learning rate",
-  grad_norm: "norm before clipping", tokens_per_s: "tokens/s", memory_peak_bytes: "peak", step_s: "step", data_wait_s: "waiting for data", rank_compute_s_max: "slowest computing" };
+  grad_norm: "norm before clipping", tokens_per_s: "tokens/s", memory_peak_bytes: "peak", step_s: "step", data_wait_s: "waiting for data",
+  rank_compute_s_max: "slowest", rank_compute_s_median: "median", rank_compute_s_min: "fastest" };
 
 let runs = JSON.parse(document.getElementById("content").textContent).runs;
 let charts = [];
 const view = { x: "tokens", smooth: true, log: false, prompt: 0 };
 
 const byId = (id) => document.getElementById(id);
-const colour = (i) => COLOURS[i % COLOURS.length];
+function colour(i) {
+  const colours = dark.matches ? COLOURS.dark : COLOURS.light;
+  return colours[i % colours.length];
+}
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -39,7 +48,7 @@ function count(value) {
   for (const [size, unit] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]]) {
     if (Math.abs(value) >= size) return +(value / size).toPrecision(3) + unit;
   }
-  return Number.isInteger(value) ? String(value) : value.toPrecision(4);
+  return String(+value.toPrecision(4));
 }
 
 function duration(seconds) {
@@ -52,6 +61,11 @@ const last = (records, key) => {
   for (let i = records.length - 1; i >= 0; i--) if (typeof records[i][key] === "number") return records[i][key];
   return null;
 };
+
+function slowestRank(records) {
+  const [rank, most, median] = ["slowest_rank", "rank_compute_s_max", "rank_compute_s_median"].map((key) => last(records, key));
+  return rank === null || !median ? "–" : `${rank} (+${(100 * (most / median - 1)).toFixed(0)}%)`;
+}
 
 // Runs -----------------------------------------------------------------------------------------------------------------
 
@@ -67,6 +81,7 @@ function drawRuns() {
       ["tokens/s", count(last(r, "tokens_per_s"))],
       ["MFU", last(r, "mfu") === null ? "–" : (100 * last(r, "mfu")).toFixed(1) + "%"],
       ["peak memory", last(r, "memory_peak_bytes") === null ? "–" : (last(r, "memory_peak_bytes") / 1e9).toFixed(1) + " GB"],
+      ["slowest rank", slowestRank(r)],
       ["time left", duration(last(r, "eta_s"))],
       ["checkpoint", run.checkpoint || "–"],
     ].filter(([, value]) => value !== "–");
@@ -136,15 +151,16 @@ function eventMarks(plot) {
 
 function placeOf(run, step) {
   if (view.x === "step") return step;
-  const record = run.records.find((r) => r.step >= step && typeof r.tokens === "number");
-  return record ? record.tokens : null;
+  const record = run.records.find((r) => r.step >= step && typeof r[view.x] === "number");
+  return record ? record[view.x] : null;
 }
 
 function drawChart(chart, into) {
   const found = columns(chart);
   if (!found) return;
   const card = element("div", { class: chart.main ? "card wide" : "card" }, element("h2", {}, chart.title));
-  const holder = element("div");
+  const holder = element("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${chart.title}: arrow keys point at values`,
+    title: "Drag to zoom; double-click or Escape to see all" });
   card.append(holder);
   into.append(card);
   const style = getComputedStyle(document.body);
@@ -167,23 +183,36 @@ function drawChart(chart, into) {
     hooks: { draw: [eventMarks] },
   }, found.data, holder);
   new ResizeObserver(() => plot.setSize(size())).observe(holder);
+  holder.addEventListener("keydown", (e) => pointByKey(plot, e));
   charts.push({ plot, chart });
+}
+
+function pointByKey(plot, event) {
+  const x = plot.data[0], end = x.length - 1, at = plot.cursor.idx ?? end;
+  if (event.key === "Escape") return plot.setScale("x", { min: x[0], max: x[end] });
+  const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: end }[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  plot.setCursor({ left: plot.valToPos(x[Math.min(Math.max(to, 0), end)], "x"), top: plot.over.clientHeight / 2 });
 }
 
 function drawCharts() {
   for (const { plot } of charts) plot.destroy();
   charts = [];
-  const grid = element("div", { class: "cards" });
+  const grid = element("div", { class: "cards" }), taskGrid = element("div", { class: "cards" });
   byId("charts").replaceChildren(grid);
-  for (const chart of CHARTS) drawChart(chart, grid);
+  const wanted = chartsToDraw();
+  byId("tasks").replaceChildren(...(wanted.some((chart) => chart.task) ? [element("h2", {}, "Tasks"), taskGrid] : []));
+  for (const chart of wanted) drawChart(chart, chart.task ? taskGrid : grid);
+}
+
+function chartsToDraw() {
   const names = new Set(runs.flatMap((run) => run.records.flatMap((r) => Object.keys(r))));
   const tasks = [...names].filter((key) => /^task_.*_(acc|acc_norm|perplexity)$/.test(key)).sort();
-  const taskGrid = element("div", { class: "cards" });
-  byId("tasks").replaceChildren(...(tasks.length ? [element("h2", {}, "Tasks"), taskGrid] : []));
-  for (const key of tasks) {
+  return [...CHARTS, ...tasks.map((key) => {
     const name = key.slice("task_".length);
-    drawChart({ title: name, keys: [key], labels: { [key]: name }, percent: !key.endsWith("perplexity") }, taskGrid);
-  }
+    return { title: name, keys: [key], labels: { [key]: name }, percent: !key.endsWith("perplexity"), task: true };
+  })];
 }
 
 // Tables ---------------------------------------------------------------------------------------------------------------
@@ -261,12 +290,18 @@ function drawData() {
 // The page -------------------------------------------------------------------------------------------------------------
 
 function drawControls() {
-  const hasTokens = runs.every((run) => run.records.some((r) => typeof r.tokens === "number"));
-  if (!hasTokens) view.x = "step";
+  const known = ["tokens", "step", "hours"].filter((x) => runs.every((run) => run.records.some((r) => typeof r[x] === "number")));
+  if (!known.includes(view.x)) view.x = "step";
   const choice = document.querySelector("[data-choice=x]");
-  choice.replaceChildren(...["tokens", "step"].filter((x) => x === "step" || hasTokens).map((x) => {
+  choice.replaceChildren(...known.map((x) => {
     const button = element("button", { type: "button", "aria-pressed": String(x === view.x) }, x === "step" ? "steps" : x);
-    button.addEventListener("click", () => { view.x = x; drawControls(); drawCharts(); });
+    if (x === "hours") button.title = "Hours of training steps, without validation, saving and restarts";
+    button.addEventListener("click", () => {
+      view.x = x;
+      drawControls();
+      drawCharts();
+      choice.querySelector("[aria-pressed=true]").focus();
+    });
     return button;
   }));
 }
@@ -282,18 +317,35 @@ function drawAll() {
   drawData();
 }
 
-// New records, without losing what was zoomed into.
+// New records, without losing what was zoomed into, pointed at, hidden or opened: only what changed is drawn again.
 function refresh(fresh) {
-  if (JSON.stringify(fresh) === JSON.stringify(runs)) return;
-  const kept = charts.map(({ plot, chart }) => ({ chart, zoomed: isZoomed(plot), min: plot.scales.x.min, max: plot.scales.x.max }));
+  const differs = (part) => JSON.stringify(fresh.map((run) => run[part])) !== JSON.stringify(runs.map((run) => run[part]));
+  const changed = ["records", "events", "samples", "settings", "data", "checkpoint"].filter(differs);
   runs = fresh;
-  const scroll = window.scrollY;
-  drawAll();
-  for (const { plot, chart } of charts) {
-    const before = kept.find((each) => each.chart.title === chart.title);
-    if (before?.zoomed) plot.setScale("x", { min: before.min, max: before.max });
+  if (changed.includes("records") || changed.includes("checkpoint")) drawRuns();
+  if (changed.includes("records") || changed.includes("events")) refreshCharts();
+  if (changed.includes("samples")) drawSamples();
+  if (changed.includes("events")) drawEvents();
+  if (changed.includes("settings")) drawSettings();
+  if (changed.includes("data")) drawData();
+}
+
+function refreshCharts() {
+  const labels = (series) => JSON.stringify(series.map((each) => each.label));
+  const drawable = chartsToDraw().filter((chart) => columns(chart));
+  const sameCharts = drawable.length === charts.length && drawable.every((chart, i) =>
+    chart.title === charts[i].chart.title && labels(columns(chart).series) === labels(charts[i].plot.series.slice(1)));
+  if (!sameCharts) {
+    drawControls();
+    return drawCharts();
   }
-  window.scrollTo(0, scroll);
+  for (const { plot, chart } of charts) {
+    const { min, max } = plot.scales.x, zoomed = isZoomed(plot);
+    plot.batch(() => {
+      plot.setData(columns(chart).data, !zoomed);
+      if (zoomed) plot.setScale("x", { min, max });
+    });
+  }
 }
 
 function isZoomed(plot) {
@@ -303,7 +355,7 @@ function isZoomed(plot) {
 
 byId("log").addEventListener("change", (e) => { view.log = e.target.checked; drawCharts(); });
 byId("smooth").addEventListener("change", (e) => { view.smooth = e.target.checked; drawCharts(); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
+dark.addEventListener("change", drawAll);
 drawAll();
 if (document.body.dataset.live === "yes") {
   setInterval(async () => {
