@@ -237,12 +237,16 @@ def _bytes_kept_by_compiled_block(settings: Settings, plan: Plan) -> int:
 def tensors_saved_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
     """Collect what autograd saves in the block, without the model's own tensors: {identity of the storage: bytes}."""
     saved: dict[int, int] = {}
+    own: dict[int, torch.UntypedStorage] = {}
     alive: list[torch.Tensor] = []  # keeps identities from being used again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # Gathered weights come and go under FSDP2, so the model is asked again each time.
-        own = {local_shard(t).untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        # Gathered weights come and go under FSDP2, so the model is asked again for each tensor that is not known to be
+        # its own; not for all, for with experts it has hundreds per block. Kept, so that identities stay theirs.
+        if storage._cdata not in own:
+            storages = (local_shard(t).untyped_storage() for t in (*model.parameters(), *model.buffers()))
+            own.update((storage._cdata, storage) for storage in storages)
         if not isinstance(tensor, torch.nn.Parameter) and storage._cdata not in own:
             alive.append(tensor)
             saved[storage._cdata] = storage.nbytes()
