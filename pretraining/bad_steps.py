@@ -52,6 +52,10 @@ class BadSteps:
         self.in_a_row = 0
         """Bad steps of either kind since the last good one."""
 
+    def record(self) -> dict[str, int]:
+        """What is logged."""
+        return {"nonfinite_steps": self.nonfinite_steps, "spike_steps": self.spike_steps}
+
     def judge(self, loss: float, grad_norm: float) -> Verdict | None:
         """None for a good step; changes nothing.
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pretraining.experts import has_grouped_experts
 from pretraining.process_layout import listed, micro_batches_per_step, shard_size
 from pretraining.settings import Settings
 from utils import console
@@ -23,7 +24,7 @@ _POSITIVE = (
     "checkpoint.keep_last", "checkpoint.keep_every_steps", "train.spike_sigma", "train.max_spikes",
     "parallel.compare_copies_every", "parallel.context_parallel_size",
 )  # fmt: skip
-_NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "optimizer.weight_decay")
+_NOT_NEGATIVE = ("train.min_lr", "train.z_loss", "train.router_aux_loss", "optimizer.weight_decay")
 _FRACTIONS = ("train.lr_warmup_fraction", "train.lr_decay_fraction")
 
 
@@ -73,6 +74,7 @@ def check_model(settings: Settings, config: Any, problems: Problems) -> None:
     """
     problems.collect(check_float8, settings, config)
     problems.collect(check_context_parallel, settings, config)
+    problems.collect(check_experts, settings, config)
 
 
 def check_context_parallel(settings: Settings, config: Any) -> None:
@@ -94,6 +96,15 @@ def check_context_parallel(settings: Settings, config: Any) -> None:
         raise UserError(
             f"--parallel.context_parallel_size={size}: does not divide the {' nor the '.join(odd)}, of which each "
             f"process takes an equal part. Use {fitting}, or another --train.max_seq_length."
+        )
+
+
+def check_experts(settings: Settings, config: Any) -> None:
+    """Raises UserError where the load-balancing loss of this model's experts is asked for and not known."""
+    if settings.train.router_aux_loss > 0 and not has_grouped_experts(config):
+        raise UserError(
+            f"--train.router_aux_loss={settings.train.router_aux_loss}: {config.name} has no experts that are chosen "
+            "as Mixtral's or Qwen 3's are. Leave it out, or choose another model."
         )
 
 

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from pretraining.attention import attention_patterns
 from pretraining.context_parallel import ContextGroup
 from pretraining.documents import Separator, document_offsets
+from pretraining.experts import has_grouped_experts, joined_parameters
 from pretraining.model import PretrainGPT, build_model, count_parameters
 from pretraining.parallelism import SELECTED_IS_COUNTABLE, checkpoint_activations, local_shard
 from pretraining.plan import Plan
@@ -58,7 +59,7 @@ class MemoryPlan:
     """What one block keeps, when it is computed again in the backward pass."""
     reductions: int
     """Gradients on their way: those of the output layer and of a block in the buffers that are reduced, and those of
-    the next block."""
+    the next block, whose experts need one matrix of each in one tensor besides."""
     overhead: int
     """On GPUs: CUDA's context, NCCL's buffers, and what fragmentation leaves unused."""
     checkpoint: int
@@ -103,6 +104,7 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
     reduce_bytes = 2 if parallel.reduce_dtype == "bf16" else 4
     output_layer = 0 if settings.train.tie_embeddings else model.lm_head.weight.numel()
     block = blocks // plan.model_config["n_layer"]
+    joined = joined_parameters(model.config)
     activations, recomputed = _activation_bytes(settings, plan)
     state_per_parameter = storage_bytes * (2 if settings.optimizer.name == "muon" else 3)
     return MemoryPlan(
@@ -115,7 +117,7 @@ def plan_memory(settings: Settings, plan: Plan, world_size: int, local_size: int
         activations=activations + _document_bytes(settings, plan),
         logits=_logit_bytes(settings, plan),
         recomputed=recomputed,
-        reductions=reduce_bytes * (output_layer + block) + compute_bytes * block,
+        reductions=reduce_bytes * (output_layer + block) + compute_bytes * (block + joined),
         overhead=0 if settings.accelerator == "cpu" else OVERHEAD_BYTES,
         checkpoint=num_parameters * state_per_parameter,
     )
@@ -173,7 +175,7 @@ def _activation_bytes(settings: Settings, plan: Plan) -> tuple[int, int]:
 def _fake_model(settings: Settings, plan: Plan, num_layers: int) -> Iterator[tuple[PretrainGPT, torch.Tensor]]:
     """The model with so many blocks, in the type of computation, and a micro-batch, as tensors without storage."""
     config = {**plan.model_config, "n_layer": num_layers}
-    if config["mlp_class_name"] == "LLaMAMoE":
+    if config["mlp_class_name"] == "LLaMAMoE" and not has_grouped_experts(Config(**config)):
         # Which expert a token goes to cannot be known here; each token passes through so many of them.
         width = config.get("moe_intermediate_size") or config["intermediate_size"]
         config |= {"mlp_class_name": "LLaMAMLP", "intermediate_size": width * config["n_expert_per_token"]}
@@ -235,12 +237,16 @@ def _bytes_kept_by_compiled_block(settings: Settings, plan: Plan) -> int:
 def tensors_saved_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
     """Collect what autograd saves in the block, without the model's own tensors: {identity of the storage: bytes}."""
     saved: dict[int, int] = {}
+    own: dict[int, torch.UntypedStorage] = {}
     alive: list[torch.Tensor] = []  # keeps identities from being used again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # Gathered weights come and go under FSDP2, so the model is asked again each time.
-        own = {local_shard(t).untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        # Gathered weights come and go under FSDP2, so the model is asked again for each tensor that is not known to be
+        # its own; not for all, for with experts it has hundreds per block. Kept, so that identities stay theirs.
+        if storage._cdata not in own:
+            storages = (local_shard(t).untyped_storage() for t in (*model.parameters(), *model.buffers()))
+            own.update((storage._cdata, storage) for storage in storages)
         if not isinstance(tensor, torch.nn.Parameter) and storage._cdata not in own:
             alive.append(tensor)
             saved[storage._cdata] = storage.nbytes()

@@ -13,6 +13,7 @@ from litgpt.model import GPT
 
 from pretraining.attention import Attention, attention_patterns
 from pretraining.context_parallel import ALONE
+from pretraining.experts import ExpertBlock, Routing, RoutingSums, group_experts, inactive_parameters
 from pretraining.loss import OutputLayer
 from pretraining.parallelism import fill_local_shard, local_shard
 from pretraining.settings import Settings
@@ -27,6 +28,10 @@ class PretrainGPT(GPT):
         if not config.latent_attention:
             for i, block in enumerate(self.transformer.h):
                 block.attn = Attention(config, i)
+        for block in self.transformer.h:
+            group_experts(block)
+        self.routing = RoutingSums(settings.train.router_aux_loss)
+        """Of the training since it was last taken from here; without experts, of nothing."""
         self.context_group = ALONE
         """The processes that share each sequence; set when the model is laid over them."""
         self._chunk_tokens, self._z_loss = settings.parallel.loss_chunk_tokens, settings.train.z_loss
@@ -38,6 +43,10 @@ class PretrainGPT(GPT):
             offsets: where documents start in the whole sequences (see `documents.document_offsets`); None: a sequence
                 is one document.
         """
+        return self._hidden_states(inputs, offsets)[0]
+
+    def _hidden_states(self, inputs: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, list[Routing]]:
+        """The same, and the routing of each layer that has experts."""
         first = self.context_group.member * inputs.size(1)
         positions = slice(first, first + inputs.size(1))
         cos, sin = self.cos[positions].unsqueeze(0), self.sin[positions].unsqueeze(0)  # (1, T, rotary width)
@@ -45,13 +54,14 @@ class PretrainGPT(GPT):
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
         patterns = attention_patterns(self.config, x, offsets, self.context_group)
+        routings = []
         for i, block in enumerate(self.transformer.h):
-            if self.config.rope_indices is not None:
-                which = self.config.rope_indices[i]
-                x = block(x, cos[..., which], sin[..., which], patterns[i])
-            else:
-                x = block(x, cos, sin, patterns[i])
-        return self.transformer.ln_f(x)
+            which = ... if self.config.rope_indices is None else (..., self.config.rope_indices[i])
+            x = block(x, cos[which], sin[which], patterns[i])
+            if isinstance(block, ExpertBlock):
+                x, routing = x
+                routings.append(routing)
+        return self.transformer.ln_f(x), routings
 
     def forward(
         self,
@@ -63,15 +73,17 @@ class PretrainGPT(GPT):
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Inputs and targets (B, T) -> cross entropy and objective, both summed: see `loss.next_token_loss`.
 
+        In training the objective of a model with experts includes their load-balancing loss: see `experts.Routing`.
+
         With `per_token`, what `loss.token_scores` returns, shape (B * T,). Without targets the logits of the token
         that follows `positions` (B,), shape (B, vocabulary).
         """
-        hidden = self.hidden_states(inputs, offsets)
+        hidden, routings = self._hidden_states(inputs, offsets)
         if targets is None:
             logits = self.lm_head(hidden[torch.arange(len(hidden), device=hidden.device), positions])
             softcap = self.config.final_logit_softcapping
             return torch.tanh(logits / softcap) * softcap if softcap else logits
-        return self.lm_head(
+        result = self.lm_head(
             hidden.flatten(0, 1),
             targets.flatten(),
             chunk_tokens=self._chunk_tokens,
@@ -79,6 +91,10 @@ class PretrainGPT(GPT):
             softcap=self.config.final_logit_softcapping,
             per_token=per_token,
         )
+        if routings and torch.is_grad_enabled():
+            entropy, objective = result
+            return entropy, objective + self.routing.add(routings, targets.numel())
+        return result
 
 
 def build_model(config: dict[str, Any], settings: Settings, context_tokens: int, device: str = "meta") -> PretrainGPT:
@@ -137,9 +153,10 @@ def initialise(model: torch.nn.Module, config: Config, seed: int) -> None:
 def training_flops_per_token(config: Config, num_parameters: int, context_tokens: int, tied: bool) -> float:
     """Floating-point operations per token, forward and backward: 6 N + 12 * layers * heads * head size * context.
 
-    N counts the parameters that multiply: all but the embedding table, which is looked up (PaLM, arXiv:2204.02311,
-    appendix B). Recomputation is not counted: it is no progress.
+    N counts the parameters that multiply a token: all but the embedding table, which is looked up (PaLM,
+    arXiv:2204.02311, appendix B), and of the experts those that it passes through. Recomputation is not counted: it is
+    no progress.
     """
     table = 0 if tied else config.padded_vocab_size * config.n_embd
     attention = 12 * config.n_layer * config.n_head * config.head_size * context_tokens
-    return 6 * (num_parameters - table) + attention
+    return 6 * (num_parameters - inactive_parameters(config) - table) + attention

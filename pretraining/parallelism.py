@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pretraining.attention import ATTENTION_OPERATIONS
 from pretraining.context_parallel import join_context_group
+from pretraining.experts import GROUPED_PRODUCT
 from pretraining.process_layout import group_timeout, shard_size
 from pretraining.settings import Settings
 from utils.machine import available_cpus
@@ -143,7 +144,8 @@ def checkpoint_activations(block: torch.nn.Module, how: str) -> None:
         def policy(context, operation, *args, **kwargs):
             if operation in ATTENTION_OPERATIONS:
                 return CheckpointPolicy.MUST_SAVE
-            if operation in products and args[products[operation]].shape != never_needed:
+            needed = operation in products and args[products[operation]].shape != never_needed
+            if needed or operation == GROUPED_PRODUCT:
                 num_products[context.is_recompute] += 1
                 if num_products[context.is_recompute] % 2 == 1:
                     return CheckpointPolicy.MUST_SAVE

@@ -66,6 +66,9 @@ class TrainSettings:
     """Gradients are scaled down to this global 2-norm (null: no clipping)."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition function, which keeps logits small; 1e-4 is usual (0: off)."""
+    router_aux_loss: float = 0.0
+    """For mixtures of experts: weight of the load-balancing loss, which spreads tokens evenly over the experts of a
+    layer; 0.01 is usual (0: it is only logged)."""
     tie_embeddings: bool = False
     """Whether the output layer shares the embedding's weights."""
     spike_sigma: float | None = None

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pretraining.bad_steps import Verdict
+from pretraining.experts import routing_metrics
 
 _LIMB_BITS = (0, 16, 32, 48)
 
@@ -27,14 +28,17 @@ class StepSums:
     dataset_problem: bool
     seconds: list[float]
     """What the step before was spent on (slow_ranks.KINDS); summed: of all ranks, one after the other."""
+    routing: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Only after `summed`: how evenly tokens spread over experts, see experts.routing_metrics; empty without any."""
 
-    def summed(self, norm: torch.Tensor) -> tuple[StepSums, float]:
+    def summed(self, norm: torch.Tensor, routing: torch.Tensor | None = None) -> tuple[StepSums, float]:
         """Entropy, digest and wait for data added up, flags raised that are raised anywhere; equal on all processes.
 
         This is where a step waits for its device, and the only place: `entropy` comes back as a number.
 
         Args:
             norm: a scalar that is equal on all processes already, on the device.
+            routing: of this process, see experts.RoutingSums.take; on the device.
 
         Returns:
             The sums, and the norm as a number.
@@ -49,12 +53,19 @@ class StepSums:
         # From page-locked memory: an ordinary copy to a GPU would wait for it once more.
         sums = torch.tensor(values, dtype=torch.float64, pin_memory=norm.is_cuda).to(norm.device, non_blocking=True)
         sums[0] = self.entropy
+        if routing is not None:
+            sums = torch.cat([sums, routing.flatten()])
         dist.all_reduce(sums)
-        norm_value, entropy, data_wait_s, *rest = torch.cat([norm.double().view(1), sums]).tolist()
+        metrics = {} if routing is None else routing_metrics(sums[len(values) :].view_as(routing))
+        scalars = torch.stack([norm.double(), *metrics.values()])
+        numbers = torch.cat([scalars, sums[: len(values)]]).tolist()
+        norm_value, metric_values, numbers = numbers[0], numbers[1 : len(scalars)], numbers[len(scalars) :]
+        entropy, data_wait_s, *rest = numbers
         digest = sum(int(limb) << bits for limb, bits in zip(rest, _LIMB_BITS)) % 2**64
         num_flags = len(_LIMB_BITS) + len(flags)
         flags = (flag > 0 for flag in rest[len(_LIMB_BITS) : num_flags])
-        return StepSums(entropy, digest, data_wait_s, *flags, rest[num_flags:]), norm_value
+        metrics = dict(zip(metrics, metric_values))
+        return StepSums(entropy, digest, data_wait_s, *flags, rest[num_flags:], metrics), norm_value
 
 
 @dataclasses.dataclass

@@ -222,7 +222,7 @@ class Trainer:
         clock = self.slow_ranks.clock
         sums = StepSums(entropy, digest, clock.data_wait_s, stop, poll, failed, damaged, clock.seconds_before)
         norm = global_gradient_norm(self.parameters)
-        sums, grad_norm = sums.summed(norm)
+        sums, grad_norm = sums.summed(norm, self.model.routing.take())
         loss = sums.entropy / self.plan.tokens_per_step
         verdict = self.state.bad_steps.judge(loss, grad_norm)
         if verdict is None:
@@ -271,9 +271,9 @@ class Trainer:
             "loss": speed.pop("loss"),
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": result.grad_norm,
-            "nonfinite_steps": self.state.bad_steps.nonfinite_steps,
-            "spike_steps": self.state.bad_steps.spike_steps,
+            **self.state.bad_steps.record(),
             "batch_digest": f"{result.sums.digest:016x}",
+            **result.sums.routing,
             **speed,
             **self.slow_ranks.record(),
         }

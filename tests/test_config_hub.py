@@ -14,7 +14,7 @@ from tiny_runs import write_dataset
 CONFIGS = sorted((ROOT / "config_hub").glob("*.yaml"))
 EXPECTED = {
     "demo-cpu", "pythia-160m", "smollm2-360m", "tinyllama-1.1b", "llama3.2-1b", "llama3.2-3b", "llama3-8b",
-    "llama3.1-8b-long", "qwen3-1.7b", "llama3-70b",
+    "llama3.1-8b-long", "qwen3-1.7b", "qwen3-30b-a3b", "llama3-70b",
 }  # fmt: skip
 BIG_ENOUGH_DISK = "checkpoints need"
 

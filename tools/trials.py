@@ -32,7 +32,9 @@ _MIN_SEQUENCES_PER_STEP = 8
 _DATA_SEQUENCES = 64
 _DOCUMENT_TOKENS = 1000
 
-_TRAIN_SETTINGS = ("global_batch_size", "micro_batch_size", "tie_embeddings", "z_loss", "document_masking")
+_TRAIN_SETTINGS = (
+    "global_batch_size", "micro_batch_size", "tie_embeddings", "z_loss", "router_aux_loss", "document_masking",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
