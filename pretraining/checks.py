@@ -100,7 +100,13 @@ def check_context_parallel(settings: Settings, config: Any) -> None:
 
 
 def check_experts(settings: Settings, config: Any) -> None:
-    """Raises UserError where the load-balancing loss of this model's experts is asked for and not known."""
+    """Raises UserError where the load-balancing loss of this model's experts is asked for and not known, or litgpt
+    cannot make the experts."""
+    if config.n_shared_expert and config.moe_intermediate_size is None:
+        raise UserError(
+            f"--model_config.n_shared_expert={config.n_shared_expert}: litgpt takes the width of shared experts from "
+            "moe_intermediate_size. Give that too."
+        )
     if settings.train.router_aux_loss > 0 and not has_grouped_experts(config):
         raise UserError(
             f"--train.router_aux_loss={settings.train.router_aux_loss}: {config.name} has no experts that are chosen "

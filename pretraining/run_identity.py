@@ -57,7 +57,7 @@ def check_same_run(manifest_settings: dict[str, Any], current: dict[str, Any], o
     tensor_parallel_size = before["parallel"].pop("tensor_parallel_size", 1)
     before["parallel"].setdefault("reduce_dtype", "fp32")  # gradients were summed in float32 before that could be set
     before["parallel"].pop("loss", None)  # there is one loss now, and it is as exact as any of the four were
-    before["train"] = {"document_masking": False, **before.get("train", {})}  # before it was a setting
+    before["train"] = {"document_masking": False, "router_aux_loss": 0.0, **before.get("train", {})}  # once no settings
     if tensor_parallel_size > 1:
         raise UserError(
             f"--out_dir={out_dir}: holds checkpoints of a run with {_REMOVED_SETTING}={tensor_parallel_size}. Tensor "

@@ -432,7 +432,7 @@ def test_a_dry_run_warns_of_a_model_that_cannot_be_exported(tmp_path, run_script
     process = run_script(
         SCRIPT, "--config", config, "--dataset_path", dataset, "--out_dir", tmp_path / "out", "--dry_run",
         "--model_config.mlp_class_name=LLaMAMoE", "--model_config.n_expert=4", "--model_config.n_expert_per_token=2",
-        "--model_config.n_shared_expert=1",
+        "--model_config.n_shared_expert=1", "--model_config.moe_intermediate_size=64",
     )  # fmt: skip
     assert "cannot be exported to Hugging Face" in process.stderr and "n_shared_expert is 1" in process.stderr
     assert "no problems found" in process.stdout
