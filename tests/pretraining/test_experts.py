@@ -200,6 +200,7 @@ def metric(out_dir: Path, name: str) -> list[float]:
     return [record[name] for record in metrics_of(out_dir) if name in record]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", *SAME_RESULT])
 def test_processes_and_recomputation_do_not_change_training(runs, name):
     assert digests_of(runs / name) == digests_of(runs / "plain")
@@ -209,6 +210,7 @@ def test_processes_and_recomputation_do_not_change_training(runs, name):
     assert len(metric(runs / name, "router_balance_loss")) == 6
 
 
+@pytest.mark.slow
 def test_with_the_weight_tokens_spread_more_evenly(runs):
     balanced, free = (metric(runs / name, "router_balance_loss")[-1] for name in ("balanced", "free"))
     assert 2.0 <= balanced < free  # 2 experts per token: 2 is even
@@ -216,6 +218,7 @@ def test_with_the_weight_tokens_spread_more_evenly(runs):
     assert 2 / NUM_EXPERTS <= shares[0] < shares[1] <= 1
 
 
+@pytest.mark.slow
 def test_planned_memory_is_what_a_process_holds(runs, dataset):
     held = json.loads((runs / "plain" / "allocated-0.json").read_text())
     settings = settings_of(runs / "tiny.yaml", dataset, runs / "plain", 2)
