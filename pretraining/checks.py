@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pretraining.experts import has_grouped_experts
+from pretraining.model_config import has_grouped_experts
 from pretraining.process_layout import listed, micro_batches_per_step, shard_size
 from pretraining.settings import Settings
 from utils import console

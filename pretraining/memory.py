@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 from pretraining.attention import attention_patterns
 from pretraining.context_parallel import ContextGroup
 from pretraining.documents import Separator, document_offsets
-from pretraining.experts import has_grouped_experts, joined_parameters
 from pretraining.model import PretrainGPT, build_model, count_parameters
+from pretraining.model_config import has_grouped_experts, joined_parameters
 from pretraining.parallelism import SELECTED_IS_COUNTABLE, checkpoint_activations, local_shard
 from pretraining.plan import Plan
 from pretraining.process_layout import micro_batches_per_step, shard_size

@@ -13,8 +13,9 @@ from litgpt.model import GPT
 
 from pretraining.attention import Attention, attention_patterns
 from pretraining.context_parallel import ALONE
-from pretraining.experts import ExpertBlock, Routing, RoutingSums, group_experts, inactive_parameters
+from pretraining.experts import ExpertBlock, Routing, RoutingSums, group_experts
 from pretraining.loss import OutputLayer
+from pretraining.model_config import inactive_parameters
 from pretraining.parallelism import fill_local_shard, local_shard
 from pretraining.settings import Settings
 

@@ -65,3 +65,24 @@ def resolve_model_config(settings: Settings) -> Any:
         raise UserError(
             f"model_config: these sizes do not fit together ({error or 'n_embd must be a multiple of n_head'})."
         ) from error
+
+
+def has_grouped_experts(config: Any) -> bool:
+    """Whether the model's experts are computed by experts.py: Mixtral's and Qwen 3's are. Others stay litgpt's own."""
+    other = config.bias or config.n_expert_groups or config.n_shared_expert or config.routed_scaling_factor != 1.0
+    return config.mlp_class_name == "LLaMAMoE" and not other
+
+
+def inactive_parameters(config: Any) -> int:
+    """Parameters of the experts that a token does not pass through, over all layers."""
+    if config.mlp_class_name != "LLaMAMoE":
+        return 0
+    num_layers = config.n_layer - (config.first_k_dense_replace or 0)
+    width = config.moe_intermediate_size or config.intermediate_size
+    return num_layers * (config.n_expert - config.n_expert_per_token) * 3 * config.n_embd * width
+
+
+def joined_parameters(config: Any) -> int:
+    """Of the copy that a grouped product makes of its weights, one matrix of each expert of a layer."""
+    width = config.moe_intermediate_size or config.intermediate_size
+    return config.n_expert * config.n_embd * width if has_grouped_experts(config) else 0

@@ -15,9 +15,10 @@ from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, setting
 from tiny_runs import TINY_MODEL, write_config
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from pretraining.experts import Experts, RoutingSums, inactive_parameters, routing_metrics
+from pretraining.experts import Experts, RoutingSums, routing_metrics
 from pretraining.memory import plan_memory
 from pretraining.model import build_model, count_parameters, initialise, training_flops_per_token
+from pretraining.model_config import inactive_parameters
 from pretraining.parallelism import checkpoint_activations
 from pretraining.plan import make_plan
 from pretraining.settings import Settings, TrainSettings
