@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,6 +173,17 @@ def rank_positions(first: int, count: int, rank: int, world_size: int) -> np.nda
     """
     positions = np.arange(first, first + count, dtype=np.int64)
     return positions[positions % world_size == rank]
+
+
+def even_batches(count: int, size: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """The positions below `count` that a rank computes, at most `size` at a time; see `rank_positions`.
+
+    As many batches for every rank, the last of them possibly empty: all processes must make the same number of forward
+    passes, for they gather weights together.
+    """
+    mine = rank_positions(0, count, rank, world_size)
+    num_batches = math.ceil(math.ceil(count / world_size) / size)
+    return [mine[i * size : (i + 1) * size] for i in range(num_batches)]
 
 
 def rank_micro_batches(steps: range, train: TrainSettings, rank: int, world_size: int) -> Iterator[np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pretraining.context_parallel import ALONE
-from pretraining.data import rank_positions
+from pretraining.data import even_batches
 from pretraining.loss import IGNORED_TARGET
 from pretraining.plan import Plan
 from pretraining.samples import Samples
@@ -73,12 +72,9 @@ class TaskEvaluation:
 
     def __init__(self, name: str, directory: str, model: torch.nn.Module, batch_tokens: int, device: torch.device):
         self._task, self._model, self._device = read_task(name, directory), model, device
-        self._batch_rows = size = max(1, batch_tokens // self._task.row_tokens)
-        num_rows, world_size = len(self._task.rows), dist.get_world_size()
-        mine = rank_positions(0, num_rows, dist.get_rank(), world_size)
-        # All processes must make the same number of forward passes, for they gather weights together.
-        num_rounds = math.ceil(math.ceil(num_rows / world_size) / size)
-        self._batches = [mine[i * size : (i + 1) * size] for i in range(num_rounds)]
+        self._batch_rows = max(1, batch_tokens // self._task.row_tokens)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._batches = even_batches(len(self._task.rows), self._batch_rows, rank, world_size)
 
     def run(self) -> dict[str, float]:
         """See `tasks.metrics_of`."""

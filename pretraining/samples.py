@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from pretraining.data import rank_positions
+from pretraining.data import even_batches
 from pretraining.evaluation_plan import prompts_as_tokens
 from pretraining.metrics_writer import SAMPLES_NAME
 from pretraining.plan import Plan
@@ -40,10 +39,7 @@ class Samples:
         self._num_new = settings.eval.sample_tokens
         self._width = max(map(len, prompts)) + self._num_new
         size = max(1, batch_tokens // self._width)
-        mine = rank_positions(0, len(self._texts), dist.get_rank(), dist.get_world_size())
-        # All processes must make the same number of forward passes, for they gather weights together.
-        num_rounds = math.ceil(math.ceil(len(self._texts) / dist.get_world_size()) / size)
-        self._batches = [mine[i * size : (i + 1) * size] for i in range(num_rounds)]
+        self._batches = even_batches(len(self._texts), size, dist.get_rank(), dist.get_world_size())
 
     def write(self, step: int) -> None:
         """Continue each prompt and append one line per text to samples.jsonl; without gradients, in evaluation mode."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pretraining.data import plan_sequences, rank_positions, read_micro_batch
+from pretraining.data import even_batches, plan_sequences, read_micro_batch
 from pretraining.loss import IGNORED_TARGET
 from pretraining.plan import Plan
 from pretraining.settings import Settings
@@ -26,12 +26,9 @@ class Validation:
         self._model, self._device, self._bits_per_nat = model, device, plan.bits_per_nat
         self._sequences = plan_sequences(plan, plan.val_directories, seed=0)
         count = min(plan.val_blocks, settings.eval.max_iters * settings.train.global_batch_size)
-        self._batch_size = size = settings.train.micro_batch_size
+        self._batch_size = settings.train.micro_batch_size
         self._group = group = model.context_group
-        mine = rank_positions(0, count, group.index, group.count)
-        # All processes must make the same number of forward passes, for they gather weights together.
-        num_rounds = math.ceil(math.ceil(count / group.count) / size)
-        self._micro_batches = [mine[i * size : (i + 1) * size] for i in range(num_rounds)]
+        self._micro_batches = even_batches(count, self._batch_size, group.index, group.count)
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
