@@ -227,16 +227,17 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
     shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
     write_json(directory / "generation_config.json", generation_config(bos_id, eos_id, plan.pad_id))
-    if plan.layout or plan.gguf:
+    if plan.has_hf_config:
         config = hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id, plan.pad_id)
         write_json(directory / "config.json", config)
     if plan.tokenizer:
-        loads = plan.layout is not None or plan.gguf is not None
-        write_tokenizer(plan.tokenizer, directory, plan.config.block_size, plan.pad_token, check=loads)
+        check = plan.has_hf_config
+        write_tokenizer(plan.tokenizer, directory, plan.config.block_size, plan.pad_token, check)
 
 
 def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None:
     """One pass over the checkpoint's weights; each block of rows goes to its places in every format."""
+    from export.gguf_file import preallocate_gguf
     from export.weight_files import TensorSpec, preallocate_safetensors, preallocate_torch_file
 
     lit, converted = None, []
@@ -247,8 +248,6 @@ def write_weights(plan: ExportPlan, settings: Settings, directory: Path) -> None
         hf = preallocate_safetensors(directory, plan.layout.specs, settings.max_shard_bytes())
         converted.append((hf, plan.layout))
     if plan.gguf:
-        from export.gguf_file import preallocate_gguf  # the package is not installed everywhere
-
         name = Path(settings.export_dir).absolute().name
         converted.append((preallocate_gguf(plan, directory, name), plan.gguf))
     for name, tensor in plan.weights.items():

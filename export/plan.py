@@ -40,6 +40,11 @@ class ExportPlan:
     """None without model.gguf."""
 
     @property
+    def has_hf_config(self) -> bool:
+        """Whether config.json is made, which transformers loads the tokenizer by."""
+        return self.layout is not None or self.gguf is not None
+
+    @property
     def num_parameters(self) -> int:
         """Counts a tied lm_head once."""
         return sum(math.prod(t.shape) for name, t in self.weights.items() if not (self.tied and name == HEAD))

@@ -95,6 +95,15 @@ def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
     return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", documents[:40], tokenizer_dir)
 
 
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory, documents, tokenizer_dir) -> Path:
+    """A merged dataset of documents of 8 to 40 tokens, so that most sequences hold several."""
+    from tiny_runs import tokenize_dataset
+
+    short = [document[:100] for document in documents[:300]]
+    return tokenize_dataset(tmp_path_factory.mktemp("short") / "merged", short, tokenizer_dir)
+
+
 def said_by(capsys, command: Callable[[], None], code: int = 0) -> str:
     """What a tool's `main` prints, once its exit code is as expected."""
     capsys.readouterr()

@@ -76,6 +76,26 @@ def _train(rank: int, port: int, directory: Path, name: str, sizes: dict[str, An
         save_config(config, directory)
 
 
+def write_random_weights(directory: Path, model: str, sizes: dict[str, Any]) -> None:
+    """lit_model.pth and model_config.yaml of a small model whose weights, norms too, are random.
+
+    Args:
+        model: a name that litgpt knows.
+        sizes: changes to its configuration, beyond `TINY` with a context of 512.
+    """
+    import torch
+    from litgpt import GPT, Config
+    from litgpt.utils import save_config
+
+    config = Config.from_name(model, **{**TINY, "block_size": 512, **sizes})
+    torch.manual_seed(0)
+    weights = GPT(config)
+    for parameter in weights.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    torch.save(weights.state_dict(), directory / "lit_model.pth")
+    save_config(config, directory)
+
+
 def write_checkpoint_manifest(directory: Path) -> None:
     """A manifest as training writes it, over datasets that came from one parquet file."""
     datasets = [

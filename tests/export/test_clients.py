@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from export_checkpoints import TINY
+from export_checkpoints import write_random_weights
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +43,6 @@ MODELS = {
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, tokenizer_dir) -> dict[str, Path]:
     """Exports of random models, whose tokenizer names BOS in tokenizer_config.json only."""
-    from litgpt import GPT, Config
-    from litgpt.utils import save_config
-
     import convert_pretrained_checkpoint
 
     found = {}
@@ -57,13 +54,7 @@ def exports(tmp_path_factory, tokenizer_dir) -> dict[str, Path]:
         (checkpoint / "tokenizer.json").write_text(json.dumps(content))
         settings = json.loads((checkpoint / "tokenizer_config.json").read_bytes()) | {"add_bos_token": True}
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
-        config = Config.from_name(model, **{**TINY, "block_size": 512, **sizes})
-        torch.manual_seed(0)
-        weights = GPT(config)
-        for parameter in weights.parameters():
-            torch.nn.init.normal_(parameter, std=0.15)
-        torch.save(weights.state_dict(), checkpoint / "lit_model.pth")
-        save_config(config, checkpoint)
+        write_random_weights(checkpoint, model, sizes)
         convert_pretrained_checkpoint.main(convert_pretrained_checkpoint.Settings(str(checkpoint), str(found[name])))
     return found
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from export_checkpoints import TINY
+from export_checkpoints import write_random_weights
 from test_clients import environment_with
 
 from export.gguf_tokenizer import pre_tokenizer_name
@@ -54,21 +54,12 @@ PRE_TOKENIZERS = {
 
 def write_checkpoint(directory: Path, tokenizer_dir: Path, model: str, sizes: dict, tokenizer: dict | None = None):
     """A random model with the tests' tokenizer; `tokenizer` changes how that splits text."""
-    from litgpt import GPT, Config
-    from litgpt.utils import save_config
-
     shutil.copytree(tokenizer_dir, directory)
     content = json.loads((directory / "tokenizer.json").read_bytes())
     for key, value in (tokenizer or {}).items():
         (content["model"] if key in content["model"] else content)[key] = value
     (directory / "tokenizer.json").write_text(json.dumps(content))
-    config = Config.from_name(model, **{**TINY, "block_size": 512, **sizes})
-    torch.manual_seed(0)
-    weights = GPT(config)
-    for parameter in weights.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    torch.save(weights.state_dict(), directory / "lit_model.pth")
-    save_config(config, directory)
+    write_random_weights(directory, model, sizes)
     return directory
 
 

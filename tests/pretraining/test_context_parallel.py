@@ -23,7 +23,7 @@ from test_attention import (
     shrink,
     token_losses,
 )
-from tiny_runs import TINY_MODEL, tokenize_dataset, write_config
+from tiny_runs import TINY_MODEL, write_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pretraining.attention import Causal, attention_patterns
@@ -140,10 +140,8 @@ TWO, FOUR = {"parallel__context_parallel_size": 2}, {"parallel__context_parallel
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
-    """Of documents of 8 to 40 tokens, so that most sequences hold several."""
-    short = [document[:100] for document in documents[:300]]
-    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", short, tokenizer_dir)
+def dataset(short_documents) -> Path:
+    return short_documents
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from litgpt.config import Config
 from litgpt.model import GPT
 from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, settings_of
-from tiny_runs import TINY_MODEL, tokenize_dataset, write_config, write_dataset
+from tiny_runs import TINY_MODEL, write_config, write_dataset
 
 from pretraining.data import Sequences, prefetch, read_micro_batch
 from pretraining.documents import Separator
@@ -34,10 +34,8 @@ SAME_RESULT = {
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory, documents, tokenizer_dir) -> Path:
-    """Of documents of 8 to 40 tokens, so that most sequences hold several."""
-    short = [document[:100] for document in documents[:300]]
-    return tokenize_dataset(tmp_path_factory.mktemp("data") / "merged", short, tokenizer_dir)
+def dataset(short_documents) -> Path:
+    return short_documents
 
 
 @pytest.fixture(scope="module")

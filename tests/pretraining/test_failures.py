@@ -85,6 +85,13 @@ class Run:
         return self.process.communicate(timeout=300)[0]
 
 
+def wait_for_hang(out_dir: Path, within_s: float) -> None:
+    began = time.monotonic()
+    while not [event for event in read_events(out_dir) if event["event"] == "hang"]:
+        assert time.monotonic() - began < within_s
+        time.sleep(0.1)
+
+
 def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, flags, quiet):
     """Each is the only restart that is allowed, and the checkpoint between them clears the count."""
     out_dir = tmp_path / "out"
@@ -93,10 +100,7 @@ def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, fla
     os.kill(crashed, signal.SIGSEGV)
     stopped = run.wait_for(1, lambda step, _: step >= 12)
     os.kill(stopped, signal.SIGSTOP)
-    began = time.monotonic()
-    while not [event for event in read_events(out_dir) if event["event"] == "hang"]:
-        assert time.monotonic() - began < 5 + 15
-        time.sleep(0.1)
+    wait_for_hang(out_dir, 5 + 15)
     output = run.output()
     assert run.process.returncode == 0, output
     assert_same_run(out_dir, quiet)
@@ -159,10 +163,7 @@ def test_a_hang_in_a_validation_is_measured_by_the_ones_before(tmp_path, flags, 
     out_dir = tmp_path / "out"
     run = Run(out_dir, "tests/faulty_training.py", "validation", tmp_path / "mark", *flags)
     assert run.wait_for(1, lambda *_: (tmp_path / "mark").exists())
-    began = time.monotonic()
-    while not [event for event in read_events(out_dir) if event["event"] == "hang"]:
-        assert time.monotonic() - began < 60 + 15
-        time.sleep(0.1)
+    wait_for_hang(out_dir, 60 + 15)
     output = run.output()
     assert run.process.returncode == 0, output
     assert_same_run(out_dir, quiet)
