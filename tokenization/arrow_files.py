@@ -21,6 +21,7 @@ from tokenization.input_files import (
     DamagedInput,
     FileEntry,
     check_stamp,
+    ends_of,
     fingerprint_of_ends,
     is_input_failure,
     open_member,
@@ -70,7 +71,7 @@ def read_batches_summary(url: str, entry: FileEntry, text_column: str) -> Footer
             end = source.tell()
             if not _is_file(source):
                 _check_end_of_stream(source, end)
-            fingerprint = fingerprint_of_ends(source)
+            fingerprint = fingerprint_of_ends(*ends_of(source))
     except (OSError, pa.ArrowException) as error:
         if is_input_failure(error):
             raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
@@ -148,7 +149,7 @@ def stream_batches(
     held_rows = held_bytes = 0
     try:
         with _open(url, path) as source:
-            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(source))
+            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(*ends_of(source)))
             schema = _reader(source).schema
             for number, batch in _record_batches(source, schema, text_column, record_batches):  # noqa: B007 - in errors
                 column, rows = batch.column(0), batch.num_rows

@@ -142,9 +142,9 @@ def ends_of(source: pa.NativeFile) -> tuple[int, bytes, bytes]:
     return size, source.read_at(min(size, END_BYTES), 0), source.read_at(size - tail_at, tail_at)
 
 
-def fingerprint_of_ends(source: pa.NativeFile) -> str:
-    """Changes when the size or one of the two ends of the file changes; 16 hexadecimal digits."""
-    size, head, tail = ends_of(source)
+def fingerprint_of_ends(size: int, head: bytes, tail: bytes) -> str:
+    """Of what `ends_of` returns: changes when the size or one of the two ends of the file changes; 16 hexadecimal
+    digits."""
     return xxhash.xxh3_64_hexdigest(b"%d %d " % (size, len(head)) + head + tail)
 
 

@@ -130,7 +130,6 @@ def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
     try:
         with filesystem.open_input_file(path) as source:
             size, head, tail = ends_of(source)
-            fingerprint = fingerprint_of_ends(source)
             start = source.read_at(min(size, COMPRESSED_SAMPLE_BYTES), 0) if compression else head
     except OSError as error:
         raise _reading_failed(url, entry.path, error) from error
@@ -144,7 +143,7 @@ def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
         if not compression:
             sample += tail[tail.find(b"\n") + 1 :]
     share = bytes_per_byte * max(MIN_TEXT_SHARE, _text_share(sample, text_column))
-    return JsonlSummary(url, entry.path, entry.bytes, share, fingerprint)
+    return JsonlSummary(url, entry.path, entry.bytes, share, fingerprint_of_ends(size, head, tail))
 
 
 def _decompressed(head: bytes, compression: str, is_whole: bool) -> bytes:
@@ -206,7 +205,7 @@ def stream_jsonl(job: Job, piece: InputRange, record: UnitRecord) -> Iterator[pa
     filesystem, full_path = open_member(url, path)
     try:
         with filesystem.open_input_file(full_path) as source:
-            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(source))
+            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(*ends_of(source)))
             num_lines = 0  # of this range so far
             before = 0 if compression else None
             for lines in lines_of_range(source, compression, piece.first, piece.last):
