@@ -28,7 +28,7 @@ from tokenization.input_files import (
 )
 from tokenization.job import InputStamp
 from tokenization.parquet import Footer
-from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, is_text, joined
+from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, check_text_column, joined
 from utils.errors import UserError
 
 MAGIC = b"ARROW1"
@@ -64,7 +64,7 @@ def read_batches_summary(url: str, entry: FileEntry, text_column: str) -> Footer
     try:
         with _open(url, entry.path) as source:
             schema = _reader(source).schema
-            _check_column(schema, text_column)
+            check_text_column(schema, text_column)
             for _, batch in _record_batches(source, schema, text_column):
                 rows.append(batch.num_rows)
                 text_bytes.append(batch.column(0).nbytes)
@@ -95,15 +95,6 @@ def _reader(source: pa.NativeFile, options: pa.ipc.IpcReadOptions | None = None)
     open_reader = pa.ipc.open_file if _is_file(source) else pa.ipc.open_stream
     source.seek(0)  # the look at its beginning has moved a remote file's position
     return open_reader(source, options=options)
-
-
-def _check_column(schema: pa.Schema, text_column: str) -> None:
-    if text_column not in schema.names:
-        raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
-    if schema.names.count(text_column) > 1:
-        raise ValueError(f"{schema.names.count(text_column)} columns are called {text_column!r}")
-    if not is_text(schema.field(text_column).type):
-        raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
 
 
 def _record_batches(
