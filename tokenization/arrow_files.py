@@ -25,11 +25,11 @@ from tokenization.input_files import (
     fingerprint_of_ends,
     is_input_failure,
     open_member,
+    reading_failed,
 )
 from tokenization.job import InputStamp
 from tokenization.parquet import Footer
 from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, check_text_column, joined
-from utils.errors import UserError
 
 MAGIC = b"ARROW1"
 CONTINUATION, END_OF_STREAM = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
@@ -74,7 +74,7 @@ def read_batches_summary(url: str, entry: FileEntry, text_column: str) -> Footer
             fingerprint = fingerprint_of_ends(*ends_of(source))
     except (OSError, pa.ArrowException) as error:
         if is_input_failure(error):
-            raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
+            raise reading_failed(url, entry.path, error) from error
         raise ValueError(f"not a readable Arrow file ({error})") from error
     return Footer(tuple(rows), tuple(text_bytes), fingerprint)
 

@@ -156,6 +156,11 @@ def is_input_failure(error: Exception) -> bool:
     return failed or isinstance(error, MemoryError)  # as Arrow's own is
 
 
+def reading_failed(url: str, path: str, error: Exception) -> UserError:
+    """What planning raises where `is_input_failure`."""
+    return UserError(f"--input_dir={url}: {path}: reading failed ({error}). Try again.")
+
+
 def check_stamp(
     url: str, path: str, stamp: InputStamp | None, fingerprint: Callable[[], str | None] | None = None
 ) -> None:

@@ -28,12 +28,12 @@ from tokenization.input_files import (
     fingerprint_of_ends,
     is_input_failure,
     open_member,
+    reading_failed,
 )
 from tokenization.job import InputRange, Job, Piece, UnitRecord
 from tokenization.json_text import BLANKS, read_row, text_of_row, texts_of_lines
 from tokenization.line_ranges import count_lines_before, lines_of_range
 from utils.console import human_bytes
-from utils.errors import UserError
 
 SAMPLE_READ_BYTES = 16 << 10
 # A compressed file's sample is larger: it ends with a whole block, and zstd's are of 128 KiB.
@@ -112,13 +112,9 @@ class JsonlSummary:
                         break
         except OSError as error:
             if not compression or is_input_failure(error):
-                raise _reading_failed(self.url, self.path, error) from error
+                raise reading_failed(self.url, self.path, error) from error
             rows = max(rows, 1)  # the worker is to find what is damaged
         return rows
-
-
-def _reading_failed(url: str, path: str, error: Exception) -> UserError:
-    return UserError(f"--input_dir={url}: {path}: reading failed ({error}). Try again.")
 
 
 def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
@@ -132,7 +128,7 @@ def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
             size, head, tail = ends_of(source)
             start = source.read_at(min(size, COMPRESSED_SAMPLE_BYTES), 0) if compression else head
     except OSError as error:
-        raise _reading_failed(url, entry.path, error) from error
+        raise reading_failed(url, entry.path, error) from error
     sample, is_whole = start, len(start) == size
     if compression:
         sample = _decompressed(start, compression, is_whole)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from tokenization.input_files import DamagedInput, FileEntry, check_stamp, is_input_failure, open_member
+from tokenization.input_files import DamagedInput, FileEntry, check_stamp, is_input_failure, open_member, reading_failed
 from tokenization.job import InputStamp, Piece
 from tokenization.text_arrays import (
     BATCH_BYTES,
@@ -20,7 +20,6 @@ from tokenization.text_arrays import (
     check_text_column,
     joined,
 )
-from utils.errors import UserError
 
 READ_BUFFER_BYTES = 4 << 20
 # The footer says what is encoded. A row of a dictionary takes a few bits there and can be of any length here, so
@@ -77,7 +76,7 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
                 _check_not_encrypted(parquet, text_column)
     except (OSError, pa.ArrowException) as error:
         if is_input_failure(error):
-            raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
+            raise reading_failed(url, entry.path, error) from error
         raise ValueError(f"not a readable parquet file ({error})") from error
     check_text_column(schema, text_column)
     column = leaf_index(metadata, text_column)
