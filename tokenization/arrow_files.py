@@ -63,13 +63,14 @@ def read_batches_summary(url: str, entry: FileEntry, text_column: str) -> Footer
     rows, text_bytes = [], []
     try:
         with _open(url, entry.path) as source:
-            schema = _reader(source).schema
+            is_file = _is_file(source)
+            schema = _reader(source, is_file).schema
             check_text_column(schema, text_column)
-            for _, batch in _record_batches(source, schema, text_column):
+            for _, batch in _record_batches(source, is_file, schema, text_column):
                 rows.append(batch.num_rows)
                 text_bytes.append(batch.column(0).nbytes)
             end = source.tell()
-            if not _is_file(source):
+            if not is_file:
                 _check_end_of_stream(source, end)
             fingerprint = fingerprint_of_ends(*ends_of(source))
     except (OSError, pa.ArrowException) as error:
@@ -88,22 +89,22 @@ def _open(url: str, path: str) -> Iterator[pa.NativeFile]:
 
 
 def _is_file(source: pa.NativeFile) -> bool:
+    """Whether it is of Arrow's file format; else it can only be a stream."""
     return source.read_at(len(MAGIC), 0) == MAGIC
 
 
-def _reader(source: pa.NativeFile, options: pa.ipc.IpcReadOptions | None = None) -> Any:
-    open_reader = pa.ipc.open_file if _is_file(source) else pa.ipc.open_stream
-    source.seek(0)  # the look at its beginning has moved a remote file's position
+def _reader(source: pa.NativeFile, is_file: bool, options: pa.ipc.IpcReadOptions | None = None) -> Any:
+    open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+    source.seek(0)  # a reader before this one has moved the position, and in a remote file `_is_file` has
     return open_reader(source, options=options)
 
 
 def _record_batches(
-    source: pa.NativeFile, schema: pa.Schema, text_column: str, wanted: Sequence[int] | None = None
+    source: pa.NativeFile, is_file: bool, schema: pa.Schema, text_column: str, wanted: Sequence[int] | None = None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Number and content of some record batches, or of all, with the text column alone."""
-    is_file = _is_file(source)  # before the reader: it moves a remote file's position
     fields = [schema.names.index(text_column)]
-    reader = _reader(source, pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+    reader = _reader(source, is_file, pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
     if is_file:
         for number in range(reader.num_record_batches) if wanted is None else wanted:
             yield number, reader.get_batch(number)
@@ -141,8 +142,10 @@ def stream_batches(
     try:
         with _open(url, path) as source:
             check_stamp(url, path, stamp, lambda: fingerprint_of_ends(*ends_of(source)))
-            schema = _reader(source).schema
-            for number, batch in _record_batches(source, schema, text_column, record_batches):  # noqa: B007 - in errors
+            is_file = _is_file(source)
+            schema = _reader(source, is_file).schema
+            batches = _record_batches(source, is_file, schema, text_column, record_batches)
+            for number, batch in batches:  # noqa: B007 - in errors
                 column, rows = batch.column(0), batch.num_rows
                 is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
                 column.validate(full=not is_plain)  # what is plain is looked at piece by piece
