@@ -98,7 +98,9 @@ def list_input_files(url: str) -> list[FileEntry]:
             f"--input_dir={url}: {what}. Give the directory of the text's files, for example made by "
             "`python examples/make_demo_corpus.py` or `hf download HuggingFaceFW/fineweb --repo-type dataset`."
         )
-    return sorted(only_datasets_own(filesystem, base, entries), key=lambda entry: entry.path)
+    others = [entry for entry in entries if not is_arrow(entry.path)]
+    own = only_datasets_own(filesystem, base, [entry for entry in entries if is_arrow(entry.path)])
+    return sorted([*others, *own], key=lambda entry: entry.path)
 
 
 def _is_hidden(name: str) -> bool:
