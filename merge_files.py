@@ -38,7 +38,6 @@ from tokenization.merge_packed import (
     count_packing,
     pack_chunks,
     packing_of,
-    source_chunks,
 )
 from tokenization.merge_plan import Plan, check_places, fingerprint_of, make_plan
 from tokenization.merge_restore import restore_missing
@@ -158,9 +157,8 @@ def merged_manifest(
     files = [dataclasses.asdict(chunk) for chunk in chunks]
     for entry, part in zip(files, plan.parts) if packed is None else ():
         # A dataset that is merged again names the chunks of step 1, which gathered ones consist of.
-        made_of = [plan.gathered.get(path, [dataclasses.asdict(chunk)]) for path, chunk in part.sources]
         if part.is_gathered or any(path in plan.gathered for path, _ in part.sources):
-            entry["gathered"] = [chunk for chunks_of_file in made_of for chunk in chunks_of_file]
+            entry["gathered"] = plan.made_of([part])
     packing = {}
     if packed is not None:
         about, counts = packed
@@ -169,7 +167,7 @@ def merged_manifest(
             "pack_tokens": about.pack_tokens,
             "pack_window_tokens": settings.pack_window_tokens,
             "packing": dataclasses.asdict(about) | dataclasses.asdict(counts),
-            "packed_from": source_chunks(plan),
+            "packed_from": plan.made_of(plan.parts),
         }
     return {
         **packing,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,12 +104,6 @@ def packing_of(settings: Any, plan: Plan) -> Packing | None:
         )
     window_tokens = max(settings.pack_window_tokens, MIN_BLOCKS_PER_WINDOW * block_tokens)
     return Packing(block_tokens, window_tokens, made_with.get("bos_id") is not None)
-
-
-def source_chunks(plan: Plan) -> list[dict[str, Any]]:
-    """The entries of all chunks of step 1 that the plan takes, in their order."""
-    sources = [source for part in plan.parts for source in part.sources]
-    return [e for path, chunk in sources for e in plan.gathered.get(path, [dataclasses.asdict(chunk)])]
 
 
 def pack_chunks(plan: Plan, packing: Packing, settings: Any) -> tuple[list[Chunk], Counts]:
@@ -221,8 +216,7 @@ def stream_packed(parts: list[Part], dtype: str, packing: Packing, counts: Count
             if window.blocks or window.rest:
                 yield window
 
-    numbers = iter(range(1 << 60))
-    for future in submit_ahead(work, numbers, windows(), num_threads=WRITERS):
+    for future in submit_ahead(work, itertools.count(), windows(), num_threads=WRITERS):
         yield future.result()
 
 
