@@ -31,14 +31,7 @@ from utils import cli, console  # first: it says how to install the packages if 
 from tokenization.chunk_writer import make_index
 from tokenization.gather import gather_small
 from tokenization.merge_chunks import collect_chunks
-from tokenization.merge_packed import (
-    PACKED_PATTERN,
-    Counts,
-    Packing,
-    count_packing,
-    pack_chunks,
-    packing_of,
-)
+from tokenization.merge_packed import PACKED_PATTERN, Counts, Packing, count_packing, pack_chunks, packing_of
 from tokenization.merge_plan import Plan, check_places, fingerprint_of, make_plan
 from tokenization.merge_restore import restore_missing
 from tokenization.missing_chunks import moved_to, recorded_chunks, write_moved
@@ -251,8 +244,7 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
 def say_unread(manifest: dict[str, Any]) -> None:
     """Training reads blocks of context + 1 tokens; the rest of each chunk, which fills none, is not read."""
     if "packing" in manifest:
-        packing = manifest["packing"]
-        Counts(**{field.name: packing[field.name] for field in dataclasses.fields(Counts)}).say(packing["pack_tokens"])
+        Counts.of_manifest(manifest).say(manifest["packing"]["pack_tokens"])
         return
     tokens = [entry.get("tokens", 0) for entry in manifest["files"]]
     shares = [

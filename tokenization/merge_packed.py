@@ -16,7 +16,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -40,9 +40,17 @@ MIN_BLOCKS_PER_WINDOW = 16  # with fewer, many rooms are left that only a cut do
 WRITERS = 2
 
 
+class _InManifest:
+    """A dataclass whose fields are among those of `packing` in a packed dataset's manifest."""
+
+    @classmethod
+    def of_manifest(cls, manifest: dict[str, Any]) -> Self:
+        return cls(**{field.name: manifest["packing"][field.name] for field in dataclasses.fields(cls)})
+
+
 @dataclasses.dataclass(frozen=True)
-class Packing:
-    """How a dataset is packed; `packing` in its manifest, beside the counts."""
+class Packing(_InManifest):
+    """How a dataset is packed."""
 
     pack_tokens: int
     """Of a block."""
@@ -51,13 +59,9 @@ class Packing:
     cut_at_end: bool
     """See packing.pack: True where documents begin with BOS."""
 
-    @classmethod
-    def of_manifest(cls, manifest: dict[str, Any]) -> Packing:
-        return cls(**{field.name: manifest["packing"][field.name] for field in dataclasses.fields(cls)})
-
 
 @dataclasses.dataclass
-class Counts:
+class Counts(_InManifest):
     """What packing does to the documents, and what the plain cut into blocks would do."""
 
     documents: int = 0
