@@ -40,7 +40,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    collect_all(settings.run_dirs)  # what is wrong is said before anything is written or served
+    runs = collect_all(settings.run_dirs)  # what is wrong is said before anything is written or served
     if settings.serve:
         with make_server(settings) as server:
             console.result(f"http://127.0.0.1:{server.server_port}  (on this machine; Ctrl-C ends it)")
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: no directory {output.parent}. Make it first.")
     with atomic_write(output) as file:
-        file.write(render(collect_all(settings.run_dirs), live=False).encode())
+        file.write(render(runs, live=False).encode())
     console.say(f"{output}: {console.human_bytes(output.stat().st_size)}; open it in a browser")
 
 
