@@ -52,7 +52,6 @@ function count(value) {
 }
 
 function duration(seconds) {
-  if (seconds === null || seconds === undefined) return "–";
   const [d, h, m] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];
   return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min` : `${Math.round(seconds)} s`;
 }
@@ -71,18 +70,21 @@ function slowestRank(records) {
 
 function drawRuns() {
   const cards = runs.map((run, i) => {
-    const r = run.records;
+    const fact = (key, format) => {
+      const value = last(run.records, key);
+      return value === null ? "–" : format(value);
+    };
     const facts = [
-      ["step", count(last(r, "step"))],
-      ["tokens", count(last(r, "tokens"))],
-      ["loss", last(r, "loss") === null ? "–" : last(r, "loss").toFixed(3)],
-      ["validation", last(r, "val_loss") === null ? "–" : last(r, "val_loss").toFixed(3)],
-      ["bits per byte", last(r, "val_bits_per_byte") === null ? "–" : last(r, "val_bits_per_byte").toFixed(3)],
-      ["tokens/s", count(last(r, "tokens_per_s"))],
-      ["MFU", last(r, "mfu") === null ? "–" : (100 * last(r, "mfu")).toFixed(1) + "%"],
-      ["peak memory", last(r, "memory_peak_bytes") === null ? "–" : (last(r, "memory_peak_bytes") / 1e9).toFixed(1) + " GB"],
-      ["slowest rank", slowestRank(r)],
-      ["time left", duration(last(r, "eta_s"))],
+      ["step", fact("step", count)],
+      ["tokens", fact("tokens", count)],
+      ["loss", fact("loss", (v) => v.toFixed(3))],
+      ["validation", fact("val_loss", (v) => v.toFixed(3))],
+      ["bits per byte", fact("val_bits_per_byte", (v) => v.toFixed(3))],
+      ["tokens/s", fact("tokens_per_s", count)],
+      ["MFU", fact("mfu", (v) => (100 * v).toFixed(1) + "%")],
+      ["peak memory", fact("memory_peak_bytes", (v) => (v / 1e9).toFixed(1) + " GB")],
+      ["slowest rank", slowestRank(run.records)],
+      ["time left", fact("eta_s", duration)],
       ["checkpoint", run.checkpoint || "–"],
     ].filter(([, value]) => value !== "–");
     const list = element("dl");
