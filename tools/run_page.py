@@ -71,14 +71,16 @@ def render(runs: list[dict[str, Any]], live: bool) -> str:
     """
     import jinja2
 
+    def read(name: str) -> str:
+        return (PAGE / name).read_text(encoding="utf-8")
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((PAGE / "page.html.jinja").read_text(encoding="utf-8"))
-    parts = {name: (PAGE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css")}
+    template = environment.from_string(read("page.html.jinja"))
     return template.render(
         title=", ".join(run["name"] for run in runs),
         policy=POLICY,
-        style=(PAGE / "uPlot.min.css").read_text() + parts["page.css"],
-        script=(PAGE / "uPlot.iife.min.js").read_text() + "\n" + parts["page.js"],
+        style=read("uPlot.min.css") + read("page.css"),
+        script=read("uPlot.iife.min.js") + "\n" + read("page.js"),
         data=as_json(runs),
         live=live,
     )
