@@ -186,7 +186,7 @@ function drawChart(chart, into) {
   }, found.data, holder);
   new ResizeObserver(() => plot.setSize(size())).observe(holder);
   holder.addEventListener("keydown", (e) => pointByKey(plot, e));
-  charts.push({ plot, chart });
+  charts.push({ plot, title: chart.title });
 }
 
 function pointByKey(plot, event) {
@@ -334,20 +334,20 @@ function refresh(fresh) {
 
 function refreshCharts() {
   const labels = (series) => JSON.stringify(series.map((each) => each.label));
-  const drawable = chartsToDraw().filter((chart) => columns(chart));
-  const sameCharts = drawable.length === charts.length && drawable.every((chart, i) =>
-    chart.title === charts[i].chart.title && labels(columns(chart).series) === labels(charts[i].plot.series.slice(1)));
+  const drawable = chartsToDraw().map((chart) => ({ chart, found: columns(chart) })).filter(({ found }) => found);
+  const sameCharts = drawable.length === charts.length && drawable.every(({ chart, found }, i) =>
+    chart.title === charts[i].title && labels(found.series) === labels(charts[i].plot.series.slice(1)));
   if (!sameCharts) {
     drawControls();
     return drawCharts();
   }
-  for (const { plot, chart } of charts) {
+  charts.forEach(({ plot }, i) => {
     const { min, max } = plot.scales.x, zoomed = isZoomed(plot);
     plot.batch(() => {
-      plot.setData(columns(chart).data, !zoomed);
+      plot.setData(drawable[i].found.data, !zoomed);
       if (zoomed) plot.setScale("x", { min, max });
     });
-  }
+  });
 }
 
 function isZoomed(plot) {
