@@ -128,9 +128,8 @@ def count_packing(plan: Plan, packing: Packing, settings: Any) -> Counts:
     """What packing would do, from the chunks' headers alone."""
     counts = Counts()
     with _lost_sources_named(plan, settings):
-        lengths = _lengths(plan.parts, plan.dtype, packing, counts, "offsets")
-        for window in pack(lengths, packing.pack_tokens, packing.window_tokens, packing.cut_at_end):
-            _count(counts, window)
+        for _ in _windows(plan.parts, plan.dtype, packing, counts, "offsets"):
+            pass
     return counts
 
 
@@ -213,23 +212,22 @@ def stream_packed(parts: list[Part], dtype: str, packing: Packing, counts: Count
         name = f"packed-{number:07d}.bin"
         return place(name, content, Chunk(name, len(pieces), int(lengths.sum()), size, digest.hexdigest()))
 
-    def windows() -> Iterator[Window]:
-        lengths = _lengths(parts, dtype, packing, counts, "checksum")
-        for window in pack(lengths, packing.pack_tokens, packing.window_tokens, packing.cut_at_end):
-            _count(counts, window)
-            if window.blocks or window.rest:
-                yield window
-
-    for future in submit_ahead(work, itertools.count(), windows(), num_threads=WRITERS):
+    windows = _windows(parts, dtype, packing, counts, "checksum")
+    filled = (window for window in windows if window.blocks or window.rest)
+    for future in submit_ahead(work, itertools.count(), filled, num_threads=WRITERS):
         yield future.result()
 
 
-def _count(counts: Counts, window: Window) -> None:
-    counts.blocks += len(window.blocks)
-    counts.pieces += sum(map(len, window.blocks)) + len(window.rest)
-    counts.rest_tokens += sum(piece.tokens for piece in window.rest)
-    counts.documents_cut += window.documents_cut
-    counts.documents_too_long += window.documents_too_long
+def _windows(parts: list[Part], dtype: str, packing: Packing, counts: Counts, depth: Any) -> Iterator[Window]:
+    """The documents of these parts, packed; what is in a window has been added to `counts` when it comes."""
+    lengths = _lengths(parts, dtype, packing, counts, depth)
+    for window in pack(lengths, packing.pack_tokens, packing.window_tokens, packing.cut_at_end):
+        counts.blocks += len(window.blocks)
+        counts.pieces += sum(map(len, window.blocks)) + len(window.rest)
+        counts.rest_tokens += sum(piece.tokens for piece in window.rest)
+        counts.documents_cut += window.documents_cut
+        counts.documents_too_long += window.documents_too_long
+        yield window
 
 
 def _lengths(parts: list[Part], dtype: str, packing: Packing, counts: Counts, depth: Any) -> Iterator[np.ndarray]:
