@@ -82,8 +82,7 @@ def plan_layout(settings: Settings) -> Plan:
             "Give the output of step 1, or copy the directory."
         )
     if settings.pack_tokens is not None:  # the layout with which its cuts are compared
-        chunk_tokens = plan.chunk_tokens or 0
-        return dataclasses.replace(plan, parts=gather_small(plan.parts, chunk_tokens))
+        return dataclasses.replace(plan, parts=gather_small(plan.parts, plan.chunk_tokens or 0))
     if plan.manifest is None or plan.chunk_tokens is None or settings.mode == "index":
         return plan
     published = read_manifest(target)
@@ -322,17 +321,18 @@ def merge(settings: Settings) -> None:
 
     if target.is_dir() and not in_place:
         remove_temporaries(target)
-    counts = None
+    packed = None
     try:
         if packing is not None:
             chunks, counts = pack_chunks(plan, packing, settings)
+            packed = packing, counts
         else:
             chunks = collect_chunks(plan, settings)
     except UserError:
         if moved_to(source) in (None, target.absolute()) and not any(source.rglob("*.bin")):
             write_moved(source, None)  # step 1 must not take them for moved
         raise
-    manifest = publish(plan, chunks, settings, None if packing is None else (packing, counts))
+    manifest = publish(plan, chunks, settings, packed)
     if settings.mode == "move":
         remove_sources(source, target, manifest)
     say_result(manifest, target)
