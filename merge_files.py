@@ -31,15 +31,7 @@ from utils import cli, console  # first: it says how to install the packages if 
 from tokenization.chunk_writer import make_index
 from tokenization.gather import gather_small
 from tokenization.merge_chunks import collect_chunks
-from tokenization.merge_packed import (
-    PACKED_PATTERN,
-    Counts,
-    Packing,
-    count_packing,
-    pack_chunks,
-    packing_of,
-    source_chunks,
-)
+from tokenization.merge_packed import PACKED_PATTERN, Counts, Packing, count_packing, pack_chunks, packing_of
 from tokenization.merge_plan import Plan, check_places, fingerprint_of, make_plan
 from tokenization.merge_restore import restore_missing
 from tokenization.missing_chunks import moved_to, recorded_chunks, write_moved
@@ -90,8 +82,7 @@ def plan_layout(settings: Settings) -> Plan:
             "Give the output of step 1, or copy the directory."
         )
     if settings.pack_tokens is not None:  # the layout with which its cuts are compared
-        chunk_tokens = plan.chunk_tokens or 0
-        return dataclasses.replace(plan, parts=gather_small(plan.parts, chunk_tokens))
+        return dataclasses.replace(plan, parts=gather_small(plan.parts, plan.chunk_tokens or 0))
     if plan.manifest is None or plan.chunk_tokens is None or settings.mode == "index":
         return plan
     published = read_manifest(target)
@@ -158,9 +149,8 @@ def merged_manifest(
     files = [dataclasses.asdict(chunk) for chunk in chunks]
     for entry, part in zip(files, plan.parts) if packed is None else ():
         # A dataset that is merged again names the chunks of step 1, which gathered ones consist of.
-        made_of = [plan.gathered.get(path, [dataclasses.asdict(chunk)]) for path, chunk in part.sources]
         if part.is_gathered or any(path in plan.gathered for path, _ in part.sources):
-            entry["gathered"] = [chunk for chunks_of_file in made_of for chunk in chunks_of_file]
+            entry["gathered"] = plan.made_of([part])
     packing = {}
     if packed is not None:
         about, counts = packed
@@ -169,7 +159,7 @@ def merged_manifest(
             "pack_tokens": about.pack_tokens,
             "pack_window_tokens": settings.pack_window_tokens,
             "packing": dataclasses.asdict(about) | dataclasses.asdict(counts),
-            "packed_from": source_chunks(plan),
+            "packed_from": plan.made_of(plan.parts),
         }
     return {
         **packing,
@@ -253,8 +243,7 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
 def say_unread(manifest: dict[str, Any]) -> None:
     """Training reads blocks of context + 1 tokens; the rest of each chunk, which fills none, is not read."""
     if "packing" in manifest:
-        packing = manifest["packing"]
-        Counts(**{field.name: packing[field.name] for field in dataclasses.fields(Counts)}).say(packing["pack_tokens"])
+        Counts.of_manifest(manifest).say(manifest["packing"]["pack_tokens"])
         return
     tokens = [entry.get("tokens", 0) for entry in manifest["files"]]
     shares = [
@@ -332,17 +321,18 @@ def merge(settings: Settings) -> None:
 
     if target.is_dir() and not in_place:
         remove_temporaries(target)
-    counts = None
+    packed = None
     try:
         if packing is not None:
             chunks, counts = pack_chunks(plan, packing, settings)
+            packed = packing, counts
         else:
             chunks = collect_chunks(plan, settings)
     except UserError:
         if moved_to(source) in (None, target.absolute()) and not any(source.rglob("*.bin")):
             write_moved(source, None)  # step 1 must not take them for moved
         raise
-    manifest = publish(plan, chunks, settings, None if packing is None else (packing, counts))
+    manifest = publish(plan, chunks, settings, packed)
     if settings.mode == "move":
         remove_sources(source, target, manifest)
     say_result(manifest, target)

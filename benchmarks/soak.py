@@ -376,11 +376,7 @@ def report(night: Night, step: int) -> str:
         trains = [fault.trains_s for fault in faults]
         signs = collections.Counter(", ".join(dict.fromkeys(fault.signs)) or "nothing said" for fault in faults)
         how = "; ".join(f"{sign} ({count})" if len(signs) > 1 else sign for sign, count in signs.most_common())
-        rows.append(
-            [
-                kind, str(len(faults)), how, _middle_and_most(noticed), _middle_and_most(trains),
-            ]
-        )  # fmt: skip
+        rows.append([kind, str(len(faults)), how, _middle_and_most(noticed), _middle_and_most(trains)])
     header = ["", "times", "noticed by", "s until noticed", "s until it trained"]
     return harness.table(header, rows)
 

@@ -21,14 +21,15 @@ from tokenization.input_files import (
     DamagedInput,
     FileEntry,
     check_stamp,
+    ends_of,
     fingerprint_of_ends,
     is_input_failure,
     open_member,
+    reading_failed,
 )
 from tokenization.job import InputStamp
 from tokenization.parquet import Footer
-from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, is_text, joined
-from utils.errors import UserError
+from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, check_text_column, joined
 
 MAGIC = b"ARROW1"
 CONTINUATION, END_OF_STREAM = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
@@ -62,18 +63,19 @@ def read_batches_summary(url: str, entry: FileEntry, text_column: str) -> Footer
     rows, text_bytes = [], []
     try:
         with _open(url, entry.path) as source:
-            schema = _reader(source).schema
-            _check_column(schema, text_column)
-            for _, batch in _record_batches(source, schema, text_column):
+            is_file = _is_file(source)
+            schema = _reader(source, is_file).schema
+            check_text_column(schema, text_column)
+            for _, batch in _record_batches(source, is_file, schema, text_column):
                 rows.append(batch.num_rows)
                 text_bytes.append(batch.column(0).nbytes)
             end = source.tell()
-            if not _is_file(source):
+            if not is_file:
                 _check_end_of_stream(source, end)
-            fingerprint = fingerprint_of_ends(source)
+            fingerprint = fingerprint_of_ends(*ends_of(source))
     except (OSError, pa.ArrowException) as error:
         if is_input_failure(error):
-            raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
+            raise reading_failed(url, entry.path, error) from error
         raise ValueError(f"not a readable Arrow file ({error})") from error
     return Footer(tuple(rows), tuple(text_bytes), fingerprint)
 
@@ -87,31 +89,22 @@ def _open(url: str, path: str) -> Iterator[pa.NativeFile]:
 
 
 def _is_file(source: pa.NativeFile) -> bool:
+    """Whether it is of Arrow's file format; else it can only be a stream."""
     return source.read_at(len(MAGIC), 0) == MAGIC
 
 
-def _reader(source: pa.NativeFile, options: pa.ipc.IpcReadOptions | None = None) -> Any:
-    open_reader = pa.ipc.open_file if _is_file(source) else pa.ipc.open_stream
-    source.seek(0)  # the look at its beginning has moved a remote file's position
+def _reader(source: pa.NativeFile, is_file: bool, options: pa.ipc.IpcReadOptions | None = None) -> Any:
+    open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+    source.seek(0)  # a reader before this one has moved the position, and in a remote file `_is_file` has
     return open_reader(source, options=options)
 
 
-def _check_column(schema: pa.Schema, text_column: str) -> None:
-    if text_column not in schema.names:
-        raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
-    if schema.names.count(text_column) > 1:
-        raise ValueError(f"{schema.names.count(text_column)} columns are called {text_column!r}")
-    if not is_text(schema.field(text_column).type):
-        raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
-
-
 def _record_batches(
-    source: pa.NativeFile, schema: pa.Schema, text_column: str, wanted: Sequence[int] | None = None
+    source: pa.NativeFile, is_file: bool, schema: pa.Schema, text_column: str, wanted: Sequence[int] | None = None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Number and content of some record batches, or of all, with the text column alone."""
-    is_file = _is_file(source)  # before the reader: it moves a remote file's position
     fields = [schema.names.index(text_column)]
-    reader = _reader(source, pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+    reader = _reader(source, is_file, pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
     if is_file:
         for number in range(reader.num_record_batches) if wanted is None else wanted:
             yield number, reader.get_batch(number)
@@ -148,9 +141,11 @@ def stream_batches(
     held_rows = held_bytes = 0
     try:
         with _open(url, path) as source:
-            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(source))
-            schema = _reader(source).schema
-            for number, batch in _record_batches(source, schema, text_column, record_batches):  # noqa: B007 - in errors
+            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(*ends_of(source)))
+            is_file = _is_file(source)
+            schema = _reader(source, is_file).schema
+            batches = _record_batches(source, is_file, schema, text_column, record_batches)
+            for number, batch in batches:  # noqa: B007 - in errors
                 column, rows = batch.column(0), batch.num_rows
                 is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
                 column.validate(full=not is_plain)  # what is plain is looked at piece by piece

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from utils.chunks import Chunk, header_bytes
+from utils.chunks import Chunk, Index, header_bytes
 from utils.files import checksum
 
 
@@ -72,3 +72,11 @@ def verify(
     if chunk.xxh3_128 not in (None, found):
         raise ValueError(f"{path}: its content differs from its checksum")
     return dataclasses.replace(chunk, xxh3_128=found)
+
+
+def counted_in(index: Index, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest beside an index must have as its `content`, as far as the index says it."""
+    found = {"documents": index.documents, "tokens": index.tokens, "chunks": len(index.chunks), "dtype": index.dtype}
+    if "packing" in manifest:  # the headers count pieces of documents
+        found["pieces"] = found.pop("documents")
+    return found

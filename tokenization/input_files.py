@@ -98,7 +98,9 @@ def list_input_files(url: str) -> list[FileEntry]:
             f"--input_dir={url}: {what}. Give the directory of the text's files, for example made by "
             "`python examples/make_demo_corpus.py` or `hf download HuggingFaceFW/fineweb --repo-type dataset`."
         )
-    return sorted(only_datasets_own(filesystem, base, entries), key=lambda entry: entry.path)
+    others = [entry for entry in entries if not is_arrow(entry.path)]
+    own = only_datasets_own(filesystem, base, [entry for entry in entries if is_arrow(entry.path)])
+    return sorted([*others, *own], key=lambda entry: entry.path)
 
 
 def _is_hidden(name: str) -> bool:
@@ -142,9 +144,9 @@ def ends_of(source: pa.NativeFile) -> tuple[int, bytes, bytes]:
     return size, source.read_at(min(size, END_BYTES), 0), source.read_at(size - tail_at, tail_at)
 
 
-def fingerprint_of_ends(source: pa.NativeFile) -> str:
-    """Changes when the size or one of the two ends of the file changes; 16 hexadecimal digits."""
-    size, head, tail = ends_of(source)
+def fingerprint_of_ends(size: int, head: bytes, tail: bytes) -> str:
+    """Of what `ends_of` returns: changes when the size or one of the two ends of the file changes; 16 hexadecimal
+    digits."""
     return xxhash.xxh3_64_hexdigest(b"%d %d " % (size, len(head)) + head + tail)
 
 
@@ -154,6 +156,11 @@ def is_input_failure(error: Exception) -> bool:
     remote = ("AWS Error", "HTTP", "Connection", "timed out", "Timeout")
     failed = isinstance(error, OSError) and (error.errno is not None or any(word in str(error) for word in remote))
     return failed or isinstance(error, MemoryError)  # as Arrow's own is
+
+
+def reading_failed(url: str, path: str, error: Exception) -> UserError:
+    """What planning raises where `is_input_failure`."""
+    return UserError(f"--input_dir={url}: {path}: reading failed ({error}). Try again.")
 
 
 def check_stamp(

@@ -28,12 +28,12 @@ from tokenization.input_files import (
     fingerprint_of_ends,
     is_input_failure,
     open_member,
+    reading_failed,
 )
 from tokenization.job import InputRange, Job, Piece, UnitRecord
 from tokenization.json_text import BLANKS, read_row, text_of_row, texts_of_lines
 from tokenization.line_ranges import count_lines_before, lines_of_range
 from utils.console import human_bytes
-from utils.errors import UserError
 
 SAMPLE_READ_BYTES = 16 << 10
 # A compressed file's sample is larger: it ends with a whole block, and zstd's are of 128 KiB.
@@ -112,13 +112,9 @@ class JsonlSummary:
                         break
         except OSError as error:
             if not compression or is_input_failure(error):
-                raise _reading_failed(self.url, self.path, error) from error
+                raise reading_failed(self.url, self.path, error) from error
             rows = max(rows, 1)  # the worker is to find what is damaged
         return rows
-
-
-def _reading_failed(url: str, path: str, error: Exception) -> UserError:
-    return UserError(f"--input_dir={url}: {path}: reading failed ({error}). Try again.")
 
 
 def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
@@ -130,10 +126,9 @@ def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
     try:
         with filesystem.open_input_file(path) as source:
             size, head, tail = ends_of(source)
-            fingerprint = fingerprint_of_ends(source)
             start = source.read_at(min(size, COMPRESSED_SAMPLE_BYTES), 0) if compression else head
     except OSError as error:
-        raise _reading_failed(url, entry.path, error) from error
+        raise reading_failed(url, entry.path, error) from error
     sample, is_whole = start, len(start) == size
     if compression:
         sample = _decompressed(start, compression, is_whole)
@@ -144,7 +139,7 @@ def read_summary(url: str, entry: FileEntry, text_column: str) -> JsonlSummary:
         if not compression:
             sample += tail[tail.find(b"\n") + 1 :]
     share = bytes_per_byte * max(MIN_TEXT_SHARE, _text_share(sample, text_column))
-    return JsonlSummary(url, entry.path, entry.bytes, share, fingerprint)
+    return JsonlSummary(url, entry.path, entry.bytes, share, fingerprint_of_ends(size, head, tail))
 
 
 def _decompressed(head: bytes, compression: str, is_whole: bool) -> bytes:
@@ -206,7 +201,7 @@ def stream_jsonl(job: Job, piece: InputRange, record: UnitRecord) -> Iterator[pa
     filesystem, full_path = open_member(url, path)
     try:
         with filesystem.open_input_file(full_path) as source:
-            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(source))
+            check_stamp(url, path, stamp, lambda: fingerprint_of_ends(*ends_of(source)))
             num_lines = 0  # of this range so far
             before = 0 if compression else None
             for lines in lines_of_range(source, compression, piece.first, piece.last):

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -39,9 +40,17 @@ MIN_BLOCKS_PER_WINDOW = 16  # with fewer, many rooms are left that only a cut do
 WRITERS = 2
 
 
+class _InManifest:
+    """A dataclass whose fields are among those of `packing` in a packed dataset's manifest."""
+
+    @classmethod
+    def of_manifest(cls, manifest: dict[str, Any]) -> Self:
+        return cls(**{field.name: manifest["packing"][field.name] for field in dataclasses.fields(cls)})
+
+
 @dataclasses.dataclass(frozen=True)
-class Packing:
-    """How a dataset is packed; `packing` in its manifest, beside the counts."""
+class Packing(_InManifest):
+    """How a dataset is packed."""
 
     pack_tokens: int
     """Of a block."""
@@ -50,13 +59,9 @@ class Packing:
     cut_at_end: bool
     """See packing.pack: True where documents begin with BOS."""
 
-    @classmethod
-    def of_manifest(cls, manifest: dict[str, Any]) -> Packing:
-        return cls(**{field.name: manifest["packing"][field.name] for field in dataclasses.fields(cls)})
-
 
 @dataclasses.dataclass
-class Counts:
+class Counts(_InManifest):
     """What packing does to the documents, and what the plain cut into blocks would do."""
 
     documents: int = 0
@@ -105,12 +110,6 @@ def packing_of(settings: Any, plan: Plan) -> Packing | None:
     return Packing(block_tokens, window_tokens, made_with.get("bos_id") is not None)
 
 
-def source_chunks(plan: Plan) -> list[dict[str, Any]]:
-    """The entries of all chunks of step 1 that the plan takes, in their order."""
-    sources = [source for part in plan.parts for source in part.sources]
-    return [e for path, chunk in sources for e in plan.gathered.get(path, [dataclasses.asdict(chunk)])]
-
-
 def pack_chunks(plan: Plan, packing: Packing, settings: Any) -> tuple[list[Chunk], Counts]:
     """Verify the source and write the packed chunks, apart from those that an interrupted run has written."""
     console.say("verify: sizes, document offsets, checksums")
@@ -129,9 +128,8 @@ def count_packing(plan: Plan, packing: Packing, settings: Any) -> Counts:
     """What packing would do, from the chunks' headers alone."""
     counts = Counts()
     with _lost_sources_named(plan, settings):
-        lengths = _lengths(plan.parts, plan.dtype, packing, counts, "offsets")
-        for window in pack(lengths, packing.pack_tokens, packing.window_tokens, packing.cut_at_end):
-            _count(counts, window)
+        for _ in _windows(plan.parts, plan.dtype, packing, counts, "offsets"):
+            pass
     return counts
 
 
@@ -214,24 +212,22 @@ def stream_packed(parts: list[Part], dtype: str, packing: Packing, counts: Count
         name = f"packed-{number:07d}.bin"
         return place(name, content, Chunk(name, len(pieces), int(lengths.sum()), size, digest.hexdigest()))
 
-    def windows() -> Iterator[Window]:
-        lengths = _lengths(parts, dtype, packing, counts, "checksum")
-        for window in pack(lengths, packing.pack_tokens, packing.window_tokens, packing.cut_at_end):
-            _count(counts, window)
-            if window.blocks or window.rest:
-                yield window
-
-    numbers = iter(range(1 << 60))
-    for future in submit_ahead(work, numbers, windows(), num_threads=WRITERS):
+    windows = _windows(parts, dtype, packing, counts, "checksum")
+    filled = (window for window in windows if window.blocks or window.rest)
+    for future in submit_ahead(work, itertools.count(), filled, num_threads=WRITERS):
         yield future.result()
 
 
-def _count(counts: Counts, window: Window) -> None:
-    counts.blocks += len(window.blocks)
-    counts.pieces += sum(map(len, window.blocks)) + len(window.rest)
-    counts.rest_tokens += sum(piece.tokens for piece in window.rest)
-    counts.documents_cut += window.documents_cut
-    counts.documents_too_long += window.documents_too_long
+def _windows(parts: list[Part], dtype: str, packing: Packing, counts: Counts, depth: Any) -> Iterator[Window]:
+    """The documents of these parts, packed; what is in a window has been added to `counts` when it comes."""
+    lengths = _lengths(parts, dtype, packing, counts, depth)
+    for window in pack(lengths, packing.pack_tokens, packing.window_tokens, packing.cut_at_end):
+        counts.blocks += len(window.blocks)
+        counts.pieces += sum(map(len, window.blocks)) + len(window.rest)
+        counts.rest_tokens += sum(piece.tokens for piece in window.rest)
+        counts.documents_cut += window.documents_cut
+        counts.documents_too_long += window.documents_too_long
+        yield window
 
 
 def _lengths(parts: list[Part], dtype: str, packing: Packing, counts: Counts, depth: Any) -> Iterator[np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ class Plan:
     @property
     def bytes(self) -> int:
         return sum(part.chunk.bytes for part in self.parts)
+
+    def made_of(self, parts: Iterable[Part]) -> list[dict[str, Any]]:
+        """The entries of the chunks of step 1 in these parts: what was gathered is named by what it consists of."""
+        sources = [source for part in parts for source in part.sources]
+        return [e for path, chunk in sources for e in self.gathered.get(path, [dataclasses.asdict(chunk)])]
 
 
 def make_plan(settings: Any) -> Plan:

@@ -10,10 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from tokenization.input_files import DamagedInput, FileEntry, check_stamp, is_input_failure, open_member
+from tokenization.input_files import DamagedInput, FileEntry, check_stamp, is_input_failure, open_member, reading_failed
 from tokenization.job import InputStamp, Piece
-from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, is_text, joined
-from utils.errors import UserError
+from tokenization.text_arrays import (
+    BATCH_BYTES,
+    MAX_BATCH_BYTES,
+    MAX_BATCH_ROWS,
+    as_plain_text,
+    check_text_column,
+    joined,
+)
 
 READ_BUFFER_BYTES = 4 << 20
 # The footer says what is encoded. A row of a dictionary takes a few bits there and can be of any length here, so
@@ -70,15 +76,9 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
                 _check_not_encrypted(parquet, text_column)
     except (OSError, pa.ArrowException) as error:
         if is_input_failure(error):
-            raise UserError(f"--input_dir={url}: {entry.path}: reading failed ({error}). Try again.") from error
+            raise reading_failed(url, entry.path, error) from error
         raise ValueError(f"not a readable parquet file ({error})") from error
-    if text_column not in schema.names:
-        raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
-    if schema.names.count(text_column) > 1:
-        raise ValueError(f"{schema.names.count(text_column)} columns are called {text_column!r}")
-    if not is_text(schema.field(text_column).type):
-        raise ValueError(f"column {text_column!r} is {schema.field(text_column).type}, not text")
-
+    check_text_column(schema, text_column)
     column = leaf_index(metadata, text_column)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     text_bytes = tuple(group.column(column).total_uncompressed_size for group in groups)

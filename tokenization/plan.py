@@ -127,12 +127,12 @@ def read_inputs(
 
 def describe_inputs(inputs: list[dict[str, Any]]) -> str:
     """How many files of each kind."""
-    of_kind = {"JSON lines file": [], "Arrow file": [], "parquet file": []}
+    of_kind = {"parquet file": [], "Arrow file": [], "JSON lines file": []}
     for entry in inputs:
         kind = "JSON lines" if is_jsonl(entry["path"]) else "Arrow" if is_arrow(entry["path"]) else "parquet"
         of_kind[f"{kind} file"].append(entry.get("rows"))
     kinds = []
-    for kind, rows in reversed(of_kind.items()):
+    for kind, rows in of_kind.items():
         if rows or (kind == "parquet file" and not inputs):
             known = "" if None in rows else f", {sum(rows):,} rows"
             kinds.append(f"{console.counted(len(rows), kind)}{known}")

@@ -26,20 +26,20 @@ def only_datasets_own(filesystem: Any, base: str, entries: Sequence[FileEntry]) 
 
     Args:
         base: of the file system; the entries' paths are below it.
+        entries: of Arrow files alone.
     """
     by_directory = collections.defaultdict(list)
     for entry in entries:
-        if entry.path.lower().endswith(".arrow"):
-            by_directory[str(PurePosixPath(entry.path).parent)].append(entry)
-    kept = [entry for entry in entries if not entry.path.lower().endswith(".arrow")]
+        by_directory[str(PurePosixPath(entry.path).parent)].append(entry)
+    kept = []
     for directory, found in by_directory.items():
-        state = _read_state(filesystem, f"{base}/{directory}/{STATE_NAME}")
-        kept += found if state is None else _of_state(base, directory, state, found)
+        names = _listed_names(filesystem, f"{base}/{directory}/{STATE_NAME}")
+        kept += found if names is None else _of_names(base, directory, names, found)
     return kept
 
 
-def _read_state(filesystem: Any, path: str) -> dict[str, Any] | str | None:
-    """What it says; None where there is none, or a text that says what is wrong with it."""
+def _listed_names(filesystem: Any, path: str) -> list[str] | str | None:
+    """Of the files that a state.json lists; None where there is none, or a text that says what is wrong with it."""
     try:
         with filesystem.open_input_stream(path) as file:
             state = json.loads(file.read())
@@ -55,20 +55,17 @@ def _read_state(filesystem: Any, path: str) -> dict[str, Any] | str | None:
         return f"the {STATE_NAME} beside it does not list its files"
     if state.get("_indices_data_files") or state.get("_indices_files"):
         return "its rows are chosen by a file of indices; save the dataset again after flatten_indices()"
-    return {"names": names}
+    return names
 
 
-def _of_state(base: str, directory: str, state: dict[str, Any] | str, found: Sequence[FileEntry]) -> list[FileEntry]:
-    if isinstance(state, str):
-        return [dataclasses.replace(entry, fault=entry.fault or state) for entry in found]
+def _of_names(base: str, directory: str, names: list[str] | str, found: Sequence[FileEntry]) -> list[FileEntry]:
+    if isinstance(names, str):
+        return [dataclasses.replace(entry, fault=entry.fault or names) for entry in found]
     here = {PurePosixPath(entry.path).name: entry for entry in found}
-    if unlisted := sorted(here.keys() - set(state["names"])):
+    if unlisted := sorted(here.keys() - set(names)):
         console.warn(
             f"{base}/{directory}: {console.counted(len(unlisted), 'Arrow file')} left out, which the {STATE_NAME} "
             f"there does not list: {some(unlisted)}"
         )
     missing = FileEntry("", 0, fault=f"the {STATE_NAME} beside it lists it, and it is not there")
-    return [
-        here.get(name, dataclasses.replace(missing, path=str(PurePosixPath(directory) / name)))
-        for name in state["names"]
-    ]
+    return [here.get(name, dataclasses.replace(missing, path=str(PurePosixPath(directory) / name))) for name in names]

@@ -16,10 +16,21 @@ MAX_BATCH_ROWS = 1 << 16
 MAX_BATCH_BYTES = 8 << 20
 
 
-def is_text(arrow_type: pa.DataType) -> bool:
+def _is_text(arrow_type: pa.DataType) -> bool:
     if pa.types.is_dictionary(arrow_type):
         arrow_type = arrow_type.value_type
     return pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type) or pa.types.is_string_view(arrow_type)
+
+
+def check_text_column(schema: pa.Schema, text_column: str) -> None:
+    """Raises ValueError that says why a file with this schema has no such column of text."""
+    if text_column not in schema.names:
+        raise ValueError(f"no column {text_column!r} (it has {', '.join(schema.names)})")
+    if schema.names.count(text_column) > 1:
+        raise ValueError(f"{schema.names.count(text_column)} columns are called {text_column!r}")
+    arrow_type = schema.field(text_column).type
+    if not _is_text(arrow_type):
+        raise ValueError(f"column {text_column!r} is {arrow_type}, not text")
 
 
 def joined(held: list[pa.Array]) -> pa.Array:

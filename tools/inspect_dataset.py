@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenization.chunk_reader import read_document_offsets, read_documents, verify
+from tokenization.chunk_reader import counted_in, read_document_offsets, read_documents, verify
 from utils import cli, console
 from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
@@ -66,10 +66,7 @@ def check_against_manifest(index: Index, manifest: dict[str, Any], checksums: bo
     """Raises UserError with every difference between files, index and manifest."""
     problems = Problems()
     content = manifest["content"]
-    found = {"documents": index.documents, "tokens": index.tokens, "chunks": len(index.chunks), "dtype": index.dtype}
-    if "packing" in manifest:  # the headers count pieces of documents
-        found["pieces"] = found.pop("documents")
-    for key, value in found.items():
+    for key, value in counted_in(index, manifest).items():
         if content.get(key) != value:
             problems.add(f"{index.directory}: {key} is {value!r} in index.json, {content.get(key)!r} in manifest.json.")
     if {chunk.name for chunk in index.chunks} != {file.get("name") for file in manifest["files"]}:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tokenization.chunk_reader import verify
+from tokenization.chunk_reader import counted_in, verify
 from tokenization.input_files import compression_of, is_jsonl
 from tokenization.job import SPLITS, UnitRecord, fingerprint_of_identity
 from tokenization.merge_plan import fingerprint_of
@@ -47,10 +47,7 @@ def check_chunks(node: Node, directory: Path, manifest: dict[str, Any], moved: d
     index = node.collect(read_index, directory, directory.name)
     if index is None:
         return
-    found = {"documents": index.documents, "tokens": index.tokens, "chunks": len(index.chunks), "dtype": index.dtype}
-    if "packing" in manifest:  # the headers count pieces of documents
-        found["pieces"] = found.pop("documents")
-    for key, value in found.items():
+    for key, value in counted_in(index, manifest).items():
         node.expect(f"{INDEX_NAME}: {key}", value, manifest["content"].get(key), MANIFEST_NAME)
     listed = {entry["name"]: entry for entry in manifest["files"]}
     indexed = {chunk.name: chunk for chunk in index.chunks}

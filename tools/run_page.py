@@ -40,7 +40,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    collect_all(settings.run_dirs)  # what is wrong is said before anything is written or served
+    runs = collect_all(settings.run_dirs)  # what is wrong is said before anything is written or served
     if settings.serve:
         with make_server(settings) as server:
             console.result(f"http://127.0.0.1:{server.server_port}  (on this machine; Ctrl-C ends it)")
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: no directory {output.parent}. Make it first.")
     with atomic_write(output) as file:
-        file.write(render(collect_all(settings.run_dirs), live=False).encode())
+        file.write(render(runs, live=False).encode())
     console.say(f"{output}: {console.human_bytes(output.stat().st_size)}; open it in a browser")
 
 
@@ -71,14 +71,16 @@ def render(runs: list[dict[str, Any]], live: bool) -> str:
     """
     import jinja2
 
+    def read(name: str) -> str:
+        return (PAGE / name).read_text(encoding="utf-8")
+
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((PAGE / "page.html.jinja").read_text(encoding="utf-8"))
-    parts = {name: (PAGE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css")}
+    template = environment.from_string(read("page.html.jinja"))
     return template.render(
         title=", ".join(run["name"] for run in runs),
         policy=POLICY,
-        style=(PAGE / "uPlot.min.css").read_text() + parts["page.css"],
-        script=(PAGE / "uPlot.iife.min.js").read_text() + "\n" + parts["page.js"],
+        style=read("uPlot.min.css") + read("page.css"),
+        script=read("uPlot.iife.min.js") + "\n" + read("page.js"),
         data=as_json(runs),
         live=live,
     )

@@ -6,15 +6,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from conftest import said_by, write_parquet
+from test_jsonl_runs import quarantined
 from test_optimize_dataset import decoded, user_error
-from test_optimize_dataset_crashes import assert_tidy, command, merged, wait_for
+from test_optimize_dataset_crashes import assert_tidy, command, kill_after, merged
 from test_optimize_dataset_inputs import arguments, inputs_of, num_documents, paths_in
 
 from tokenization.arrow_files import CorruptRecordBatch, read_batches_summary, stream_batches
@@ -244,11 +244,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(documents, tokenizer_dir, tmp_pa
 
     out = tmp_path / "OUT"
     again = command(tmp_path / "in", tokenizer_dir, out, "--address=local")
-    process = subprocess.Popen(again, start_new_session=True)
-    progress = out / "progress.jsonl"
-    wait_for(lambda: progress.exists() and progress.read_bytes().count(b"\n") >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(3, again, out)
     said = subprocess.run(again, check=True, timeout=300, capture_output=True, text=True).stdout
     assert re.search(r"resume: [1-9]\d* of \d+ units were finished", said)
     assert merged(run_script, out) == expected
@@ -268,7 +264,7 @@ def test_damage_stops_the_run_or_is_left_out_alone(documents, tokenizer_dir, tmp
     assert "c.arrow: not a readable Arrow file" in user_error(run_script, *arguments(tmp_path, tokenizer_dir))
     run_script("optimize_dataset.py", *arguments(tmp_path, tokenizer_dir, "--on_bad_file=quarantine"))
     assert num_documents(tmp_path / "out") == 80 + 10 and inputs_of(tmp_path / "out") == ["a.arrow", "b.parquet"]
-    bad = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    bad = quarantined(tmp_path / "out")
     assert [(entry["path"], entry.get("record_batch")) for entry in bad] == [("c.arrow", None), ("a.arrow", 2)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from conftest import said_by, write_parquet
 from test_jsonl import compressed
 from test_optimize_dataset import decoded, user_error
-from test_optimize_dataset_crashes import assert_tidy, command, merged, wait_for
+from test_optimize_dataset_crashes import assert_tidy, command, finished_units, kill_after, merged
 from test_optimize_dataset_inputs import arguments, inputs_of, num_documents, paths_in
 
 from utils.manifest import read_manifest
@@ -80,14 +79,10 @@ def test_a_killed_run_on_json_lines_goes_on_to_the_same_bytes(documents, tokeniz
 
     out = tmp_path / "OUT"
     again = command(tmp_path / "in", tokenizer_dir, out, "--address=local")
-    process = subprocess.Popen(again, start_new_session=True)
-    progress = out / "progress.jsonl"
-    wait_for(lambda: progress.exists() and progress.read_bytes().count(b"\n") >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = progress.read_bytes().count(b"\n")
+    kill_after(3, again, out)
+    finished = finished_units(out)
     said = subprocess.run(again, check=True, timeout=300, capture_output=True, text=True).stdout
-    num_units = len((tmp_path / "whole" / "progress.jsonl").read_text().splitlines())
+    num_units = finished_units(tmp_path / "whole")
     assert re.search(r"resume: [1-9]\d* of \d+ units were finished", said) and finished < num_units
     assert merged(run_script, out) == expected
     assert_tidy(out)

@@ -159,6 +159,14 @@ def finished_units(output: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def kill_after(num_units: int, arguments: list[str], output: Path) -> None:
+    """Start the script, and kill it once so many units are finished."""
+    process = subprocess.Popen(arguments, start_new_session=True)
+    wait_for(lambda: finished_units(output) >= num_units, process)
+    process.kill()
+    process.wait(WAIT_S)
+
+
 def test_two_workers_and_three_nodes_give_the_same_bytes(
     run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path
 ):
@@ -250,10 +258,7 @@ def test_lost_chunk_of_a_finished_unit_is_made_again(
 ):
     output = tmp_path / "out"
     arguments = command(many_parquet, tokenizer_dir, output, f"--address={ray_address}")
-    process = subprocess.Popen(arguments)
-    wait_for(lambda: finished_units(output) >= 5, process)
-    process.kill()
-    process.wait(WAIT_S)
+    kill_after(5, arguments, output)
     sorted((output / "train").rglob("*.bin"))[0].unlink()
     subprocess.run(arguments, check=True, timeout=300)
     assert merged(run_script, output) == undisturbed

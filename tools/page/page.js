@@ -52,7 +52,6 @@ function count(value) {
 }
 
 function duration(seconds) {
-  if (seconds === null || seconds === undefined) return "–";
   const [d, h, m] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];
   return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min` : `${Math.round(seconds)} s`;
 }
@@ -71,18 +70,21 @@ function slowestRank(records) {
 
 function drawRuns() {
   const cards = runs.map((run, i) => {
-    const r = run.records;
+    const fact = (key, format) => {
+      const value = last(run.records, key);
+      return value === null ? "–" : format(value);
+    };
     const facts = [
-      ["step", count(last(r, "step"))],
-      ["tokens", count(last(r, "tokens"))],
-      ["loss", last(r, "loss") === null ? "–" : last(r, "loss").toFixed(3)],
-      ["validation", last(r, "val_loss") === null ? "–" : last(r, "val_loss").toFixed(3)],
-      ["bits per byte", last(r, "val_bits_per_byte") === null ? "–" : last(r, "val_bits_per_byte").toFixed(3)],
-      ["tokens/s", count(last(r, "tokens_per_s"))],
-      ["MFU", last(r, "mfu") === null ? "–" : (100 * last(r, "mfu")).toFixed(1) + "%"],
-      ["peak memory", last(r, "memory_peak_bytes") === null ? "–" : (last(r, "memory_peak_bytes") / 1e9).toFixed(1) + " GB"],
-      ["slowest rank", slowestRank(r)],
-      ["time left", duration(last(r, "eta_s"))],
+      ["step", fact("step", count)],
+      ["tokens", fact("tokens", count)],
+      ["loss", fact("loss", (v) => v.toFixed(3))],
+      ["validation", fact("val_loss", (v) => v.toFixed(3))],
+      ["bits per byte", fact("val_bits_per_byte", (v) => v.toFixed(3))],
+      ["tokens/s", fact("tokens_per_s", count)],
+      ["MFU", fact("mfu", (v) => (100 * v).toFixed(1) + "%")],
+      ["peak memory", fact("memory_peak_bytes", (v) => (v / 1e9).toFixed(1) + " GB")],
+      ["slowest rank", slowestRank(run.records)],
+      ["time left", fact("eta_s", duration)],
       ["checkpoint", run.checkpoint || "–"],
     ].filter(([, value]) => value !== "–");
     const list = element("dl");
@@ -184,7 +186,7 @@ function drawChart(chart, into) {
   }, found.data, holder);
   new ResizeObserver(() => plot.setSize(size())).observe(holder);
   holder.addEventListener("keydown", (e) => pointByKey(plot, e));
-  charts.push({ plot, chart });
+  charts.push({ plot, title: chart.title });
 }
 
 function pointByKey(plot, event) {
@@ -332,20 +334,20 @@ function refresh(fresh) {
 
 function refreshCharts() {
   const labels = (series) => JSON.stringify(series.map((each) => each.label));
-  const drawable = chartsToDraw().filter((chart) => columns(chart));
-  const sameCharts = drawable.length === charts.length && drawable.every((chart, i) =>
-    chart.title === charts[i].chart.title && labels(columns(chart).series) === labels(charts[i].plot.series.slice(1)));
+  const drawable = chartsToDraw().map((chart) => ({ chart, found: columns(chart) })).filter(({ found }) => found);
+  const sameCharts = drawable.length === charts.length && drawable.every(({ chart, found }, i) =>
+    chart.title === charts[i].title && labels(found.series) === labels(charts[i].plot.series.slice(1)));
   if (!sameCharts) {
     drawControls();
     return drawCharts();
   }
-  for (const { plot, chart } of charts) {
+  charts.forEach(({ plot }, i) => {
     const { min, max } = plot.scales.x, zoomed = isZoomed(plot);
     plot.batch(() => {
-      plot.setData(columns(chart).data, !zoomed);
+      plot.setData(drawable[i].found.data, !zoomed);
       if (zoomed) plot.setScale("x", { min, max });
     });
-  }
+  });
 }
 
 function isZoomed(plot) {
