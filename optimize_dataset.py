@@ -40,8 +40,8 @@ from tokenization.output import (
     was_begun_with,
 )
 from tokenization.progress_bar import Progress
-from tokenization.workers import MAX_RETRIES, Workers
-from utils.errors import UserError, WorkerDied
+from tokenization.workers import MAX_RETRIES, WorkerDied, Workers
+from utils.errors import UserError
 from utils.files import held_lock, remove_temporaries, temporary_sibling
 from utils.machine import available_cpus
 from utils.manifest import some

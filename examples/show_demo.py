@@ -74,9 +74,11 @@ def show_generation(export_dir: Path) -> None:
         console.result("  > " + " ".join(text.split()))
 
 
-def show_tree(directory: Path, depth: int = 2, indent: str = "") -> None:
-    from utils.files import directory_bytes
+def directory_bytes(directory: str | os.PathLike) -> int:
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)
 
+
+def show_tree(directory: Path, depth: int = 2, indent: str = "") -> None:
     if not indent:
         console.result(f"\n{directory}/ ({console.human_bytes(directory_bytes(directory))})")
     for path in sorted(directory.iterdir()):

@@ -24,8 +24,8 @@ from typing import Any
 from tokenization.encoder import PreparedTokenizer
 from tokenization.job import Job, Unit, UnitRecord
 from tokenization.tokenize_unit import process_encoder, tokenize_unit
-from tokenization.workers import MAX_RETRIES, Workers
-from utils.errors import UserError, WorkerDied
+from tokenization.workers import MAX_RETRIES, WorkerDied, Workers
+from utils.errors import UserError
 from utils.machine import raise_open_file_limit
 
 FOLDER = "0"

@@ -11,8 +11,7 @@ import ray
 from tokenization.encoder import PreparedTokenizer
 from tokenization.job import Job, Unit, UnitRecord
 from tokenization.tokenize_unit import process_encoder, tokenize_unit
-from tokenization.workers import MAX_RETRIES, Workers
-from utils.errors import WorkerDied
+from tokenization.workers import MAX_RETRIES, WorkerDied, Workers
 from utils.node_check import check_nodes, probe_in
 
 CHECKED_PACKAGES = ("ray", "pyarrow", "gigatoken", "tokenizers", "awkward", "numpy", "xxhash")

@@ -10,6 +10,10 @@ MAX_RETRIES = 3
 """How often a unit is tried again when its process died."""
 
 
+class WorkerDied(Exception):
+    """A unit was given up: each process that worked on it was killed, as often as is allowed."""
+
+
 class Workers(abc.ABC):
     """Processes that tokenize one unit at a time each: LocalWorkers on this machine, RayWorkers on a cluster.
 

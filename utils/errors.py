@@ -39,7 +39,3 @@ class Problems:
     def raise_if_any(self) -> None:
         if self.found:
             raise UserError(self.found)
-
-
-class WorkerDied(Exception):
-    """A unit was given up: each process that worked on it was killed, as often as is allowed."""
