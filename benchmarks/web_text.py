@@ -116,7 +116,9 @@ def _constant(text: str, count: int) -> pa.StringArray:
     return pa.array([text] * count, pa.string())
 
 
-def make_file(vocabulary: Vocabulary, path: Path, number: int, num_documents: int, settings: Settings) -> dict[str, Any]:
+def make_file(
+    vocabulary: Vocabulary, path: Path, number: int, num_documents: int, settings: Settings
+) -> dict[str, Any]:
     """Write one file; returns its line of made.jsonl."""
     start = time.perf_counter()
     random = np.random.Generator(np.random.SFC64([settings.seed, number]))

@@ -196,7 +196,11 @@ def _parts_of_words(words: list[str]) -> list[str]:
             first = some(begins) if kind < 7 else [part.capitalize() for part in some(begins)]
             return [first, some(middles), some(ends)]
         numbers = [str(number) for number in range(ENTRIES)]
-        addresses = [[f"https://{host}" for host in some(plain)], some(begins), [f".com/{name}" for name in some(plain)]]
+        addresses = [
+            [f"https://{host}" for host in some(plain)],
+            some(begins),
+            [f".com/{name}" for name in some(plain)],
+        ]
         return {
             10: [numbers, some(["", ".", ",", "-", "/", ":"]), numbers],
             11: addresses,
