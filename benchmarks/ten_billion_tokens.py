@@ -6,8 +6,8 @@ memory, disk, and whether a single document or token is lost.
 
 There is no FineWeb without a network, so the text is made: words of the documentation on this machine by their
 frequency, and new words as often as real text has them (benchmarks/web_words.py, web_text.py), in FineWeb's columns,
-row groups and lengths of documents. How its distinct words grow is measured beside real text. A byte-level BPE below 65,536
-tokens is trained on both, so that a token takes two bytes.
+row groups and lengths of documents. How its distinct words grow is measured beside real text. A byte-level BPE below
+65,536 tokens is trained on both, so that a token takes two bytes.
 
 Then optimize_dataset.py, killed with all its processes once two fifths of the units are done, and given again;
 merge_files.py, killed when the first chunk stands in the target, and given again; and 100 steps of training by two

@@ -5,8 +5,8 @@
 
 REAL holds parquet files of real text, for example what examples/make_demo_corpus.py makes; see web_words.py for what is
 taken from it. Each file has a random generator of its own, so the same seed gives the same text whichever process
-makes it. made.jsonl has a line per file with documents, words, bytes and a digest of its text; run the same command again
-to make the files that are missing.
+makes it. made.jsonl has a line per file with documents, words, bytes and a digest of its text; run the same command
+again to make the files that are missing.
 """
 
 from __future__ import annotations
