@@ -48,6 +48,7 @@ from utils import cli, console
 from utils.errors import Problems, UserError
 from utils.files import directory_bytes, free_bytes, write_json
 from utils.manifest import file_entry, read_manifest, write_manifest
+from utils.metrics_file import read_metrics
 
 DOCUMENT_TOKENS = 670  # FineWeb's sample-10BT: 10 billion tokens in 15 million documents
 SAMPLE_BYTES = 20_000_000  # of made text, beside as much real text, for the tokenizer
@@ -216,11 +217,11 @@ class Bench:
         kill = supervised.Kill(
             lambda: target.is_dir() and any(target.glob("chunk-*.bin")), "with the first chunks in the target"
         )
-        before = free_bytes(self.work)
         train = self.stage("step 2, train", "merge_files.py", *self.merge_flags("train"), kills=[kill])
         val = self.stage("step 2, val", "merge_files.py", *self.merge_flags("val"))
-        # Links take no bytes of their own.
-        return {"train": train, "val": val, "bytes": max(0, before - free_bytes(self.work))}
+        stats = [path.stat() for path in self.dataset.rglob("*") if path.is_file()]
+        own_bytes = sum(stat.st_size for stat in stats if stat.st_nlink == 1)  # links take none
+        return {"train": train, "val": val, "bytes": own_bytes}
 
     def merge_flags(self, split: str) -> tuple[str, str]:
         return f"--source_dir={self.tokens / split}", f"--target_dir={self.dataset / split}"
@@ -244,15 +245,16 @@ class Bench:
         path.write_text(yaml.safe_dump(config))
         flags = (f"--dataset_path={self.dataset}", f"--tokenizer_dir={self.tokenizer}", f"--out_dir={self.run}")
         done = self.stage("step 3", "distributed_pretrain.py", f"--config={path}", *flags)
-        records = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
-        losses = [record["loss"] for record in records if "loss" in record]
+        losses = [record["loss"] for record in read_metrics(self.run) if "loss" in record]
         return {**done, "bytes": directory_bytes(self.run), "losses": [losses[0], losses[-1]], "steps": len(losses)}
 
     def look_up_first_batch(self) -> dict[str, Any]:
         """Read the first batch of the run back to the rows of the parquet files, whose text is encoded again."""
         words = (str(self.run), "--step=1", f"--dataset_dir={self.dataset}", f"--parquet_dir={self.text}")
         seen = harness.run(sys.executable, "-m", "tools.show_batch", *words, f"--tokenizer_dir={self.tokenizer}")
-        return {"as_logged": "as logged" in seen.output, "rows": len(re.findall(r"\brow \d", seen.output))}
+        rows = re.findall(r"row group \d+, row \d+", seen.output)
+        right = "as logged" in seen.output and "row not" not in seen.output and "OTHER TOKENS" not in seen.output
+        return {"equal": right, "rows": len(rows)}
 
     # --- counts -------------------------------------------------------------------------------------------------------
 
@@ -314,8 +316,8 @@ def report(state: dict[str, Any], counts: dict[str, dict[str, int]]) -> str:
     seconds = state["step 1"]["seconds"] + step_2["train"]["seconds"] + step_2["val"]["seconds"]
     tokens, first = counts["step 2's indices"]["tokens"], state["first batch"]
     parts.append(
-        f"{tokens:,} tokens tokenized and merged in {console.human_seconds(seconds)}. The first batch is "
-        f"{'' if first['as_logged'] else 'NOT '}the logged one; rows of the text found for it: {first['rows']}."
+        f"{tokens:,} tokens tokenized and merged in {console.human_seconds(seconds)}. The first batch of training is "
+        f"{'' if first['equal'] else 'NOT '}what {first['rows']} rows of the text give."
     )
     return "\n\n".join(parts)
 
@@ -354,7 +356,7 @@ def main(settings: Settings) -> None:
     if not settings.keep and not wrong:
         for directory in (bench.real, bench.sample, bench.text, bench.tokens, bench.dataset, bench.run):
             shutil.rmtree(directory, ignore_errors=True)
-    if wrong or not bench.state["first batch"]["as_logged"]:
+    if wrong or not bench.state["first batch"]["equal"]:
         console.error(f"the ends differ: {', '.join(wrong) or 'first batch'}. Nothing was removed.")
         sys.exit(1)
 

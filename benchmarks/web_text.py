@@ -5,7 +5,7 @@
 
 REAL holds parquet files of real text, for example what examples/make_demo_corpus.py makes; see web_words.py for what is
 taken from it. Each file has a random generator of its own, so the same seed gives the same text whichever process
-makes it. made.jsonl has a line per file with documents, words, bytes and a digest of its text; run the same command
+makes it. made.log has a line per file with documents, words, bytes and a digest of its text; run the same command
 again to make the files that are missing.
 """
 
@@ -34,7 +34,7 @@ ROW_GROUP_DOCUMENTS = 1000  # FineWeb's
 LENGTH_SIGMA = 1.0  # of the logarithm of a document's length
 MIN_WORDS, MAX_WORDS = 20, 100_000
 FILE_DOCUMENTS = 1_000_000  # about 3 GB of text
-MADE_NAME = "made.jsonl"
+MADE_NAME = "made.log"  # JSON lines; by the name .jsonl it would be text to tokenize
 
 
 @dataclasses.dataclass
@@ -44,7 +44,7 @@ class Settings:
     real_dir: str
     """Directory with parquet files of real text, whose words are taken."""
     output_dir: str
-    """Directory for the parquet files and made.jsonl."""
+    """Directory for the parquet files and made.log."""
     num_documents: int = 100_000
     """Documents to make."""
     document_words: float = 460.0
@@ -119,7 +119,7 @@ def _constant(text: str, count: int) -> pa.StringArray:
 def make_file(
     vocabulary: Vocabulary, path: Path, number: int, num_documents: int, settings: Settings
 ) -> dict[str, Any]:
-    """Write one file; returns its line of made.jsonl."""
+    """Write one file; returns its line of made.log."""
     start = time.perf_counter()
     random = np.random.Generator(np.random.SFC64([settings.seed, number]))
     digest, num_words, text_bytes = xxhash.xxh3_128(), 0, 0
@@ -156,7 +156,7 @@ def make_file(
 
 
 def made_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """The lines of made.jsonl, by name; those of a file that is not there, or not whole, count as unmade."""
+    """The lines of made.log, by name; those of a file that is not there, or not whole, count as unmade."""
     found = {}
     if (directory / MADE_NAME).exists():
         for line in (directory / MADE_NAME).read_text().splitlines():
@@ -182,7 +182,7 @@ def _make(*arguments: Any) -> dict[str, Any]:
 
 
 def make_text(settings: Settings, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Make the files that are missing; returns the lines of made.jsonl, by name.
+    """Make the files that are missing; returns the lines of made.log, by name.
 
     Raises:
         UserError: the directory holds text of other settings.
