@@ -245,7 +245,7 @@ class Bench:
         path.write_text(yaml.safe_dump(config))
         flags = (f"--dataset_path={self.dataset}", f"--tokenizer_dir={self.tokenizer}", f"--out_dir={self.run}")
         done = self.stage("step 3", "distributed_pretrain.py", f"--config={path}", *flags)
-        losses = [record["loss"] for record in read_metrics(self.run) if "loss" in record]
+        losses = [record["loss"] for record in read_metrics(self.run) if record.get("loss") is not None]
         return {**done, "bytes": directory_bytes(self.run), "losses": [losses[0], losses[-1]], "steps": len(losses)}
 
     def look_up_first_batch(self) -> dict[str, Any]:
