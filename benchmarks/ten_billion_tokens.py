@@ -97,7 +97,9 @@ class Bench:
         self.log = self.work / "command.log"
         asked = {key: getattr(settings, key) for key in ("tokens", "seed", "real_size", "vocab_size", "steps")}
         self.state_path = self.work / "stages.json"
-        self.state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {"settings": asked}
+        self.state: dict[str, Any] = {"settings": asked, "environment": harness.environment(*PACKAGES)}
+        if self.state_path.exists():
+            self.state = json.loads(self.state_path.read_text())
         if self.state["settings"] != asked:
             raise UserError(f"--work_dir={self.work}: has a benchmark with other settings. Give another, or delete it.")
 
@@ -302,6 +304,9 @@ def report(state: dict[str, Any], counts: dict[str, dict[str, int]]) -> str:
         )
         for name, stage, size in stages
     ]  # fmt: skip
+    together = sum(stage["seconds"] for _, stage, _ in stages)
+    disk = console.human_bytes(sum(size for *_, size in stages))
+    rows.append(("together", console.human_seconds(together), "", "", "", disk))
     header = ["", "whole command, all tries", "tries", "killed", "peak memory, all processes", "disk"]
     parts = [harness.environment_line(*PACKAGES), harness.table(header, rows)]
     keys = ("documents", "text_bytes", "tokens")
