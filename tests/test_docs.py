@@ -103,6 +103,7 @@ RUN_BY = {
     r"python -m tools\.suggest ": "tools/test_suggest.py::test_training_accepts_the_yaml",
     r"python distributed_pretrain\.py --config my-run\.yaml": "tools/test_suggest.py::test_training_accepts_the_yaml",
     r"python benchmarks/gpu_acceptance\.py": "test_gpu_acceptance.py::test_every_row_runs_in_small_and_without_ray",
+    r"python benchmarks/ten_billion_tokens\.py": "test_made_up_text.py::test_nothing_is_lost_between_text_and_training",
     r"python benchmarks/": "test_benchmarks.py::test_every_benchmark_runs",
     r"bash pipeline\.sh": "test_pipeline.py::test_again_has_nothing_to_do",
     r"(hf|litgpt) download |pip install |git clone |docker |wandb sync": "needs a network",
