@@ -46,7 +46,7 @@ import yaml
 
 from utils import cli, console
 from utils.errors import Problems, UserError
-from utils.files import directory_bytes, free_bytes, write_json
+from utils.files import free_bytes, write_json
 from utils.manifest import file_entry, read_manifest, write_manifest
 from utils.metrics_file import read_metrics
 
@@ -162,7 +162,9 @@ class Bench:
     def check_disk(self) -> None:
         """Raises UserError, which says what would fit."""
         per_token = self.state["tokenizer"]["parquet_bytes_per_token"] + 2.02  # uint16 and a document's offset
-        free = free_bytes(self.work) + sum(directory_bytes(path) for path in (self.text, self.tokens) if path.exists())
+        free = free_bytes(self.work) + sum(
+            harness.directory_bytes(path) for path in (self.text, self.tokens) if path.exists()
+        )
         most = (free - MARGIN_BYTES) / per_token
         console.say(
             f"disk: {console.human_bytes(per_token * self.settings.tokens)} for text and tokens, "
@@ -181,7 +183,13 @@ class Bench:
         )  # fmt: skip
         files = sorted(web_text.made_files(self.text).values(), key=lambda entry: entry["name"])
         totals = {key: sum(entry[key] for entry in files) for key in ("documents", "words", "text_bytes")}
-        return {**made, **totals, "bytes": directory_bytes(self.text), "files": files, "files_of_earlier_tries": done}
+        return {
+            **made,
+            **totals,
+            "bytes": harness.directory_bytes(self.text),
+            "files": files,
+            "files_of_earlier_tries": done,
+        }
 
     def measure_growth(self) -> dict[str, Any]:
         """Distinct words by length, of the real and of the made text."""
@@ -212,7 +220,7 @@ class Bench:
             f"--output_dir={self.tokens}", "--address=local", f"--num_workers={self.settings.num_workers}",
             kills=[supervised.Kill(two_fifths_done, "with two fifths of the units done")],
         )  # fmt: skip
-        return {**done, "bytes": directory_bytes(self.tokens)}
+        return {**done, "bytes": harness.directory_bytes(self.tokens)}
 
     def merge(self) -> dict[str, Any]:
         target = self.dataset / "train"
@@ -248,7 +256,12 @@ class Bench:
         flags = (f"--dataset_path={self.dataset}", f"--tokenizer_dir={self.tokenizer}", f"--out_dir={self.run}")
         done = self.stage("step 3", "distributed_pretrain.py", f"--config={path}", *flags)
         losses = [record["loss"] for record in read_metrics(self.run) if record.get("loss") is not None]
-        return {**done, "bytes": directory_bytes(self.run), "losses": [losses[0], losses[-1]], "steps": len(losses)}
+        return {
+            **done,
+            "bytes": harness.directory_bytes(self.run),
+            "losses": [losses[0], losses[-1]],
+            "steps": len(losses),
+        }
 
     def look_up_first_batch(self) -> dict[str, Any]:
         """Read the first batch of the run back to the rows of the parquet files, whose text is encoded again."""
