@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from harness import directory_bytes
 
 sys.path.insert(0, str(harness.ROOT / "examples"))
 
@@ -162,9 +163,7 @@ class Bench:
     def check_disk(self) -> None:
         """Raises UserError, which says what would fit."""
         per_token = self.state["tokenizer"]["parquet_bytes_per_token"] + 2.02  # uint16 and a document's offset
-        free = free_bytes(self.work) + sum(
-            harness.directory_bytes(path) for path in (self.text, self.tokens) if path.exists()
-        )
+        free = free_bytes(self.work) + sum(directory_bytes(path) for path in (self.text, self.tokens) if path.exists())
         most = (free - MARGIN_BYTES) / per_token
         console.say(
             f"disk: {console.human_bytes(per_token * self.settings.tokens)} for text and tokens, "
@@ -186,7 +185,7 @@ class Bench:
         return {
             **made,
             **totals,
-            "bytes": harness.directory_bytes(self.text),
+            "bytes": directory_bytes(self.text),
             "files": files,
             "files_of_earlier_tries": done,
         }
@@ -220,7 +219,7 @@ class Bench:
             f"--output_dir={self.tokens}", "--address=local", f"--num_workers={self.settings.num_workers}",
             kills=[supervised.Kill(two_fifths_done, "with two fifths of the units done")],
         )  # fmt: skip
-        return {**done, "bytes": harness.directory_bytes(self.tokens)}
+        return {**done, "bytes": directory_bytes(self.tokens)}
 
     def merge(self) -> dict[str, Any]:
         target = self.dataset / "train"
@@ -258,7 +257,7 @@ class Bench:
         losses = [record["loss"] for record in read_metrics(self.run) if record.get("loss") is not None]
         return {
             **done,
-            "bytes": harness.directory_bytes(self.run),
+            "bytes": directory_bytes(self.run),
             "losses": [losses[0], losses[-1]],
             "steps": len(losses),
         }
