@@ -255,7 +255,7 @@ DAMAGES = {
     "export: bill, parquet file": (
         lambda w: edit_bill(w, lambda b: b["components"].remove(component(b, "text/"))),
         "export",
-        "000_00000.parquet: None, manifest.json says",
+        ".parquet: None, manifest.json says",
     ),
     "export: bill, hash": (
         lambda w: edit_bill(
