@@ -9,6 +9,7 @@ consolidated first, and litgpt's own checkpoints, work too. EXPORT then holds
     lit_model.pth, model_config.yaml                            for `litgpt chat EXPORT`, `litgpt evaluate EXPORT`, ...
     model*.safetensors, config.json, generation_config.json     for AutoModelForCausalLM.from_pretrained("EXPORT"), ...
     tokenizer files, README.md (the model card), manifest.json  for both
+    model.cdx.json                                              its inputs, as a bill of materials in CycloneDX
 
 It appears when it is complete and proven: every weight is read again and compared, and both models give the same logits
 for the same tokens. The same command again does nothing, or goes on after an interruption.
@@ -29,7 +30,7 @@ from export.publishing import publishing, remove_interrupted
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import free_bytes, write_json
-from utils.manifest import as_input, claim, damaged_files, file_entry, made_by, write_manifest
+from utils.manifest import as_input, claim, damaged_files, made_by, write_manifest
 
 SCRIPT = "convert_pretrained_checkpoint.py"
 PACKAGES = ("litgpt", "torch", "transformers")
@@ -216,7 +217,7 @@ def export(plan: ExportPlan, settings: Settings) -> None:
         write_weights(plan, settings, temporary)
         proof = prove(plan, settings, temporary)
         write_card(plan, settings, temporary, proof)
-        write_export_manifest(plan, settings, temporary, proof)
+        write_bill_and_manifest(plan, settings, temporary, proof)
 
 
 def write_small_files(plan: ExportPlan, directory: Path) -> None:
@@ -324,26 +325,29 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
     write_model_card(directory, exported, plan.checkpoint_dir, plan.checkpoint)
 
 
-def write_export_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
-    write_manifest(
-        directory,
-        {
-            "kind": "export",
-            "made_by": made_by(SCRIPT, *PACKAGES),
-            "settings": settings.record(),
-            "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
-            "content": {
-                "model": plan.config.name,
-                "parameters": plan.num_parameters,
-                "dtype": plan.dtype_name,
-                "tied_embeddings": plan.tied,
-                "training": plan.checkpoint["content"] if plan.checkpoint else {},
-                "verification": proof,
-            },
-            "files": [file_entry(directory, path.name) for path in sorted(directory.iterdir())],
-            "inputs": [input_record(plan.checkpoint_dir)],
+def write_bill_and_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
+    """The manifest comes last, as everywhere; model.cdx.json says the same of the files before it."""
+    from export.bill_of_materials import BILL_NAME, describe_files, write_bill
+
+    manifest = {
+        "kind": "export",
+        "made_by": made_by(SCRIPT, *PACKAGES),
+        "settings": settings.record(),
+        "tokenizer": plan.tokenizer.record() if plan.tokenizer else None,
+        "content": {
+            "model": plan.config.name,
+            "parameters": plan.num_parameters,
+            "dtype": plan.dtype_name,
+            "tied_embeddings": plan.tied,
+            "training": plan.checkpoint["content"] if plan.checkpoint else {},
+            "verification": proof,
         },
-    )
+        "files": describe_files(directory, sorted(path.name for path in directory.iterdir())),
+        "inputs": [input_record(plan.checkpoint_dir)],
+    }
+    write_bill(directory, manifest)
+    manifest["files"] += describe_files(directory, [BILL_NAME])
+    write_manifest(directory, manifest)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from export.bill_of_materials import sha256_of
 from utils import console
 from utils.errors import UserError
 from utils.files import checksum
@@ -123,6 +124,8 @@ def _check_file(directory: Path, entry: dict[str, Any]) -> tuple[str, str] | Non
             return CHANGED, f"{entry['name']}: {size:,} bytes, the manifest says {entry['bytes']:,}"
         if cached_checksum(path) != entry.get("xxh3_128"):
             return CHANGED, f"{entry['name']}: its content is not the one whose checksum the manifest has"
+        if "sha256" in entry and sha256_of(path) != entry["sha256"]:  # an export's files have both
+            return CHANGED, f"{entry['name']}: its content is not the one whose SHA-256 the manifest has"
     except UserError as error:
         return CHANGED, str(error)
     except FileNotFoundError:

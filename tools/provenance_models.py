@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from export.bill_of_materials import BILL_NAME, LAYOUT, LAYOUT_PROPERTY, bill_of_materials, by_name
 from pretraining.checkpoint import WEIGHTS_NAME
 from pretraining.left_out import LeftOut
 from pretraining.plan import identity_of
@@ -145,6 +147,7 @@ def check_export(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
     check_files(node, directory, manifest["files"])
     _check_tokenizer(node, directory, manifest)
     _check_weights(node, directory, manifest)
+    _check_bill(node, directory, manifest)
 
 
 def _check_weights(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
@@ -170,6 +173,34 @@ def _check_weights(node: Node, directory: Path, manifest: dict[str, Any]) -> Non
         found = {"parameters": count, "dtype": ", ".join(dtypes)}
         if node.expect(name, found, {key: content[key] for key in found}, MANIFEST_NAME):
             node.add(AGREES, f"{name}: {count:,} parameters of {found['dtype']}")
+
+
+def _check_bill(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
+    """model.cdx.json: it says what the manifests say that it is made from."""
+    path = directory / BILL_NAME
+    if not any(entry["name"] == BILL_NAME for entry in manifest["files"]):
+        if not path.exists():  # check_files names one that is there and not listed
+            node.add(UNKNOWN, f"{BILL_NAME}: none, as in the exports of earlier versions")
+        return
+    if not path.is_file():
+        return  # named among the files
+    try:
+        bill = json.loads(path.read_bytes())
+        layout = [entry["value"] for entry in bill["metadata"]["properties"] if entry["name"] == LAYOUT_PROPERTY]
+        found = by_name(bill)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        node.add(CHANGED, f"{BILL_NAME}: not a bill of materials that an export has ({type(error).__name__}: {error})")
+        return
+    if layout != [LAYOUT]:
+        said = f"layout {layout[0]!r}" if layout else "no layout"
+        node.add(UNKNOWN, f"{BILL_NAME}: {said}, this version compares {LAYOUT!r}")
+        return
+    expected = bill_of_materials(manifest)
+    if bill == expected:
+        parts = console.counted(len(bill["components"]), "component")
+        node.add(AGREES, f"{BILL_NAME}: {parts}, those of the manifests")
+    elif node.expect(BILL_NAME, found, by_name(expected), MANIFEST_NAME):
+        node.add(CHANGED, f"{BILL_NAME}: its lists are in another order than the manifests give")
 
 
 def check_conversion(node: Node, directory: Path, manifest: dict[str, Any], source: Path, made: dict[str, Any]) -> None:

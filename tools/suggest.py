@@ -17,7 +17,8 @@ from typing import Any, Literal
 from utils import cli, console
 from utils.errors import Problems, UserError
 
-# Warm-up has no published law: what DeepSeek LLM used, and never more than a tenth of the run.
+# Warm-up has no published law: what DeepSeek LLM used (says its README, github.com/deepseek-ai/DeepSeek-LLM), and never
+# more than a tenth of the run.
 WARMUP_STEPS, MOST_WARMUP = 2000, 0.1
 
 

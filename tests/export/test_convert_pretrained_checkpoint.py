@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from cyclonedx_schema import components, problems_of, reached_from
 from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
 
 from export.checkpoint_weights import find_in_torch_file, find_weights
@@ -113,6 +114,17 @@ def test_manifest_leads_back_to_the_parquet_files(exported):
     assert dataset["inputs"][0]["path"] == "fineweb/000_00000.parquet"
     listed = {entry["name"] for entry in manifest["files"]}
     assert listed == {path.name for path in exported.iterdir()} - {"manifest.json"}
+
+
+def test_bill_of_materials_is_valid_and_leads_back_to_the_parquet_files(exported):
+    bill = json.loads((exported / "model.cdx.json").read_text())
+    assert problems_of(bill) == []
+    (parquet,) = components(bill, "text/")
+    assert parquet["name"] == "fineweb/000_00000.parquet" and parquet["bom-ref"] in reached_from(bill, "model")
+    listed = {part["name"]: part["hashes"][0]["content"] for part in bill["metadata"]["component"]["components"]}
+    others = {"README.md", "loss.png", "manifest.json", "model.cdx.json"}
+    assert listed.keys() == {path.name for path in exported.iterdir()} - others
+    assert all(hashlib.sha256((exported / name).read_bytes()).hexdigest() == sha256 for name, sha256 in listed.items())
 
 
 def test_model_card_says_what_the_manifests_say(exported):

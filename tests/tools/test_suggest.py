@@ -47,6 +47,8 @@ def test_the_laws_give_what_their_papers_say():
 
 def test_a_law_says_where_it_was_not_fitted():
     assert not step_law(1e9, 2e10, 1e20).outside
+    assert not step_law(214_663_680, 4e9, 1e20).outside  # the smallest of the runs that its authors published
+    assert step_law(1.5e8, 2e10, 1e20).outside == ["0.15 billion parameters without embeddings, fitted on 0.21 to 1.07"]
     assert len(step_law(7e9, 2e12, 1e23).outside) == 2
     assert not deepseek(1e8, 2e9, 1e18).outside and deepseek(1e9, 2e10, 1e20).outside
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from conftest import ROOT, run_a_script, said_by
 from pretrain_ranks import run_ranks, settings_of
 from tiny_runs import TINY_MODEL, write_config
 
+from export.bill_of_materials import write_bill
 from tools import inspect_dataset
 from tools.verify import Settings, main
 from utils.manifest import file_entry
@@ -104,6 +106,9 @@ def put_right(manifest: Path, name: str) -> None:
     value["files"] = [
         {**entry, **file_entry(manifest.parent, name)} if entry["name"] == name else entry for entry in value["files"]
     ]
+    for entry in value["files"]:
+        if entry["name"] == name and "sha256" in entry:
+            entry["sha256"] = hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest()
     manifest.write_text(json.dumps(value))
 
 
@@ -139,8 +144,25 @@ def forged_state(work: Path) -> None:
 
 
 def forged_weights(work: Path) -> None:
+    manifest = work / "export" / "manifest.json"
     flip(work / "export" / "model.safetensors")
-    put_right(work / "export" / "manifest.json", "model.safetensors")
+    put_right(manifest, "model.safetensors")
+    write_bill(manifest.parent, json.loads(manifest.read_text()))
+    put_right(manifest, "model.cdx.json")
+
+
+def without_bill(work: Path) -> None:
+    """As an earlier version exported."""
+    (work / "export" / "model.cdx.json").unlink()
+    edit(work / EXPORT, lambda m: m.update(files=[e for e in m["files"] if e["name"] != "model.cdx.json"]))
+
+
+def edit_bill(work: Path, change) -> None:
+    edit(work / "export" / "model.cdx.json", change, entry_in=work / EXPORT)
+
+
+def component(bill: dict, ref: str) -> dict:
+    return next(part for part in bill["components"] if part["bom-ref"].startswith(ref))
 
 
 def swapped_chunks(index: dict) -> None:
@@ -209,6 +231,58 @@ DAMAGES = {
         ),
         "export",
         "model_config.yaml: not the checkpoint's",
+    ),
+    "export: SHA-256": (
+        lambda w: edit(w / EXPORT, lambda m: m["files"][0].update(sha256="0" * 64)),
+        "export",
+        "its content is not the one whose SHA-256",
+    ),
+    "export: bill changed": (
+        lambda w: replace_text(w / "export/model.cdx.json", "self-supervised", "semi-supervised"),
+        "export",
+        "model.cdx.json: its content",
+    ),
+    "export: bill gone": (
+        lambda w: (w / "export/model.cdx.json").unlink(),
+        "export",
+        "MISSING model.cdx.json",
+    ),
+    "export: bill, counts": (
+        lambda w: edit_bill(w, lambda b: component(b, "dataset/0")["properties"][2].update(value="7")),
+        "export",
+        "model.cdx.json.components.dataset/0.properties.pretrain-toolkit:documents.value: '7', manifest.json says",
+    ),
+    "export: bill, parquet file": (
+        lambda w: edit_bill(w, lambda b: b["components"].remove(component(b, "text/"))),
+        "export",
+        ".parquet: None, manifest.json says",
+    ),
+    "export: bill, hash": (
+        lambda w: edit_bill(
+            w, lambda b: component(b, "dataset/1")["components"][0]["hashes"][0].update(content="0" * 64)
+        ),
+        "export",
+        "model.cdx.json.components.dataset/1.components.manifest.json.hashes.SHA-256.content: '0000",
+    ),
+    "export: bill, dependency": (
+        lambda w: edit_bill(w, lambda b: b["dependencies"][0]["dependsOn"].pop()),
+        "export",
+        "model.cdx.json.dependencies.checkpoint.dependsOn",
+    ),
+    "export: bill, order": (
+        lambda w: edit_bill(w, lambda b: b["components"].reverse()),
+        "export",
+        "model.cdx.json: its lists are in another order",
+    ),
+    "export: bill of another export": (
+        lambda w: edit(w / EXPORT, lambda m: m["content"].update(model="other")),
+        "export",
+        "model.cdx.json.metadata.component.name",
+    ),
+    "export: bill is none": (
+        lambda w: ((w / "export/model.cdx.json").write_text("[1]"), put_right(w / EXPORT, "model.cdx.json")),
+        "export",
+        "model.cdx.json: not a bill of materials that an export has",
     ),
     # checkpoint
     "checkpoint: shard flipped": (
@@ -408,6 +482,22 @@ def test_forged_weights_are_found_by_their_values(copy, capsys):
     verify(capsys, copy / "export")
     found = wrong_lines(verify(capsys, copy / "export", code=1, deep=True, num_units=1))
     assert len(found) == 1 and "--deep" in found[0] and "differs from the checkpoint" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without_bill, "model.cdx.json: none, as in the exports of earlier versions"),
+        (
+            lambda w: edit_bill(w, lambda b: b["metadata"]["properties"][0].update(value="2")),
+            "layout '2', this version",
+        ),
+    ],
+)
+def test_a_bill_of_another_version_cannot_be_compared_and_is_no_damage(copy, capsys, change, said):
+    change(copy)
+    printed = verify(capsys, copy / "export")
+    assert re.search(f"cannot tell +.*{re.escape(said)}", printed) and "1 cannot be made" in printed
 
 
 # --- text that was changed without a trace ----------------------------------------------------------------------------
