@@ -6,7 +6,9 @@ Loss: forward and backward pass over a vocabulary of 128,256, beside torch's lin
 logits at once. Each measurement has a process of its own, whose largest resident size, less that of a process that only
 makes the inputs, is the memory. Attention: forward and backward pass of one layer beside litgpt's, with the same
 weights; our masks, which the layers of a model share, are made for each pass. litgpt has no mask of documents; it is
-given one of T x T, made for each pass too. Rounds alternate between the contestants.
+given one of T x T, made for each pass too. A third contestant computes only the matrix products that no exact layer can
+do without: the projections, and six of the scores that count (two forward, four backward; a layer that keeps no scores
+needs a seventh). Rounds alternate between the contestants.
 Time is the processor's, of all threads, because other processes change that least; the fastest round counts. Prints
 JSON, then tables.
 """
@@ -20,6 +22,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,18 +136,55 @@ def compare_attention(case: dict, rounds: int, threads: int) -> dict:
         same = documents[:, None] == documents
         return same & (positions <= positions[:, None]) if document_tokens else None
 
+    seen = (positions % (document_tokens or tokens) + 1).clamp(max=config.sliding_window_size or tokens)
+    products = necessary_products(config, tokens, round(seen.float().mean().item()))
     run = {
         "litgpt": lambda: theirs(x, cos, sin, their_mask()),
         "ours": lambda: ours(x, cos, sin, attention_patterns(config, x, offsets)[0]),
     }
     torch.testing.assert_close(run["ours"](), run["litgpt"](), rtol=1e-4, atol=1e-5)
-    fastest_s = dict.fromkeys(run, float("inf"))
+    passes = {name: lambda layer=layer: layer().sum().backward() for name, layer in run.items()} | {
+        "products": products
+    }
+    fastest_s = dict.fromkeys(passes, float("inf"))
     for _ in range(rounds):
-        for name, layer in run.items():
+        for name, one_pass in passes.items():
             started = time.process_time()
-            layer().sum().backward()
+            one_pass()
             fastest_s[name] = min(fastest_s[name], time.process_time() - started)
     return {name: {"seconds": seconds} for name, seconds in fastest_s.items()}
+
+
+def necessary_products(config, tokens: int, seen_keys: int) -> Callable[[], None]:
+    """The matrix products of one forward and backward pass, with as many keys per query as it sees on average, cut as
+    torch computes them fast: blocks of 256 tokens with all queries of a group one below the other."""
+    import torch
+
+    queries_per_key = config.n_head // config.n_query_groups
+    blocks = config.n_query_groups * tokens // 256
+    q = torch.randn(blocks, queries_per_key * 256, config.head_size)
+    k = torch.randn(blocks, seen_keys, config.head_size)
+    scores, dq, dk = torch.randn(*q.shape[:2], seen_keys), torch.empty_like(q), torch.empty_like(k)
+    x = torch.randn(tokens, config.n_embd)
+    widths = (config.head_size * (config.n_head + 2 * config.n_query_groups), config.head_size * config.n_head)
+    projections = [
+        (torch.randn(tokens, width), torch.randn(width, config.n_embd) / width**0.5, torch.empty(tokens, config.n_embd))
+        for width in widths
+    ]
+
+    def compute() -> None:
+        for y, weight, dx in projections:
+            torch.mm(x, weight.T, out=y)
+            torch.mm(y, weight, out=dx)
+            y.T @ x
+        for _ in range(2):  # scores, their gradient
+            torch.bmm(q, k.mT, out=scores)
+        for _ in range(2):  # the result; the gradient of q
+            torch.bmm(scores, k, out=dq)
+        for _ in range(2):  # the gradients of k and v
+            torch.bmm(scores.mT, q, out=dk)
+
+    return compute
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -163,10 +203,13 @@ def loss_table(results: dict[str, dict]) -> str:
 
 
 def attention_table(cases: dict[str, dict]) -> str:
-    lines = ["| | litgpt | ours | ratio |", "|---|---:|---:|---:|"]
+    lines = ["| | litgpt | ours | ratio | products alone | ratio |", "|---|---:|---:|---:|---:|---:|"]
     for name, row in cases.items():
-        theirs, ours = row["litgpt"]["seconds"], row["ours"]["seconds"]
-        lines.append(f"| {name} | {theirs:.3f} s | {ours:.3f} s | {theirs / ours:.1f} x |")
+        theirs, ours, products = (row[contestant]["seconds"] for contestant in ("litgpt", "ours", "products"))
+        lines.append(
+            f"| {name} | {theirs:.3f} s | {ours:.3f} s | {theirs / ours:.1f} x | "
+            f"{products:.3f} s | {theirs / products:.1f} x |"
+        )
     return "\n".join(lines)
 
 
