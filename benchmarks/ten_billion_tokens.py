@@ -252,7 +252,12 @@ class Bench:
         }  # fmt: skip
         path = self.work / "train.yaml"
         path.write_text(yaml.safe_dump(config))
-        flags = (f"--dataset_path={self.dataset}", f"--tokenizer_dir={self.tokenizer}", f"--out_dir={self.run}")
+        flags = (
+            f"--dataset_path={self.dataset}",
+            f"--tokenizer_dir={self.tokenizer}",
+            f"--out_dir={self.run}",
+            "--address=local",
+        )
         done = self.stage("step 3", "distributed_pretrain.py", f"--config={path}", *flags)
         losses = [record["loss"] for record in read_metrics(self.run) if record.get("loss") is not None]
         return {
