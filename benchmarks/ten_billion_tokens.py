@@ -215,7 +215,7 @@ class Bench:
             return progress.read_bytes().count(b"\n") >= 0.4 * int(planned[1].replace(",", ""))
 
         done = self.stage(
-            "step 1", "optimize_dataset.py", f"--input_dir={self.text}", f"--tokenizer_dir={self.tokenizer}", "--address=local",
+            "step 1", "optimize_dataset.py", f"--input_dir={self.text}", f"--tokenizer_dir={self.tokenizer}",
             f"--output_dir={self.tokens}", "--address=local", f"--num_workers={self.settings.num_workers}",
             kills=[supervised.Kill(two_fifths_done, "with two fifths of the units done")],
         )  # fmt: skip
