@@ -9,10 +9,12 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,18 @@ def run_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = No
         )
         raise AssertionError(f"exit codes {codes}\n{logs}")
     return codes
+
+
+def kill_when(processes: list[subprocess.Popen], condition: Callable[[], object]) -> None:
+    """SIGKILL all processes at the moment when `condition()` holds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.001)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
 
 
 def metrics_of(out_dir: Path) -> list[dict]:

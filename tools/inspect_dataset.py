@@ -34,7 +34,7 @@ class Settings:
     tokenizer_dir: str | None = None
     """Directory with tokenizer.json, to show documents as text; null: as token ids."""
     num_samples: int = 3
-    """Documents to show; 0: none."""
+    """Documents to show, of a packed dataset pieces; 0: none."""
     seed: int = 0
     """Which documents are shown."""
     checksums: bool = True
@@ -76,16 +76,20 @@ def check_against_manifest(index: Index, manifest: dict[str, Any], checksums: bo
     problems.raise_if_any()
 
 
-def show_lengths(lengths: np.ndarray) -> None:
+def show_lengths(lengths: np.ndarray, what: str) -> None:
     shares = np.percentile(lengths, [0, 5, 50, 95, 100]).astype(int)
     console.result(
-        f"document length in tokens: mean {lengths.mean():,.0f}; "
+        f"{what} length in tokens: mean {lengths.mean():,.0f}; "
         + ", ".join(f"{name} {value:,}" for name, value in zip(("least", "5%", "median", "95%", "most"), shares))
     )
 
 
-def draw_lengths(lengths: np.ndarray, path: str) -> None:
-    """A histogram over logarithmic bins: how many documents, and how many of all tokens, have such a length."""
+def draw_lengths(lengths: np.ndarray, what: str, path: str) -> None:
+    """A histogram over logarithmic bins: how many documents, or pieces, and how many of all tokens, have such a length.
+
+    Args:
+        what: "document" or "piece".
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,13 +99,13 @@ def draw_lengths(lengths: np.ndarray, path: str) -> None:
     bins = np.geomspace(1, positive.max() + 1, 60)
     figure, (documents, tokens) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
     documents.hist(positive, bins, color="#0072B2")
-    documents.set(ylabel="documents", title=f"{len(lengths):,} documents, {int(lengths.sum()):,} tokens")
+    documents.set(ylabel=f"{what}s", title=f"{len(lengths):,} {what}s, {int(lengths.sum()):,} tokens")
     tokens.hist(positive, bins, weights=lengths / max(lengths.sum(), 1) * 100, color="#D55E00")
-    tokens.set(xscale="log", xlabel="document length, tokens", ylabel="% of all tokens")
+    tokens.set(xscale="log", xlabel=f"{what} length, tokens", ylabel="% of all tokens")
     for axes in (documents, tokens):
         axes.spines[["top", "right"]].set_visible(False)
         middle = np.median(positive)
-        label = f"median document: {middle:,.0f} tokens"
+        label = f"median {what}: {middle:,.0f} tokens"
         axes.axvline(middle, color="#666666", linewidth=0.8, linestyle="--", label=label)
     documents.legend(frameon=False)
     with atomic_write(path) as file:
@@ -109,8 +113,8 @@ def draw_lengths(lengths: np.ndarray, path: str) -> None:
     plt.close(figure)
 
 
-def show_samples(index: Index, lengths: np.ndarray, settings: Settings) -> None:
-    """Print some documents, decoded if a tokenizer is given."""
+def show_samples(index: Index, lengths: np.ndarray, what: str, settings: Settings) -> None:
+    """Print some documents, or pieces, decoded if a tokenizer is given."""
     decode = None
     if settings.tokenizer_dir is not None:
         from tokenizers import Tokenizer
@@ -124,7 +128,7 @@ def show_samples(index: Index, lengths: np.ndarray, settings: Settings) -> None:
         path = index.directory / index.chunks[chunk].name
         ids = read_documents(path, index.dtype)[document - int(first_of_chunk[chunk])].tolist()
         text = decode(ids[:200]) if decode else " ".join(map(str, ids[:60]))
-        console.result(f"\n--- document {document:,} of {path.name}, {len(ids):,} tokens\n{text[:600]}")
+        console.result(f"\n--- {what} {document:,} of {path.name}, {len(ids):,} tokens\n{text[:600]}")
 
 
 def check_settings(settings: Settings) -> None:
@@ -158,10 +162,12 @@ def main(settings: Settings) -> None:
     else:
         check_against_manifest(index, manifest, settings.checksums)
     content = (manifest or {}).get("content", {})
-    what = "pieces of documents" if "packing" in (manifest or {}) else "documents"
+    what, counted = "document", f"{index.documents:,} documents"
+    if "packing" in (manifest or {}):  # its headers count pieces
+        what, counted = "piece", f"{index.documents:,} pieces of {content['documents']:,} documents"
     text = f", {console.human_bytes(content['text_bytes'])} of text" if content.get("text_bytes") else ""
     console.result(
-        f"{settings.dataset_dir}: {index.documents:,} {what}, {index.tokens:,} tokens of {index.dtype}{text}, "
+        f"{settings.dataset_dir}: {counted}, {index.tokens:,} tokens of {index.dtype}{text}, "
         f"{len(index.chunks):,} chunks"
     )
     console.result(
@@ -172,13 +178,13 @@ def main(settings: Settings) -> None:
     if manifest and manifest["inputs"]:
         inputs = manifest["inputs"]
         rows = [entry["rows"] for entry in inputs if "rows" in entry]  # of JSON lines they are not known
-        what = f"parquet files with {sum(rows):,} rows" if len(rows) == len(inputs) else "files"
-        console.result(f"made from: {len(inputs):,} {what}")
-    show_lengths(lengths)
+        files = f"parquet files with {sum(rows):,} rows" if len(rows) == len(inputs) else "files"
+        console.result(f"made from: {len(inputs):,} {files}")
+    show_lengths(lengths, what)
     if settings.num_samples:
-        show_samples(index, lengths, settings)
+        show_samples(index, lengths, what, settings)
     if settings.picture:
-        draw_lengths(lengths, settings.picture)
+        draw_lengths(lengths, what, settings.picture)
         console.result(f"\npicture: {settings.picture}")
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, settings_of, start_ranks, weights_of
+from pretrain_ranks import (
+    digests_of,
+    kill_when,
+    losses_of,
+    metrics_of,
+    run_ranks,
+    settings_of,
+    start_ranks,
+    weights_of,
+)
 from tiny_runs import TINY_MODEL, tokenize_dataset, write_config
 
 from utils.metrics_file import read_metrics
@@ -116,18 +122,6 @@ def test_a_run_that_moves_from_two_processes_to_one_and_back_goes_on_alike(runs)
     np.testing.assert_allclose(losses_of(runs / "moving"), losses_of(runs / "two"), rtol=0, atol=1e-5)
     tokens = [record["tokens"] for record in metrics_of(runs / "moving")]
     assert tokens == [record["tokens"] for record in metrics_of(runs / "two")]
-
-
-def kill_when(processes, condition) -> None:
-    """SIGKILL all processes at the moment when `condition()` holds."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.001)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-    for process in processes:
-        process.wait()
 
 
 def test_kills_leave_losses_batches_and_weights_bit_identical(tmp_path, dataset):

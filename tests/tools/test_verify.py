@@ -16,7 +16,6 @@ from pretrain_ranks import run_ranks, settings_of
 from tiny_runs import TINY_MODEL, write_config
 
 from export.bill_of_materials import write_bill
-from tools import inspect_dataset
 from tools.verify import Settings, main
 from utils.manifest import file_entry
 
@@ -555,7 +554,9 @@ def test_a_dataset_of_gathered_chunks_is_tokenized_again_without_the_tokens(
     assert [line for line in found if "its content is not the one" in line], found
 
 
-def test_a_packed_dataset_is_packed_again_from_its_tokens(tokens_of_plain_text, capsys, tmp_path, tokenizer_dir):
+def test_a_packed_dataset_is_packed_again_from_its_tokens(
+    tokens_of_plain_text, capsys, tmp_path, documents, tokenizer_dir
+):
     work = Path(shutil.copytree(tokens_of_plain_text, tmp_path / "a" / "b" / "copy"))
     flags = ["--pack_tokens=129", "--pack_window_tokens=4096"]
     for split in ("train", "val"):
@@ -563,8 +564,16 @@ def test_a_packed_dataset_is_packed_again_from_its_tokens(tokens_of_plain_text, 
         run_a_script("merge_files.py", *places, *flags)
     said = verify(capsys, work / "dataset")
     assert said.count("packed again from the tokens") == 2 and "CHANGED" not in said
-    inspected = inspect_dataset.Settings(str(work / "dataset" / "train"))
-    assert "pieces of documents" in said_by(capsys, lambda: inspect_dataset.main(inspected))
+    deep = {"deep": True, "num_units": 100, "tokenizer_dir": str(tokenizer_dir)}
+    said = verify(capsys, work / "dataset", **deep)
+    assert "tokenized again: 60 documents" in said and said.count("packed again from the tokens") == 2
+    path, text = work / "parquet" / "1.parquet", documents[40 + 13].encode()
+    content = path.read_bytes()
+    assert content.count(text) == 1
+    path.write_bytes(content.replace(text, text[:50] + b"~" + text[51:]))
+    found = wrong_lines(verify(capsys, work / "dataset", code=1, **deep))
+    assert len(found) == 1 and "1.parquet, row group 1, row 5" in found[0], found
+    path.write_bytes(content)
     forged = json.loads((work / "dataset/train/manifest.json").read_text())
     forged["packing"]["cut_at_end"] = False
     (work / "dataset/train/manifest.json").write_text(json.dumps(forged))
