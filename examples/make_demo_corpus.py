@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import english
 import prose
 
 from export.publishing import publishing
@@ -163,7 +164,7 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
     here = machine_paths()
     documents: list[Document] = []
     seen: set[bytes] = set()
-    repetition = prose.Repetition()
+    repetition = english.Repetition()
     total = 0
     for file in files:
         try:
