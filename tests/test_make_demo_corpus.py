@@ -18,6 +18,8 @@ import pytest
 import xxhash
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "examples"))
+
 from utils.manifest import damaged_files, read_manifest
 
 SCRIPT = "examples/make_demo_corpus.py"
@@ -88,18 +90,64 @@ def test_the_task_asks_for_the_order_of_words_in_held_out_documents(made, tmp_pa
     assert {question["right"] for question in questions} == {0, 1, 2, 3}
 
 
-def test_text_is_documentation(made):
+def test_text_is_documentation_in_whole_sentences(made):
     corpus, _, _ = made
     texts = [row["text"] for row in read_rows(corpus)]
     characters = sum(map(len, texts))
-    doctest_lines = sum(len(re.findall(r"^\s*>>> ", text, re.MULTILINE)) for text in texts)
-    assert doctest_lines < characters / 100_000
+    assert sum(len(re.findall(r">>> |:(?:class|func|meth|ref):`|https?://", text)) for text in texts) == 0
     words = re.findall(r"[A-Za-z]+", " ".join(texts).lower())
-    assert sum(word in ("the", "of", "and", "to", "is", "a", "in") for word in words) > 0.13 * len(words)
+    assert sum(word in ("the", "of", "and", "to", "is", "a", "in") for word in words) > 0.2 * len(words)
     assert sum("permission is hereby granted" in text.lower() for text in texts) == 0
-    assert sum(bool(re.search(r":(class|func|meth|ref):`", text)) for text in texts) < 0.01 * len(texts)
+    paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
+    assert all("\n" not in paragraph and re.search(r"[.:?!][\"')]*$", paragraph) for paragraph in paragraphs)
+    assert sum(map(len, re.findall(r"[A-Za-z' ,.]", " ".join(texts)))) > 0.95 * characters
     median = sorted(map(len, texts))[len(texts) // 2]
     assert 500 < median < 10_000
+
+
+def test_no_paragraph_is_found_again_in_nearly_the_same_words(made):
+    """Wherever it comes again: so none that is held out for validation was read in training either."""
+
+    def runs(paragraph: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"[a-z][a-z'-]*", paragraph.lower())
+        return {tuple(words[i : i + 6]) for i in range(len(words) - 5)}
+
+    corpus, _, _ = made
+    seen = set()
+    for row in read_rows(corpus):
+        for paragraph in row["text"].split("\n\n"):
+            found = runs(paragraph)
+            assert len(found & seen) <= 0.5 * len(found), paragraph
+            seen |= found
+
+
+def test_what_is_not_a_sentence_and_what_is_nearly_known_is_left_out():
+    from english import Repetition, english_of
+
+    good = "This reader keeps the whole of a file in memory, so that it can be read\nagain without the disk."
+    text = f"""{good}
+
+Parameters
+----------
+path : str
+    The name of the file that is to be read, as a string or as bytes.
+
+Args: path: The name of the file that is to be read, as a string or as bytes.
+
+- Each of the items in a list is a paragraph, if it is a sentence of its own.
+- read_all, read_some
+
+3.1.2   17   20.5   0.25   of the rows
+read_all(path_name, buffer_size=None, file_mode="r") is the_same as read_some(path_name, 0, 10) if it_is_there.
+
+we fix the bug in which the reader was not to be found on a Monday
+"""
+    item = "Each of the items in a list is a paragraph, if it is a sentence of its own."
+    assert list(english_of(text)) == [good.replace("\n", " "), item]
+    repetition = Repetition()
+    assert repetition.is_new(good) and not repetition.is_new(good)
+    assert not repetition.is_new(good.replace("whole of a file", "entire file").upper())
+    assert repetition.is_new(item)
 
 
 def test_same_command_again_has_nothing_to_do(made, run_script):
