@@ -31,9 +31,11 @@ WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 _ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\(?(?:\d{1,2}|[a-z])[.)])[ \t]+")
 _SENTENCES = re.compile(r"[(\"']?[A-Z].*[.:?!][\"')]*", re.DOTALL)
 _IDENTIFIER = re.compile(r"(?<!\S)\S*(?:\w_|_\w|\w\.\w|\w/\w|[a-z][A-Z]|\d|[=<>{}\[\]|\\])\S*")
-_SIGNATURE = re.compile(r"(?:Args?|Arguments?|Param(?:eter)?s?|Raises|Keyword Args|Attributes|Returns|Yields|Type): *\S+:|Raises:")
+_SIGNATURE = re.compile(
+    r"(?:Args?|Arguments?|Param(?:eter)?s?|Keyword Args|Attributes|Returns|Yields|Type): *\S+:|Raises:"
+)
 _CODE_LINE_STARTS = (">>>", "... ", "In [", "$ ", "Traceback (", "% ", "+--", "|")
-_MARKS = re.compile(r"\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*](?!\w)|`+_*")
+_MARKS = re.compile(r"\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)|`+_*|(?<=:):")
 _SPACES = re.compile(r"\s+")
 _LINK = re.compile(r"https?://|www\.|\S@\S|doi:|\.\. ")
 

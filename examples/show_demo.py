@@ -101,9 +101,7 @@ def show_generation(export_dir: Path) -> None:
         inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, top_k=40)
         text = tokenizer.decode(output[0], skip_special_tokens=True)
-        console.result(
-            textwrap.fill(printable(text), LINE_CHARS, initial_indent="  > ", subsequent_indent="    ")
-        )
+        console.result(textwrap.fill(printable(text), LINE_CHARS, initial_indent="  > ", subsequent_indent="    "))
 
 
 def show_tree(directory: Path, depth: int = 2, indent: str = "") -> None:
