@@ -5,8 +5,9 @@ set -euo pipefail
 demo=${DEMO_DIR:-demo}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-printf '$ python examples/make_demo_corpus.py --output_dir=%s --tokenizer_dir=%s\n' "$demo/parquet" "$demo/tokenizer"
-python examples/make_demo_corpus.py "--output_dir=$demo/parquet" "--tokenizer_dir=$demo/tokenizer" "--size=${DEMO_SIZE:-10MB}"
+printf '$ python examples/make_demo_corpus.py --output_dir=%s --tokenizer_dir=%s --vocab_size=2048\n' "$demo/parquet" "$demo/tokenizer"
+python examples/make_demo_corpus.py "--output_dir=$demo/parquet" "--tokenizer_dir=$demo/tokenizer" "--size=${DEMO_SIZE:-10MB}" \
+    --vocab_size=2048
 
 printf '\n$ python examples/make_demo_task.py --corpus_dir=%s --output_dir=%s\n' "$demo/parquet" "$demo/task"
 python examples/make_demo_task.py "--corpus_dir=$demo/parquet" "--output_dir=$demo/task" --val_fraction=0.02

@@ -1,7 +1,7 @@
-"""Well-formed English out of plain text: paragraphs of whole sentences, each on one line, none of them said before.
+"""Well-formed English out of plain text: paragraphs of whole sentences, each on one line, none known from elsewhere.
 
-What is left out: tables, lists of names, signatures, parameters and their types, changelogs, text full of symbols, and
-paragraphs of which most stood in the corpus already, in this document or in any other.
+What is left out: tables, lists of names, signatures, the types of parameters, changelogs, text full of symbols, and
+paragraphs of which most stood in another document already.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import re
 import zlib
 from collections.abc import Iterator
 
-SHINGLE_WORDS = 6
-MAX_KNOWN_SHINGLES = 0.5
+RUN_WORDS = 6
+MAX_KNOWN = 0.5
 
 MIN_PARAGRAPH_WORDS = 10
-MIN_COMMON_WORDS = 0.25
+MIN_COMMON_WORDS = 0.32
 MIN_LETTERS = 0.86
-MAX_IDENTIFIERS = 0.08
+MAX_IDENTIFIERS = 0.05
 
 # In documentation about a third of the words are these; in code and tables hardly any.
 # fmt: off
@@ -31,55 +31,89 @@ WORD = re.compile(r"[A-Za-z][A-Za-z'-]*")
 _ITEM = re.compile(r"^[ \t]*(?:[-*+•]|\(?(?:\d{1,2}|[a-z])[.)])[ \t]+")
 _SENTENCES = re.compile(r"[(\"']?[A-Z].*[.:?!][\"')]*", re.DOTALL)
 _IDENTIFIER = re.compile(r"(?<!\S)\S*(?:\w_|_\w|\w\.\w|\w/\w|[a-z][A-Z]|\d|[=<>{}\[\]|\\])\S*")
+_PARAMETER = re.compile(
+    r"[ \t]*(?::param (?:\w+ )?)?[*`]*(?P<name>[a-z]\w*)[*`]*"
+    r"(?: ?\([^)\n]*\): | ?: +(?=[A-Z][a-z]+ |An? )|: +(?=[a-z]+ \w+ \w+ )| : [^\n]*$)(?P<words>.*)"
+)
 _SIGNATURE = re.compile(
     r"(?:Args?|Arguments?|Param(?:eter)?s?|Keyword Args|Attributes|Returns|Yields|Type): *\S+:|Raises:"
 )
 _CODE_LINE_STARTS = (">>>", "... ", "In [", "$ ", "Traceback (", "% ", "+--", "|")
 _MARKS = re.compile(r"\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)|`+_*|(?<=:):")
 _SPACES = re.compile(r"\s+")
-_LINK = re.compile(r"https?://|www\.|\S@\S|doi:|\.\. ")
+_FOREIGN = re.compile(r"https?://|www\.|\S@\S|doi:|\.\. |[\\{}|<>=_]{2}|\\")
 
 
 class Repetition:
-    """Remembers runs of words, so that what was said before is recognised, in the same words or in nearly the same."""
+    """Remembers runs of words, so that what stood in another document is recognised, in the same words or nearly so."""
 
     def __init__(self):
         self._seen: set[int] = set()
+        self._own: set[int] = set()
+        self._paragraphs: set[str] = set()
 
     def is_new(self, paragraph: str) -> bool:
-        """Whether at most MAX_KNOWN_SHINGLES of its runs of SHINGLE_WORDS words came before; remembers all of them."""
+        """Whether this document does not have it yet, and other documents have at most MAX_KNOWN of its runs of words.
+
+        Within a document, what resembles what came before may stay.
+        """
         words = WORD.findall(paragraph.lower())
         runs = {
-            zlib.crc32(" ".join(words[i : i + SHINGLE_WORDS]).encode())
-            for i in range(max(1, len(words) - SHINGLE_WORDS + 1))
+            zlib.crc32(" ".join(words[i : i + RUN_WORDS]).encode()) for i in range(max(1, len(words) - RUN_WORDS + 1))
         }
-        known = len(runs & self._seen)
-        self._seen |= runs
-        return known <= MAX_KNOWN_SHINGLES * len(runs)
+        if paragraph in self._paragraphs or len(runs & self._seen) > MAX_KNOWN * len(runs):
+            return False
+        self._paragraphs.add(paragraph)
+        self._own |= runs
+        return True
+
+    def end_document(self) -> None:
+        self._seen |= self._own
+        self._own, self._paragraphs = set(), set()
 
 
 def english_of(text: str) -> Iterator[str]:
-    """The paragraphs of whole sentences in a text, each on one line, without marks of emphasis and code."""
+    """The paragraphs of whole sentences in a text, each on one line, without marks of emphasis and code.
+
+    A parameter is a paragraph with its name and without its type: "path: The file that is read."
+    """
     for block in text.split("\n\n"):
-        if any(line.lstrip().startswith(_CODE_LINE_STARTS) for line in block.split("\n")):
+        lines = block.split("\n")
+        if any(line.lstrip().startswith(_CODE_LINE_STARTS) for line in lines):
             continue
-        for lines in _items(block.split("\n")):
-            if len({len(line) - len(line.lstrip()) for line in lines[1:]}) > 1:
-                continue  # names with indented descriptions, tables
-            paragraph = _SPACES.sub(" ", _MARKS.sub("", _ITEM.sub("", " ".join(lines)))).strip()
-            if is_english(paragraph):
-                yield paragraph
+        for name, words in [*_parameters(lines)] or _items(lines):
+            sentences = _SPACES.sub(" ", _MARKS.sub("", words)).strip()
+            if is_english(sentences):
+                yield f"{name}: {sentences}" if name else sentences
 
 
-def _items(lines: list[str]) -> Iterator[list[str]]:
-    """The lines of each item of a list, or all lines of a block that is none."""
-    item: list[str] = []
+def _parameters(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """(name, description) of each parameter that is described here, as Google, NumPy and Sphinx have them."""
+    name, indentation, words = "", 0, []
     for line in lines:
-        if _ITEM.match(line) and item:
-            yield item
+        depth = len(line) - len(line.lstrip())
+        if found := _PARAMETER.match(line):
+            if name:
+                yield name, " ".join(words)
+            name, indentation, words = found["name"], depth, [found["words"] or ""]
+        elif depth > indentation:
+            words.append(line)
+        elif name:
+            yield name, " ".join(words)
+            name = ""
+    if name:
+        yield name, " ".join(words)
+
+
+def _items(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """("", text) of each item of a list, or of a block that is none; nothing of what is indented to and fro."""
+    item: list[str] = []
+    for line in [*lines, None]:
+        if item and (line is None or _ITEM.match(line)):
+            if len({len(line) - len(line.lstrip()) for line in item[1:]}) <= 1:
+                yield "", _ITEM.sub("", " ".join(item))
             item = []
         item.append(line)
-    yield item
 
 
 def is_english(paragraph: str) -> bool:
@@ -87,7 +121,7 @@ def is_english(paragraph: str) -> bool:
     words = WORD.findall(paragraph)
     if len(words) < MIN_PARAGRAPH_WORDS or not _SENTENCES.fullmatch(paragraph):
         return False
-    if _LINK.search(paragraph) or _SIGNATURE.match(paragraph):
+    if _FOREIGN.search(paragraph) or _SIGNATURE.match(paragraph):
         return False
     common = sum(word.lower() in COMMON_WORDS for word in words)
     letters = sum(map(len, words))

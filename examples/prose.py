@@ -120,7 +120,9 @@ def _join(passages: Iterator[str], repetition: Repetition) -> Iterator[str]:
         parts += [paragraph for paragraph in english_of(passage) if repetition.is_new(paragraph)]
         length = sum(map(len, parts))
         if length >= MAX_DOCUMENT_CHARS:
+            repetition.end_document()
             yield "\n\n".join(parts)
             parts, length = [], 0
+    repetition.end_document()
     if length >= MIN_DOCUMENT_CHARS:
         yield "\n\n".join(parts)

@@ -20,6 +20,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
+from english import Repetition, english_of
+
 from utils.manifest import damaged_files, read_manifest
 
 SCRIPT = "examples/make_demo_corpus.py"
@@ -105,8 +107,8 @@ def test_text_is_documentation_in_whole_sentences(made):
     assert 500 < median < 10_000
 
 
-def test_no_paragraph_is_found_again_in_nearly_the_same_words(made):
-    """Wherever it comes again: so none that is held out for validation was read in training either."""
+def test_no_paragraph_is_found_in_nearly_the_same_words_in_another_document(made):
+    """So none that is held out for validation was read in training."""
 
     def runs(paragraph: str) -> set[tuple[str, ...]]:
         words = re.findall(r"[a-z][a-z'-]*", paragraph.lower())
@@ -115,27 +117,28 @@ def test_no_paragraph_is_found_again_in_nearly_the_same_words(made):
     corpus, _, _ = made
     seen = set()
     for row in read_rows(corpus):
-        for paragraph in row["text"].split("\n\n"):
-            found = runs(paragraph)
-            assert len(found & seen) <= 0.5 * len(found), paragraph
-            seen |= found
+        own = [runs(paragraph) for paragraph in row["text"].split("\n\n")]
+        # A parameter's name stands before its sentences, and adds a run or two.
+        assert not [found for found in own if len(found & seen) > 0.5 * len(found) + 2], row["text"]
+        seen.update(*own)
 
 
 def test_what_is_not_a_sentence_and_what_is_nearly_known_is_left_out():
-    from english import Repetition, english_of
-
     good = "This reader keeps the whole of a file in memory, so that it can be read\nagain without the disk."
     text = f"""{good}
 
 Parameters
 ----------
-path : str
-    The name of the file that is to be read, as a string or as bytes.
-
-Args: path: The name of the file that is to be read, as a string or as bytes.
+path : str or bytes
+    The **name** of the file that is
+    to be read, as a string or as bytes.
 
 - Each of the items in a list is a paragraph, if it is a sentence of its own.
 - read_all, read_some
+
+Args:
+    size (int, optional): The number of the bytes that are to be read at a time.
+    mode: One of these.
 
 3.1.2   17   20.5   0.25   of the rows
 read_all(path_name, buffer_size=None, file_mode="r") is the_same as read_some(path_name, 0, 10) if it_is_there.
@@ -143,10 +146,17 @@ read_all(path_name, buffer_size=None, file_mode="r") is the_same as read_some(pa
 we fix the bug in which the reader was not to be found on a Monday
 """
     item = "Each of the items in a list is a paragraph, if it is a sentence of its own."
-    assert list(english_of(text)) == [good.replace("\n", " "), item]
+    assert list(english_of(text)) == [
+        good.replace("\n", " "),
+        "path: The name of the file that is to be read, as a string or as bytes.",
+        item,
+        "size: The number of the bytes that are to be read at a time.",
+    ]
     repetition = Repetition()
-    assert repetition.is_new(good) and not repetition.is_new(good)
-    assert not repetition.is_new(good.replace("whole of a file", "entire file").upper())
+    nearly = good.replace("whole of a file", "entire file")
+    assert repetition.is_new(good) and not repetition.is_new(good) and repetition.is_new(nearly)
+    repetition.end_document()
+    assert not repetition.is_new(good) and not repetition.is_new(nearly.upper())
     assert repetition.is_new(item)
 
 
