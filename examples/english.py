@@ -40,6 +40,10 @@ _SIGNATURE = re.compile(
 )
 _CODE_LINE_STARTS = (">>>", "... ", "In [", "$ ", "Traceback (", "% ", "+--", "|")
 _MARKS = re.compile(r"\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)|`+_*|(?<=:):")
+_LICENCE = re.compile(
+    r"permission is hereby granted|redistribution and use|warrant(?:y|ies)\b|copyright|licen[cs]ed? under|rights reserved",
+    re.IGNORECASE,
+)
 _SPACES = re.compile(r"\s+")
 _FOREIGN = re.compile(r"https?://|www\.|\S@\S|doi:|\.\. |[\\{}|<>=_]{2}|\\")
 
@@ -121,7 +125,7 @@ def is_english(paragraph: str) -> bool:
     words = WORD.findall(paragraph)
     if len(words) < MIN_PARAGRAPH_WORDS or not _SENTENCES.fullmatch(paragraph):
         return False
-    if _FOREIGN.search(paragraph) or _SIGNATURE.match(paragraph):
+    if _FOREIGN.search(paragraph) or _LICENCE.search(paragraph) or _SIGNATURE.match(paragraph):
         return False
     common = sum(word.lower() in COMMON_WORDS for word in words)
     letters = sum(map(len, words))

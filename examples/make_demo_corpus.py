@@ -4,8 +4,10 @@
     python examples/make_demo_corpus.py --output_dir=/data/code --source=code --size=300MB
 
 Nothing is downloaded: the text is the documentation in the standard library and in the installed packages
-(docstrings, package descriptions, .rst, .md and .txt files), or, with `--source=code`, their source files. The
-parquet files have the columns of FineWeb. The tokenizer is a byte-level BPE with the pre-tokenizer of Llama 3.
+(docstrings, package descriptions, .rst, .md and .txt files), or, with `--source=code`, their source files. Of the
+documentation, whole English sentences are kept, and no paragraph that nearly stands in another document: what is held
+out for validation is not what was learnt. The parquet files have the columns of FineWeb. The tokenizer is a byte-level
+BPE with the pre-tokenizer of Llama 3.
 
 The same environment gives the same bytes, wherever it is installed; another set of packages gives another corpus.
 """
@@ -68,7 +70,7 @@ class Settings:
     """Bytes of UTF-8 text to collect, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
 
     source: Literal["prose", "code"] = "prose"
-    """prose: documentation only, cleaned; up to about 50 MB. code: whole source files; up to about 400 MB."""
+    """prose: documentation in whole sentences; up to about 10 MB. code: whole source files; up to about 400 MB."""
 
     num_files: int = 4
     """Number of parquet files. The second is twice as large as the first, the third three times, and so on."""
