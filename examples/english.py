@@ -41,7 +41,8 @@ _SIGNATURE = re.compile(
 _CODE_LINE_STARTS = (">>>", "... ", "In [", "$ ", "Traceback (", "% ", "+--", "|")
 _MARKS = re.compile(r"\*\*|(?<!\w)[*_](?=\w)|(?<=\w)[*_](?!\w)|`+_*|(?<=:):")
 _LICENCE = re.compile(
-    r"permission is hereby granted|redistribution and use|warrant(?:y|ies)\b|copyright|licen[cs]ed? under|rights reserved",
+    r"permission is hereby granted|redistribution and use|warrant(?:y|ies)\b|copyright|licen[cs]ed? under"
+    r"|rights reserved",
     re.IGNORECASE,
 )
 _SPACES = re.compile(r"\s+")
