@@ -6,15 +6,19 @@ paragraphs of which most stood in another document already.
 
 from __future__ import annotations
 
+import collections
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+NUM_PLAIN_WORDS = 5000
+MAX_OTHER_WORDS = 0.03
 
 RUN_WORDS = 6
 MAX_KNOWN = 0.5
 
 MIN_PARAGRAPH_WORDS = 10
-MIN_COMMON_WORDS = 0.32
+MIN_COMMON_WORDS = 0.28
 MIN_LETTERS = 0.86
 MAX_IDENTIFIERS = 0.05
 
@@ -47,6 +51,29 @@ _LICENCE = re.compile(
 )
 _SPACES = re.compile(r"\s+")
 _FOREIGN = re.compile(r"https?://|www\.|\S@\S|doi:|\.\. |[\\{}|<>=_]{2}|\\")
+
+
+class PlainWords:
+    """The words that many files use. A small model learns these; names and terms of one field it can only guess."""
+
+    def __init__(self, files: Iterable[list[str]], num_words: int = NUM_PLAIN_WORDS):
+        """
+        Args:
+            files: the paragraphs of each.
+            num_words: the words that most files use, so many of them.
+        """
+        counts = collections.Counter(word for file in files for word in {*_words(" ".join(file))})
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        self._plain = {word for word, _ in ranked[:num_words]}
+
+    def make_up(self, paragraph: str) -> bool:
+        """Whether all of its words are such, but for MAX_OTHER_WORDS of them."""
+        words = _words(paragraph)
+        return sum(word not in self._plain for word in words) <= MAX_OTHER_WORDS * len(words)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip("'-") for word in WORD.findall(text.lower())]
 
 
 class Repetition:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from english import Repetition, english_of
 
@@ -26,13 +26,12 @@ _LICENCE = re.compile(
 )
 
 
-def documents_of(name: str, content: str, repetition: Repetition) -> Iterator[str]:
-    """The prose of one file, as documents of at most about MAX_DOCUMENT_CHARS characters.
+def paragraphs_of(name: str, content: str) -> Iterator[str]:
+    """The English of one file, paragraph by paragraph.
 
     Args:
         name: with '/'; only its ending and its folders matter.
         content: of the file.
-        repetition: of the whole corpus; the order of calls decides which of two equal paragraphs stays.
     """
     if _NOT_DOCUMENTATION.search(name):
         return
@@ -44,7 +43,8 @@ def documents_of(name: str, content: str, repetition: Repetition) -> Iterator[st
         if _LICENCE.search(content[:3000]):
             return
         passages = iter([clean_markup(content)])
-    yield from _join(passages, repetition)
+    for passage in passages:
+        yield from english_of(passage)
 
 
 def docstrings(source: str) -> Iterator[str]:
@@ -113,12 +113,19 @@ def clean_markup(text: str) -> str:
     return _BLANK_LINES.sub("\n\n", "\n".join(line.rstrip() for line in text.split("\n"))).strip()
 
 
-def _join(passages: Iterator[str], repetition: Repetition) -> Iterator[str]:
+def join(paragraphs: Iterable[str], repetition: Repetition) -> Iterator[str]:
+    """Documents of at most about MAX_DOCUMENT_CHARS characters, of a file's paragraphs that are new.
+
+    Args:
+        repetition: of the whole corpus; the order of calls decides which of two equal paragraphs stays.
+    """
     parts: list[str] = []
     length = 0
-    for passage in passages:
-        parts += [paragraph for paragraph in english_of(passage) if repetition.is_new(paragraph)]
-        length = sum(map(len, parts))
+    for paragraph in paragraphs:
+        if not repetition.is_new(paragraph):
+            continue
+        parts.append(paragraph)
+        length += len(paragraph)
         if length >= MAX_DOCUMENT_CHARS:
             repetition.end_document()
             yield "\n\n".join(parts)

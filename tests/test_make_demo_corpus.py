@@ -20,7 +20,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from english import Repetition, english_of
+from english import PlainWords, Repetition, english_of
 
 from utils.manifest import damaged_files, read_manifest
 
@@ -158,6 +158,15 @@ we fix the bug in which the reader was not to be found on a Monday
     repetition.end_document()
     assert not repetition.is_new(good) and not repetition.is_new(nearly.upper())
     assert repetition.is_new(item)
+
+
+def test_a_paragraph_is_of_words_that_many_files_use():
+    common = [f"word{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10 % 10]}{'uvwxyz'[i // 100 % 6]}" for i in range(600)]
+    files = [[" ".join(common)], [" ".join(common)], ["eigenvalue spline"]]
+    assert all(PlainWords(files).make_up(words) for words in (" ".join(common), "eigenvalue spline"))
+    few = PlainWords(files, num_words=600)
+    assert few.make_up(" ".join(common).upper()) and few.make_up(" ".join([*common[:40], "eigenvalue"]))
+    assert not few.make_up(" ".join([*common[:10], "eigenvalue"]))
 
 
 def test_same_command_again_has_nothing_to_do(made, run_script):
