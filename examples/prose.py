@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 
 from english import Repetition, english_of
 
-MIN_PASSAGE_CHARS = 60
-MIN_DOCUMENT_CHARS = 300
+MIN_PASSAGE_CHARS = 40
+MIN_DOCUMENT_CHARS = 200
 MAX_DOCUMENT_CHARS = 12_000
 
 _STRING = re.compile(r"(?P<prefix>[a-zA-Z]*)(?P<quote>\"\"\"|''')(?P<body>.*?)(?P=quote)", re.DOTALL)
