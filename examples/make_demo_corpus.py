@@ -67,11 +67,11 @@ class Settings:
     output_dir: str
     """Directory to make, for the parquet files."""
 
-    size: str = "10MB"
+    size: str = "4MB"
     """Bytes of UTF-8 text to collect, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
 
     source: Literal["prose", "code"] = "prose"
-    """prose: documentation in whole sentences; up to about 10 MB. code: whole source files; up to about 400 MB."""
+    """prose: documentation in plain words and whole sentences; up to about 4 MB. code: whole source files; up to about 400 MB."""
 
     num_files: int = 4
     """Number of parquet files. The second is twice as large as the first, the third three times, and so on."""

@@ -41,7 +41,7 @@ def made(tmp_path_factory):
     """(corpus, tokenizer, what the script printed)"""
     base = tmp_path_factory.mktemp("demo")
     command = [sys.executable, SCRIPT, f"--output_dir={base / 'corpus'}", f"--tokenizer_dir={base / 'tokenizer'}"]
-    process = subprocess.run([*command, "--size=2MB"], cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run([*command, "--size=1MB"], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return base / "corpus", base / "tokenizer", process.stdout
 
@@ -58,7 +58,7 @@ def test_corpus_has_the_columns_of_fineweb_in_files_of_unlike_size(made):
     assert {pq.ParquetFile(path).metadata.row_group(0).column(0).compression for path in files} == {"ZSTD", "SNAPPY"}
     content = read_manifest(corpus, "corpus")["content"]
     assert content == {"documents": sum(rows_per_file), "text_bytes": sum(text_bytes)}
-    assert 2_000_000 <= content["text_bytes"] < 2_100_000
+    assert 1_000_000 <= content["text_bytes"] < 1_100_000
     assert damaged_files(corpus, read_manifest(corpus)["files"]) == []
 
 
@@ -173,7 +173,7 @@ def test_same_command_again_has_nothing_to_do(made, run_script):
     corpus, tokenizer, printed = made
     assert "nothing to do" not in printed
     before = fingerprints(corpus) | fingerprints(tokenizer)
-    process = run_script(SCRIPT, f"--output_dir={corpus}", f"--tokenizer_dir={tokenizer}", "--size=2MB")
+    process = run_script(SCRIPT, f"--output_dir={corpus}", f"--tokenizer_dir={tokenizer}", "--size=1MB")
     assert process.stdout.count("nothing to do") == 2
     assert fingerprints(corpus) | fingerprints(tokenizer) == before
 
@@ -181,9 +181,9 @@ def test_same_command_again_has_nothing_to_do(made, run_script):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--size=3MB"], "settings.size_bytes: was 2000000, is 3000000"),
-        (["--size=2MB", "--source=code", "--num_files=2"], "settings.source: was 'prose', is 'code'"),
-        (["--size=2MB", "--vocab_size=1000"], "settings.vocab_size: was 8192, is 1000"),
+        (["--size=3MB"], "settings.size_bytes: was 1000000, is 3000000"),
+        (["--size=1MB", "--source=code", "--num_files=2"], "settings.source: was 'prose', is 'code'"),
+        (["--size=1MB", "--vocab_size=1000"], "settings.vocab_size: was 8192, is 1000"),
     ],
 )
 def test_other_settings_over_an_existing_output_are_refused(made, run_script, flags, message):
@@ -259,7 +259,7 @@ def test_same_bytes_from_an_environment_in_another_place(tmp_path):
             "This is the cache of a program that was run in this place, and it is not for the corpus. " * 9
         )
         flags = [f"--output_dir={base / 'corpus'}", f"--tokenizer_dir={base / 'tokenizer'}", "--vocab_size=1000"]
-        run_in(python, *flags, "--size=700kB", env={"PYTHONHASHSEED": hash_seed})
+        run_in(python, *flags, "--size=150kB", env={"PYTHONHASHSEED": hash_seed})
         made.append(fingerprints(base / "corpus") | fingerprints(base / "tokenizer"))
     assert made[0] == made[1]
     packages = {row["dump"] for row in read_rows(tmp_path / "one" / "corpus")}
@@ -281,7 +281,7 @@ def test_killed_run_leaves_nothing_under_the_name_and_is_finished_by_the_same_co
 
 def test_tokenizer_alone_is_trained_from_the_corpus_that_exists(made, tmp_path, run_script):
     corpus, tokenizer, _ = made
-    process = run_script(SCRIPT, f"--output_dir={corpus}", "--size=2MB", f"--tokenizer_dir={tmp_path / 'again'}")
+    process = run_script(SCRIPT, f"--output_dir={corpus}", "--size=1MB", f"--tokenizer_dir={tmp_path / 'again'}")
     assert process.stdout.count("nothing to do") == 1
     assert fingerprints(tmp_path / "again") == fingerprints(tokenizer)
 
