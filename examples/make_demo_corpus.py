@@ -71,7 +71,8 @@ class Settings:
     """Bytes of UTF-8 text to collect, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
 
     source: Literal["prose", "code"] = "prose"
-    """prose: documentation in plain words and whole sentences; up to about 4 MB. code: whole source files; up to about 400 MB."""
+    """prose: documentation in plain words and whole sentences; up to about 4 MB. code: whole source files; up to about
+    400 MB."""
 
     num_files: int = 4
     """Number of parquet files. The second is twice as large as the first, the third three times, and so on."""
