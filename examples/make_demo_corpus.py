@@ -4,8 +4,10 @@
     python examples/make_demo_corpus.py --output_dir=/data/code --source=code --size=300MB
 
 Nothing is downloaded: the text is the documentation in the standard library and in the installed packages
-(docstrings, package descriptions, .rst, .md and .txt files), or, with `--source=code`, their source files. The
-parquet files have the columns of FineWeb. The tokenizer is a byte-level BPE with the pre-tokenizer of Llama 3.
+(docstrings, package descriptions, .rst, .md and .txt files), or, with `--source=code`, their source files. Of the
+documentation, whole English sentences are kept, and no paragraph that nearly stands in another document: what is held
+out for validation is not what was learnt. The parquet files have the columns of FineWeb. The tokenizer is a byte-level
+BPE with the pre-tokenizer of Llama 3.
 
 The same environment gives the same bytes, wherever it is installed; another set of packages gives another corpus.
 """
@@ -14,10 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import os
 import sys
-import sysconfig
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import english
 import prose
+from source_files import SourceFile, list_source_files, machine_paths, read_source_file
 
 from export.publishing import publishing
 from utils import cli, console
@@ -48,7 +51,8 @@ TOKENIZER_SAMPLE_BYTES = 40_000_000
 PROSE_SUFFIXES = {".py", ".pyi", ".pyx", ".md", ".rst", ".txt", "METADATA"}
 CODE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".js", ".ts"}
 MIN_CODE_BYTES = 200
-MAX_FILE_BYTES = 2_000_000
+# Which words are plain is counted in the first so many files, in seconds; in all of them it would take minutes.
+PLAIN_WORDS_FILES = 4000
 
 MIN_ROW_GROUPS_PER_FILE = 4
 MAX_ROW_GROUP_ROWS = 1000  # FineWeb's
@@ -63,11 +67,12 @@ class Settings:
     output_dir: str
     """Directory to make, for the parquet files."""
 
-    size: str = "10MB"
+    size: str = "4MB"
     """Bytes of UTF-8 text to collect, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
 
     source: Literal["prose", "code"] = "prose"
-    """prose: documentation only, cleaned; up to about 50 MB. code: whole source files; up to about 400 MB."""
+    """prose: documentation in plain words and whole sentences; up to about 4 MB. code: whole source files; up to about
+    400 MB."""
 
     num_files: int = 4
     """Number of parquet files. The second is twice as large as the first, the third three times, and so on."""
@@ -80,74 +85,11 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """A file of the environment that text is taken from."""
-
-    path: str
-    """Where it is on this machine; never written anywhere."""
-    name: str
-    """stdlib/... or site-packages/..., the same wherever the environment is."""
-    package: str
-    """NAME@VERSION"""
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Document:
     text: str
     source: SourceFile
     part: int
     """A long file gives several documents; counted from 0."""
-
-
-# ---------------------------------------------------------------------------- which files
-
-
-def list_source_files(suffixes: set[str]) -> list[SourceFile]:
-    """All files of the standard library and of the installed distributions with one of `suffixes`.
-
-    Files count as installed when the distribution's RECORD names them, so that caches and what a user has put beside
-    them stay out. The order is by a hash of the name: it mixes the packages and does not depend on the file system.
-    """
-    stdlib = sysconfig.get_path("stdlib")
-    python = f"python@{'.'.join(map(str, sys.version_info[:3]))}"
-    found = []
-    for root, directories, names in os.walk(stdlib):
-        directories[:] = [name for name in directories if name not in ("site-packages", "__pycache__", "config")]
-        for name in names:
-            relative = os.path.relpath(os.path.join(root, name), stdlib).replace(os.sep, "/")
-            found.append((os.path.join(root, name), f"stdlib/{relative}", python))
-    for site in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
-        for distribution in sorted(entry for entry in os.listdir(site) if entry.endswith(".dist-info")):
-            package = distribution.removesuffix(".dist-info").replace("-", "@")
-            try:
-                record = Path(site, distribution, "RECORD").read_text(encoding="utf-8")
-            except OSError:
-                continue  # installed by something other than pip
-            for line in record.splitlines():
-                relative = line.rsplit(",", 2)[0].strip('"')
-                if not relative.startswith(("..", "/")):
-                    found.append((os.path.join(site, relative), f"site-packages/{relative}", package))
-
-    files = []
-    for path, name, package in found:
-        suffix = "METADATA" if name.endswith("/METADATA") else os.path.splitext(name)[1]
-        if suffix not in suffixes or _is_machine_made(name):
-            continue
-        try:
-            size = os.path.getsize(path)
-        except OSError:
-            continue
-        if 0 < size <= MAX_FILE_BYTES:
-            files.append(SourceFile(path, name, package, size))
-    files.sort(key=lambda file: hashlib.blake2b(file.name.encode(), digest_size=8).digest())
-    return files
-
-
-def _is_machine_made(name: str) -> bool:
-    """Files that describe the machine, not the package."""
-    base = name.rsplit("/", 1)[-1]
-    return base.startswith("_sysconfigdata") or base in ("RECORD", "direct_url.json") or "/__pycache__/" in name
 
 
 # ---------------------------------------------------------------------------- documents
@@ -159,20 +101,11 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
     Raises:
         UserError: the environment does not hold as much.
     """
-    files = list_source_files(PROSE_SUFFIXES if settings.source == "prose" else CODE_SUFFIXES)
     here = machine_paths()
     documents: list[Document] = []
     seen: set[bytes] = set()
-    repetition = prose.Repetition()
     total = 0
-    for file in files:
-        try:
-            with open(file.path, "rb") as opened:
-                content = opened.read().decode("utf-8").replace("\r\n", "\n")
-        except (OSError, UnicodeDecodeError):
-            continue
-        texts: Iterable[str]
-        texts = prose.documents_of(file.name, content, repetition) if settings.source == "prose" else [content]
+    for file, texts in prose_texts() if settings.source == "prose" else code_texts():
         for part, text in enumerate(texts):
             if (settings.source == "code" and len(text) < MIN_CODE_BYTES) or "\0" in text:
                 continue
@@ -193,13 +126,26 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
     )
 
 
-def machine_paths() -> list[str]:
-    """Text with one of these paths describes this machine and stays out; packages that were built here may hold some.
+def code_texts() -> Iterator[tuple[SourceFile, Iterable[str]]]:
+    """Each file with its whole text."""
+    for file in list_source_files(CODE_SUFFIXES):
+        if (content := read_source_file(file)) is not None:
+            yield file, [content]
 
-    Whole paths only: documentation rightly mentions /usr/local, which is the prefix of many Pythons.
-    """
-    candidates = {*(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")), str(Path.home())}
-    return sorted(path for path in candidates if path.count("/") >= 2)
+
+def prose_texts() -> Iterator[tuple[SourceFile, Iterable[str]]]:
+    """Each file with the documents that are made of its paragraphs in plain words."""
+    files = list_source_files(PROSE_SUFFIXES)
+    sample = [list(prose_paragraphs(file)) for file in files[:PLAIN_WORDS_FILES]]
+    plain, repetition = english.PlainWords(sample), english.Repetition()
+    paragraphs = itertools.chain(sample, map(prose_paragraphs, files[PLAIN_WORDS_FILES:]))
+    for file, found in zip(files, paragraphs, strict=True):
+        yield file, prose.join(filter(plain.make_up, found), repetition)
+
+
+def prose_paragraphs(file: SourceFile) -> Iterator[str]:
+    if (content := read_source_file(file)) is not None:
+        yield from prose.paragraphs_of(file.name, content)
 
 
 # ---------------------------------------------------------------------------- parquet

@@ -1,4 +1,5 @@
-"""Show what the demo made: losses, a picture of them, text that the model writes, files, and what to try next.
+"""Show what the demo made: losses, a picture of them, text that the model wrote at first and writes now, files, and
+what to try next.
 
 python examples/show_demo.py demo
 """
@@ -6,9 +7,12 @@ python examples/show_demo.py demo
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import cli, console
 from utils.errors import UserError
 
-PROMPTS = ("Return a new", "This function", "The module")
-NEW_TOKENS = 40
+PROMPTS = ("This function returns", "If the file does not exist,")
+NEW_TOKENS = 60
+LINE_CHARS, COLUMN_CHARS = 100, 46
 TASK = "demo_word_order"  # make_demo_task.py's
 
 
@@ -44,6 +49,9 @@ def show_training(run_dir: Path) -> None:
         first, last = values[0], values[-1]
         change = 100 * (last[1] / first[1] - 1)
         console.result(f"{name:22} {first[1]:9.3f} -> {last[1]:9.3f}   {change:+.0f}% in {last[0]} steps")
+    bits = [record["val_bits_per_byte"] for record in records if record.get("val_bits_per_byte") is not None]
+    if bits:
+        console.result(f"validation, bits per byte of text: {bits[0]:.2f} -> {bits[-1]:.2f}")
     answered = [record for record in records if f"task_{TASK}_acc" in record]
     if answered:
         first, last = (answered[i][f"task_{TASK}_acc"] for i in (0, -1))
@@ -53,6 +61,28 @@ def show_training(run_dir: Path) -> None:
     picture = run_dir / "curves.png"
     draw_curves({"demo": records}, picture)
     console.result(f"picture: {picture}")
+
+
+def show_samples(run_dir: Path) -> None:
+    """What the model wrote after each prompt at the first validation and at the last, side by side."""
+    path = run_dir / "samples.jsonl"
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    drawn = [sample for sample in samples if sample["temperature"]] or samples  # the likeliest words soon go in circles
+    if not drawn:
+        return
+    steps = drawn[0]["step"], drawn[-1]["step"]
+    console.result(f"\n  {f'the model wrote at step {steps[0]}':{COLUMN_CHARS}} | and at step {steps[1]}")
+    first, last = ({s["prompt"]: s["text"] for s in drawn if s["step"] == step} for step in steps)
+    for prompt in first:
+        console.result(f"  {'-' * COLUMN_CHARS}-+-{'-' * COLUMN_CHARS}")
+        columns = [textwrap.wrap(printable(prompt + texts[prompt]), COLUMN_CHARS) for texts in (first, last)]
+        for left, right in itertools.zip_longest(*columns, fillvalue=""):
+            console.result(f"  {left:{COLUMN_CHARS}} | {right}".rstrip())
+
+
+def printable(text: str) -> str:
+    """On one line; a model that was not trained writes bytes that are no characters."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def show_generation(export_dir: Path) -> None:
@@ -71,7 +101,7 @@ def show_generation(export_dir: Path) -> None:
         inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, top_k=40)
         text = tokenizer.decode(output[0], skip_special_tokens=True)
-        console.result("  > " + " ".join(text.split()))
+        console.result(textwrap.fill(printable(text), LINE_CHARS, initial_indent="  > ", subsequent_indent="    "))
 
 
 def directory_bytes(directory: str | os.PathLike) -> int:
@@ -94,12 +124,13 @@ def main(settings: Settings) -> None:
     if not (demo / "export").is_dir():
         raise UserError(f"{demo}: no export/ in it. Run `make demo` to its end.")
     show_training(demo / "run")
+    show_samples(demo / "run")
     show_generation(demo / "export")
     show_tree(demo)
     console.next_command(
         f"source .venv/bin/activate\n"
         f"  litgpt chat {demo}/export --precision 32-true\n"
-        f"  litgpt generate {demo}/export --prompt 'Return a new' --precision 32-true\n"
+        f"  litgpt generate {demo}/export --prompt 'This function returns' --precision 32-true\n"
         f"  lm_eval --model hf --model_args pretrained={demo}/export --tasks hellaswag --limit 20  # needs the network",
         what="try",
     )

@@ -61,6 +61,7 @@ def test_dry_run_plans_it_on_80_gb(path, dataset, tmp_path, run_script):
         f"--config={path}",
         f"--dataset_path={dataset}",
         "--tokenizer_dir=null",
+        "--eval.prompts=null",  # which need a tokenizer
         f"--out_dir={tmp_path / 'run'}",
         "--dry_run",
         check=False,

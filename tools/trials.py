@@ -163,7 +163,9 @@ def for_trial(settings: Settings, directory: Path) -> Settings:
         spike_sigma=None,
         max_spikes=None,
     )
-    evaluation = dataclasses.replace(settings.eval, interval=None, initial_validation=False, final_validation=False)
+    evaluation = dataclasses.replace(
+        settings.eval, interval=None, initial_validation=False, final_validation=False, tasks=None, prompts=None
+    )
     return dataclasses.replace(
         settings,
         dataset_path=str(directory),

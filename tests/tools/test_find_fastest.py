@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -187,6 +188,15 @@ def test_a_trial_accumulates_where_the_run_does():
     assert sequences(8, 256) == 32  # two micro-batches, so that unsharded gradients are kept as in the run
     assert sequences(8, 16) == 16
     assert sequences(1, 2) == 2
+
+
+def test_a_trial_answers_no_tasks_and_writes_nothing():
+    """Its tokens are made up, so there is no tokenizer for them."""
+    settings = settings_of(num_devices=2, train__global_batch_size=16, tokenizer_dir="t", eval__prompts='["One"]')
+    evaluation = for_trial(
+        dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, tasks={"a": "b"})), Path("data")
+    ).eval
+    assert settings.eval.prompts == ["One"] and (evaluation.prompts, evaluation.tasks) == (None, None)
 
 
 def test_a_half_written_line_is_no_result(tmp_path):
