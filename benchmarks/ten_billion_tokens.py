@@ -119,7 +119,7 @@ class Bench:
     # --- the text -----------------------------------------------------------------------------------------------------
 
     def make_real(self) -> dict[str, Any]:
-        flags = (f"--output_dir={self.real}", f"--size={self.settings.real_size}")
+        flags = (f"--output_dir={self.real}", f"--size={self.settings.real_size}", "--source=documentation")
         return self.stage("collect real text", "examples/make_demo_corpus.py", *flags)
 
     def make_tokenizer(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ TOKENIZER_SAMPLE_BYTES = 40_000_000
 
 PROSE_SUFFIXES = {".py", ".pyi", ".pyx", ".md", ".rst", ".txt", "METADATA"}
 CODE_SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".js", ".ts"}
-MIN_CODE_BYTES = 200
+MIN_DOCUMENT_BYTES = 200
 # Which words are plain is counted in the first so many files, in seconds; in all of them it would take minutes.
 PLAIN_WORDS_FILES = 4000
 
@@ -70,9 +70,9 @@ class Settings:
     size: str = "4MB"
     """Bytes of UTF-8 text to collect, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
 
-    source: Literal["prose", "code"] = "prose"
-    """prose: documentation in plain words and whole sentences; up to about 4 MB. code: whole source files; up to about
-    400 MB."""
+    source: Literal["prose", "documentation", "code"] = "prose"
+    """prose: documentation in plain words and whole sentences; up to about 4 MB. documentation: all of it, lists and
+    names included; up to about 50 MB. code: whole source files; up to about 400 MB."""
 
     num_files: int = 4
     """Number of parquet files. The second is twice as large as the first, the third three times, and so on."""
@@ -105,9 +105,10 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
     documents: list[Document] = []
     seen: set[bytes] = set()
     total = 0
-    for file, texts in prose_texts() if settings.source == "prose" else code_texts():
+    sources = {"prose": prose_texts, "documentation": documentation_texts, "code": code_texts}
+    for file, texts in sources[settings.source]():
         for part, text in enumerate(texts):
-            if (settings.source == "code" and len(text) < MIN_CODE_BYTES) or "\0" in text:
+            if (settings.source != "prose" and len(text) < MIN_DOCUMENT_BYTES) or "\0" in text:
                 continue
             if any(path in text for path in here):
                 continue
@@ -131,6 +132,13 @@ def code_texts() -> Iterator[tuple[SourceFile, Iterable[str]]]:
     for file in list_source_files(CODE_SUFFIXES):
         if (content := read_source_file(file)) is not None:
             yield file, [content]
+
+
+def documentation_texts() -> Iterator[tuple[SourceFile, Iterable[str]]]:
+    """Each file with all of its documentation."""
+    for file in list_source_files(PROSE_SUFFIXES):
+        if (content := read_source_file(file)) is not None:
+            yield file, ["\n\n".join(prose.passages_of(file.name, content))]
 
 
 def prose_texts() -> Iterator[tuple[SourceFile, Iterable[str]]]:

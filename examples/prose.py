@@ -26,8 +26,8 @@ _LICENCE = re.compile(
 )
 
 
-def paragraphs_of(name: str, content: str) -> Iterator[str]:
-    """The English of one file, paragraph by paragraph.
+def passages_of(name: str, content: str) -> Iterator[str]:
+    """The documentation in one file, whatever it is made of, as plain text.
 
     Args:
         name: with '/'; only its ending and its folders matter.
@@ -36,14 +36,18 @@ def paragraphs_of(name: str, content: str) -> Iterator[str]:
     if _NOT_DOCUMENTATION.search(name):
         return
     if name.endswith((".py", ".pyi", ".pyx")):
-        passages = docstrings(content)
+        yield from docstrings(content)
     else:
         if name.endswith("METADATA"):
             _, _, content = content.partition("\n\n")
         if _LICENCE.search(content[:3000]):
             return
-        passages = iter([clean_markup(content)])
-    for passage in passages:
+        yield clean_markup(content)
+
+
+def paragraphs_of(name: str, content: str) -> Iterator[str]:
+    """The English of one file, paragraph by paragraph; the arguments are those of `passages_of`."""
+    for passage in passages_of(name, content):
         yield from english_of(passage)
 
 
