@@ -122,7 +122,7 @@ class CheckpointWriter:
         """Size of a checkpoint: weights, and as many optimizer moments as there are (two, before the first step)."""
         moments = 0
         for optimizer in self.optimizers:
-            per_parameter = 1 if type(optimizer).__name__ == "Muon" else 2
+            per_parameter = 1 if isinstance(optimizer, torch.optim.Muon) else 2
             moments += per_parameter * sum(
                 p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"]
             )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from pretraining.muon import SharedMuon
 from pretraining.plan import Plan
 from pretraining.settings import OptimizerSettings, Settings
 
@@ -44,7 +45,7 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
     if hidden:
         # Scaled like this Muon's updates have the size of AdamW's, so one learning rate serves both (arXiv:2502.16982).
         optimizers.append(
-            torch.optim.Muon(
+            SharedMuon(
                 hidden,
                 lr=settings.lr,
                 weight_decay=settings.weight_decay,
