@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import statistics
 import sys
@@ -91,6 +92,7 @@ def show_generation(export_dir: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, an extra, registers classes
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(export_dir)

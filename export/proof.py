@@ -7,6 +7,7 @@ and forgets them, so a model larger than memory runs too. All arithmetic is in f
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -156,6 +157,7 @@ def _litgpt_model(config: Config, tensors: dict[str, StoredTensor]) -> GPT:
 
 
 def _transformers_model(directory: Path, tensors: dict[str, StoredTensor]) -> transformers.PreTrainedModel:
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, an extra, registers classes
     transformers.logging.set_verbosity_error()  # it warns of sizes that are unusual, and right in small models
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
