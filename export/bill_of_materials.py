@@ -24,9 +24,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+import xxhash
+
 from export.model_card import CARD_NAME, CURVES_NAME
 from utils.files import write_json
-from utils.manifest import MANIFEST_NAME, file_entry
+from utils.manifest import MANIFEST_NAME
 
 BILL_NAME = "model.cdx.json"
 LAYOUT = "1"
@@ -40,24 +42,23 @@ _NAMING = ("bom-ref", "ref", "name", "alg", "aggregate", "type", "url")
 _READ_BLOCK_BYTES = 8 << 20
 
 
-def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
+def size_and_hashes(path: str | os.PathLike) -> dict[str, Any]:
+    """`bytes`, `xxh3_128` and `sha256` (hexadecimal) of a file, which is read once."""
+    size, xxh3, sha256 = 0, xxhash.xxh3_128(), hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_READ_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+            size += len(block)
+            xxh3.update(block)
+            sha256.update(block)
+    return {"bytes": size, "xxh3_128": xxh3.hexdigest(), "sha256": sha256.hexdigest()}
 
 
-def describe_files(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+def describe_files(directory: Path, names: list[str]) -> list[dict[str, Any]]:
     """Entries of an export's manifest, with SHA-256 beside the usual checksum: the bill needs a hash that has a name in
     the standard, and a hub shows the same one."""
-
-    def describe(name: str) -> dict[str, Any]:
-        return file_entry(directory, name) | {"sha256": sha256_of(directory / name)}
-
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-        return list(pool.map(describe, names))
+        found = pool.map(lambda name: size_and_hashes(directory / name), names)
+        return [{"name": name, **known} for name, known in zip(names, found, strict=True)]
 
 
 def write_bill(directory: Path, manifest: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""One unit of text to finished chunk files: what a worker process does.
+"""One unit of text to finished chunk files, each document to train or val by its hash: what a worker process does.
 
 Per batch of a few MB, and never per document or token in Python where numpy can do it:
 

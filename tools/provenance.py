@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from export.bill_of_materials import sha256_of
+from export.bill_of_materials import size_and_hashes
 from utils import console
 from utils.errors import UserError
 from utils.files import checksum
@@ -124,7 +124,7 @@ def _check_file(directory: Path, entry: dict[str, Any]) -> tuple[str, str] | Non
             return CHANGED, f"{entry['name']}: {size:,} bytes, the manifest says {entry['bytes']:,}"
         if cached_checksum(path) != entry.get("xxh3_128"):
             return CHANGED, f"{entry['name']}: its content is not the one whose checksum the manifest has"
-        if "sha256" in entry and sha256_of(path) != entry["sha256"]:  # an export's files have both
+        if "sha256" in entry and size_and_hashes(path)["sha256"] != entry["sha256"]:  # an export's files have both
             return CHANGED, f"{entry['name']}: its content is not the one whose SHA-256 the manifest has"
     except UserError as error:
         return CHANGED, str(error)
