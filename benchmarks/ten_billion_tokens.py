@@ -375,6 +375,8 @@ def main(settings: Settings) -> None:
     if settings.output:
         Path(settings.output).write_text(said + "\n")
     wrong = unequal(counts)
+    if not bench.state["first batch"]["equal"]:
+        wrong.append("the first batch")
     if not settings.keep and not wrong:
         for directory in (bench.real, bench.sample, bench.text, bench.tokens, bench.dataset, bench.run):
             shutil.rmtree(directory, ignore_errors=True)

@@ -41,8 +41,8 @@ class Settings:
 
     size: str = "450MB"
     """Text to tokenize, as a number with kB, MB or GB (1 MB = 1,000,000 bytes)."""
-    source: Literal["prose", "code"] = "code"
-    """Kind of text; see examples/make_demo_corpus.py. There are about 4 MB of prose."""
+    source: Literal["documentation", "code"] = "code"
+    """Kind of text; see examples/make_demo_corpus.py. There are about 50 MB of documentation."""
     vocab_size: int = 128000
     """Tokens in the tokenizer's vocabulary; Llama 3 has 128,000."""
     baseline_share: float = 0.25

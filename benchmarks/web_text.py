@@ -63,7 +63,7 @@ def read_texts(directory: str | Path) -> list[str]:
 
 def files_of(num_documents: int) -> list[int]:
     """Documents per file: an even number of files of about the same size, so that two processes end together."""
-    num_files = 2 * max(2, -(-num_documents // (2 * FILE_DOCUMENTS)))
+    num_files = min(num_documents, 2 * max(2, -(-num_documents // (2 * FILE_DOCUMENTS))))
     bounds = np.linspace(0, num_documents, num_files + 1).astype(int)
     return np.diff(bounds).tolist()
 

@@ -7,6 +7,7 @@ paragraphs of which most stood in another document already.
 from __future__ import annotations
 
 import collections
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -80,12 +81,16 @@ class Repetition:
     """Remembers runs of words, so that what stood in another document is recognised, in the same words or nearly so."""
 
     def __init__(self):
-        self._seen: set[int] = set()
-        self._own: set[int] = set()
-        self._paragraphs: set[str] = set()
+        self._holders: dict[int, list[int]] = {}
+        """By a run's hash, the paragraphs of earlier documents that have it."""
+        self._num_runs: list[int] = []
+        """Of each of these paragraphs."""
+        self._own: dict[str, set[int]] = {}
+        """This document's paragraphs and their runs."""
 
     def is_new(self, paragraph: str) -> bool:
-        """Whether this document does not have it yet, and other documents have at most MAX_KNOWN of its runs of words.
+        """Whether this document does not have it yet, other documents have at most MAX_KNOWN of its runs of words, and
+        it has at most MAX_KNOWN of those of any of their paragraphs.
 
         Within a document, what resembles what came before may stay.
         """
@@ -93,15 +98,25 @@ class Repetition:
         runs = {
             zlib.crc32(" ".join(words[i : i + RUN_WORDS]).encode()) for i in range(max(1, len(words) - RUN_WORDS + 1))
         }
-        if paragraph in self._paragraphs or len(runs & self._seen) > MAX_KNOWN * len(runs):
+        if paragraph in self._own or self._is_known(runs):
             return False
-        self._paragraphs.add(paragraph)
-        self._own |= runs
+        self._own[paragraph] = runs
         return True
 
-    def end_document(self) -> None:
-        self._seen |= self._own
-        self._own, self._paragraphs = set(), set()
+    def _is_known(self, runs: set[int]) -> bool:
+        known = [self._holders[run] for run in runs if run in self._holders]
+        shared = collections.Counter(itertools.chain.from_iterable(known))
+        return len(known) > MAX_KNOWN * len(runs) or any(
+            count > MAX_KNOWN * self._num_runs[holder] for holder, count in shared.items()
+        )
+
+    def end_document(self, is_kept: bool) -> None:
+        """Go on with the next one; what a document said that is not kept may be said again."""
+        for runs in self._own.values() if is_kept else ():
+            for run in runs:
+                self._holders.setdefault(run, []).append(len(self._num_runs))
+            self._num_runs.append(len(runs))
+        self._own = {}
 
 
 def english_of(text: str) -> Iterator[str]:

@@ -120,7 +120,9 @@ def collect_documents(settings: Settings, size_bytes: int) -> list[Document]:
             total += len(text.encode())
             if total >= size_bytes:
                 return documents
-    other = " Or take whole source files: --source=code." if settings.source == "prose" else ""
+    other = ""
+    if settings.source == "prose":
+        other = " Or take more kinds of text: --source=documentation (about 50 MB) or --source=code."
     raise UserError(
         f"--size={settings.size}: this environment holds only {console.human_bytes(total)} of such text. Ask for less."
         + other

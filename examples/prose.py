@@ -131,9 +131,10 @@ def join(paragraphs: Iterable[str], repetition: Repetition) -> Iterator[str]:
         parts.append(paragraph)
         length += len(paragraph)
         if length >= MAX_DOCUMENT_CHARS:
-            repetition.end_document()
+            repetition.end_document(is_kept=True)
             yield "\n\n".join(parts)
             parts, length = [], 0
-    repetition.end_document()
-    if length >= MIN_DOCUMENT_CHARS:
+    is_kept = length >= MIN_DOCUMENT_CHARS
+    repetition.end_document(is_kept)
+    if is_kept:
         yield "\n\n".join(parts)

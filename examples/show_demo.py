@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import os
 import statistics
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, console
 from utils.errors import UserError
+from utils.metrics_file import read_metrics
 
 PROMPTS = ("This function returns", "If the file does not exist,")
 NEW_TOKENS = 60
@@ -67,14 +67,14 @@ def show_training(run_dir: Path) -> None:
 def show_samples(run_dir: Path) -> None:
     """What the model wrote after each prompt at the first validation and at the last, side by side."""
     path = run_dir / "samples.jsonl"
-    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    samples = read_metrics(path)
     drawn = [sample for sample in samples if sample["temperature"]] or samples  # the likeliest words soon go in circles
     if not drawn:
         return
     steps = drawn[0]["step"], drawn[-1]["step"]
     console.result(f"\n  {f'the model wrote at step {steps[0]}':{COLUMN_CHARS}} | and at step {steps[1]}")
     first, last = ({s["prompt"]: s["text"] for s in drawn if s["step"] == step} for step in steps)
-    for prompt in first:
+    for prompt in [prompt for prompt in first if prompt in last]:  # the prompts may change when a run goes on
         console.result(f"  {'-' * COLUMN_CHARS}-+-{'-' * COLUMN_CHARS}")
         columns = [textwrap.wrap(printable(prompt + texts[prompt]), COLUMN_CHARS) for texts in (first, last)]
         for left, right in itertools.zip_longest(*columns, fillvalue=""):

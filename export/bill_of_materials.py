@@ -28,6 +28,7 @@ import xxhash
 
 from export.model_card import CARD_NAME, CURVES_NAME
 from utils.files import write_json
+from utils.machine import available_cpus
 from utils.manifest import MANIFEST_NAME
 
 BILL_NAME = "model.cdx.json"
@@ -56,7 +57,7 @@ def size_and_hashes(path: str | os.PathLike) -> dict[str, Any]:
 def describe_files(directory: Path, names: list[str]) -> list[dict[str, Any]]:
     """Entries of an export's manifest, with SHA-256 beside the usual checksum: the bill needs a hash that has a name in
     the standard, and a hub shows the same one."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+    with ThreadPoolExecutor(max_workers=available_cpus()) as pool:  # hashing releases the interpreter's lock
         found = pool.map(lambda name: size_and_hashes(directory / name), names)
         return [{"name": name, **known} for name, known in zip(names, found, strict=True)]
 

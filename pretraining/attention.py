@@ -42,10 +42,7 @@ ATTENTION_OPERATIONS = frozenset(
 )
 # torch would try cuDNN last, although it is the fastest of them on Hopper.
 _FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
+    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 ]
 
 # More blocks compute fewer scores for nothing, but in smaller products.
@@ -127,7 +124,7 @@ class Masked(NamedTuple):
 
 
 class Band(NamedTuple):
-    """A window shorter than the sequence. The first tokens, as many as the window has, see no further than themselves;
+    """A window shorter than the sequence. The first tokens, as many as the window has, see only one another;
     those after them come in blocks of an eighth of the window, each with the keys of its own block and of the window
     before it. That is T * 1.125 * window scores instead of T * T."""
 
@@ -138,13 +135,16 @@ class Band(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         batch, heads, tokens, head_size = q.shape
+        if batch > 1 and len(self.mask) == 1:  # what all rows share: as heads of one row their keys are not copied
+            y = self.attend(*(part.flatten(0, 1)[None] for part in (q, k, v)), scale, softcap)
+            return y[0].unflatten(0, (batch, heads))
         block, keys = self.mask.shape[2:]
         window = keys - block
         num_blocks = -(-(tokens - window) // block)
         q, k, v = (F.pad(part, (0, 0, 0, window + num_blocks * block - tokens)) for part in (q, k, v))
 
         def overlapping(part: Tensor) -> Tensor:
-            """Shape (B * blocks, groups, keys, head_size); a view, unless there are several rows."""
+            """Shape (B * blocks, groups, keys, head_size); a view of one row, copies of several."""
             return part.unfold(2, keys, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
         first = self.first.attend(*(part[:, :, :window] for part in (q, k, v)), scale, softcap)

@@ -119,7 +119,7 @@ class CheckpointWriter:
             raise UserError(f"--out_dir={self.out_dir}: {missing[0]}. Free space, or use another directory.")
 
     def state_bytes(self) -> int:
-        """Size of a checkpoint: weights, and as many optimizer moments as there are (two, before the first step)."""
+        """Size of a checkpoint: weights, and the optimizers' moments (one of Muon, two of AdamW)."""
         moments = 0
         for optimizer in self.optimizers:
             per_parameter = 1 if isinstance(optimizer, torch.optim.Muon) else 2

@@ -1,4 +1,4 @@
-"""Muon with the work shared: each process orthogonalises whole matrices, and no two the same one.
+"""Muon with the work shared: within a copy of the model, each process orthogonalises whole matrices of its own.
 
 torch.optim.Muon on DTensors runs its matrix products as DTensor plans them, with an exchange in almost each of the 15
 of a matrix. Here a matrix travels twice, as in section 2.3 of arXiv:2502.16982: as many matrices of one shape as there
@@ -10,21 +10,26 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
 
 class SharedMuon(torch.optim.Muon):
-    """torch.optim.Muon for matrices that FSDP2 shards: its arguments, state and formulas, `adjust_lr_fn` always being
-    "match_rms_adamw".
+    """torch.optim.Muon for matrices that FSDP2 shards: its arguments, state and formulas, with AdamW's update size
+    (`adjust_lr_fn="match_rms_adamw"`).
 
     On a CPU it computes in float32 instead of bfloat16, which only the newest CPUs have units for. All parameters have
     one device mesh and one placement, as FSDP2 gives them.
     """
 
+    def __init__(self, params, **options: Any):
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
+
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
+        """One update; a closure is not called."""
         for group in self.param_groups:
             of_shape: dict[torch.Size, list[torch.Tensor]] = collections.defaultdict(list)
             for parameter in group["params"]:
@@ -46,7 +51,7 @@ class SharedMuon(torch.optim.Muon):
             updates.append(parameter.grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
         updates = orthogonalize_sharded(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = parameters[0].shape
-        scale = 0.2 * math.sqrt(max(rows, columns))  # adjust_lr_fn="match_rms_adamw"
+        scale = 0.2 * math.sqrt(max(rows, columns))  # of "match_rms_adamw"
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update, alpha=-group["lr"] * scale)

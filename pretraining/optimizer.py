@@ -50,7 +50,6 @@ def make_optimizers(model: torch.nn.Module, settings: OptimizerSettings) -> list
                 lr=settings.lr,
                 weight_decay=settings.weight_decay,
                 momentum=settings.momentum,
-                adjust_lr_fn="match_rms_adamw",
             )
         )
     return optimizers

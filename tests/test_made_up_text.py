@@ -3,7 +3,6 @@ commands that are killed on the way."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -131,7 +130,7 @@ def test_nothing_is_lost_between_text_and_training(tmp_path, run_script):
     flags = ("--tokens=2e6", "--real_size=4MB", "--vocab_size=8000", "--steps=3", f"--output={report}")
     run_script("benchmarks/ten_billion_tokens.py", f"--work_dir={tmp_path / 'work'}", *flags, timeout=1100)
     said = report.read_text()
-    assert said.count("killed") == 1 and "with two fifths of the units done" in said
+    assert "with two fifths of the units done" in said
     assert "The first batch of training is what" in said
-    assert os.listdir(tmp_path / "work")  # the reports stay
+    assert (tmp_path / "work" / "stages.json").exists()  # the reports stay
     assert not (tmp_path / "work" / "text").exists()

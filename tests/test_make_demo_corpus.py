@@ -155,8 +155,12 @@ we fix the bug in which the reader was not to be found on a Monday
     repetition = Repetition()
     nearly = good.replace("whole of a file", "entire file")
     assert repetition.is_new(good) and not repetition.is_new(good) and repetition.is_new(nearly)
-    repetition.end_document()
+    repetition.end_document(is_kept=True)
     assert not repetition.is_new(good) and not repetition.is_new(nearly.upper())
+    longer = f"{item} What follows here is said by nobody else, and it has many more words than the other one has."
+    assert not repetition.is_new(f"{good} {longer} {longer.upper()}")  # all of it, within something longer
+    assert repetition.is_new(item)
+    repetition.end_document(is_kept=False)
     assert repetition.is_new(item)
 
 

@@ -122,9 +122,10 @@ def _check_file(directory: Path, entry: dict[str, Any]) -> tuple[str, str] | Non
         size = path.stat().st_size
         if size != entry["bytes"]:
             return CHANGED, f"{entry['name']}: {size:,} bytes, the manifest says {entry['bytes']:,}"
-        if cached_checksum(path) != entry.get("xxh3_128"):
+        hashes = size_and_hashes(path) if "sha256" in entry else {"xxh3_128": cached_checksum(path)}
+        if hashes["xxh3_128"] != entry.get("xxh3_128"):
             return CHANGED, f"{entry['name']}: its content is not the one whose checksum the manifest has"
-        if "sha256" in entry and size_and_hashes(path)["sha256"] != entry["sha256"]:  # an export's files have both
+        if hashes.get("sha256") != entry.get("sha256"):  # an export's files have both
             return CHANGED, f"{entry['name']}: its content is not the one whose SHA-256 the manifest has"
     except UserError as error:
         return CHANGED, str(error)

@@ -179,7 +179,7 @@ def _check_bill(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
     """model.cdx.json: it says what the manifests say that it is made from."""
     path = directory / BILL_NAME
     if not any(entry["name"] == BILL_NAME for entry in manifest["files"]):
-        if not path.exists():  # check_files names one that is there and not listed
+        if not path.exists():  # one that is there and not listed, check_files names
             node.add(UNKNOWN, f"{BILL_NAME}: none, as in the exports of earlier versions")
         return
     if not path.is_file():
@@ -200,7 +200,7 @@ def _check_bill(node: Node, directory: Path, manifest: dict[str, Any]) -> None:
         parts = console.counted(len(bill["components"]), "component")
         node.add(AGREES, f"{BILL_NAME}: {parts}, those of the manifests")
     elif node.expect(BILL_NAME, found, by_name(expected), MANIFEST_NAME):
-        node.add(CHANGED, f"{BILL_NAME}: its lists are in another order than the manifests give")
+        node.add(CHANGED, f"{BILL_NAME}: in another order than the manifests give, or with an empty entry")
 
 
 def check_conversion(node: Node, directory: Path, manifest: dict[str, Any], source: Path, made: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def step_law(non_embedding_parameters: float, tokens: float, compute_flops: floa
         batch_tokens=0.58 * tokens**0.571,
         learning_rate=1.79 * non_embedding_parameters**-0.713 * tokens**0.307,
         source=STEP_LAW,
-        fitted_on=("a grid of models of 0.21 to 1.07 billion parameters, 4 to 100 billion tokens, contexts of 2,048"),
+        fitted_on="a grid of models of 0.21 to 1.07 billion parameters, 4 to 100 billion tokens, contexts of 2,048",
         outside=outside,
     )
 

@@ -10,7 +10,7 @@ for the next step. Its shape:
       "settings": {...},            what was asked for, as far as it shapes the result
       "tokenizer": {"sha256": ..., "vocab_size": ..., "bos_id": ..., "eos_id": ...},
       "content": {...},             counts with units: documents, tokens, text_bytes and so on
-      "files": [{"name": ..., "bytes": ..., "xxh3_128": ...}, ...],
+      "files": [{"name": ..., "bytes": ..., "xxh3_128": ...}, ...],    of exports "sha256" too
       "inputs": [{...}, ...]        what it was made from: parquet files, or manifests of directories
     }
 

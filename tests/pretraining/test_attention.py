@@ -258,13 +258,14 @@ def test_a_band_holds_no_scores_of_the_whole_sequence(documents):
     assert largest < 1024 * 1024 / 4
 
 
-def test_a_bands_blocks_share_one_mask_and_read_keys_where_they_lie():
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bands_blocks_share_one_mask_and_read_keys_where_they_lie(rows):
     config = shrink(Config.from_name("Gemma-3-4b-it"), sliding_window_size=64, sliding_window_indices=[1, 1])
-    short, long = (attention_patterns(config, torch.zeros(1, tokens, 1))[0] for tokens in (128, 1024))
+    short, long = (attention_patterns(config, torch.zeros(rows, tokens, 1))[0] for tokens in (128, 1024))
     assert torch.equal(short.mask, long.mask) and short.mask.shape == (1, 1, 8, 72)
-    k = torch.randn(1, 2, 1024, 16)
+    k = torch.randn(rows, 2, 1024, 16)
     with Operations() as operations:
-        long.attend(torch.randn(1, 4, 1024, 16), k, k, 0.25, None)
+        long.attend(torch.randn(rows, 4, 1024, 16), k, k, 0.25, None)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     keys = [args[1] for function, args, _, _ in operations.seen if function is kernel]
     assert [part.shape[2] for part in keys] == [64, 72]
