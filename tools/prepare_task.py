@@ -13,6 +13,7 @@ lines with --include_path.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import hashlib
 import json
 import sys
@@ -128,6 +129,7 @@ def prepare(settings: Settings, tokenizer: TokenizerInfo, identity: dict[str, An
     from export.tokenizer_files import write_tokenizer
 
     console.say(f"lm_eval builds the requests of {settings.task}")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, an extra, registers classes
     from tools.task_requests import build_requests, lay_out  # lm_eval takes many seconds
 
     with tempfile.TemporaryDirectory() as directory:

@@ -91,7 +91,6 @@ def build_requests(
     Raises:
         UserError: lm_eval has no such task or cannot load it, or it needs more than log-likelihoods.
     """
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, an extra, registers classes
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if manager is None or name not in manager.all_tasks:  # reading its own 15,000 files takes a while
