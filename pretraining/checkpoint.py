@@ -1,4 +1,4 @@
-"""Sharded checkpoints that are complete or absent: their layout, which one to take, and which to delete.
+"""Which checkpoints a run has, which one to take and which to delete; a checkpoint is complete or absent. The layout:
 
     OUT_DIR/
       step-00001000/                 final/ likewise

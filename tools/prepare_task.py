@@ -13,9 +13,9 @@ lines with --include_path.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import hashlib
 import json
+import logging
 import sys
 import tempfile
 from pathlib import Path
