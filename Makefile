@@ -1,5 +1,5 @@
 # make demo    set up .venv, then run every step on real text and show the model
-# make test    set up .venv, then run the tests
+# make test    set up .venv, then run the tests; `make test-long` has slow ones that matter most, `make test-all` all
 # make clean   remove what the demo made; `make distclean` removes .venv too
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ READY := $(VENV)/.installed
 BIN := $(CURDIR)/$(VENV)/bin
 RUN := env PATH="$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)"
 
-.PHONY: demo test test-all lint format clean distclean setup requirements
+.PHONY: demo test test-long test-all lint format clean distclean setup requirements
 
 setup: $(READY)
 
@@ -29,6 +29,19 @@ demo: $(READY)
 
 test: $(READY)
 	@$(RUN) python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist=loadfile
+
+# Slow tests of what matters most, minutes each.
+LONG_TESTS := \
+	tests/pretraining/test_failures.py::test_a_crash_and_a_stopped_process_are_told_and_change_nothing \
+	tests/pretraining/test_spikes.py::test_the_run_goes_back_and_is_the_one_that_never_had_that_text \
+	tests/pretraining/test_distributed_pretrain_exact.py::test_kills_leave_losses_batches_and_weights_bit_identical \
+	tests/pretraining/test_distributed_pretrain_run.py::test_a_killed_worker_is_started_again_and_the_result_is_the_same \
+	tests/tools/test_find_fastest.py::test_each_combination_is_a_row_whatever_becomes_of_it \
+	tests/tools/test_find_fastest.py::test_the_best_is_yaml_that_training_takes \
+	tests/pretraining/test_context_parallel.py::test_a_shared_run_is_the_run_of_one_process
+
+test-long: $(READY)
+	@$(RUN) python -m pytest -n $(TEST_PROCESSES) --dist=loadfile $(LONG_TESTS)
 
 test-all: $(READY)
 	@$(RUN) python -m pytest

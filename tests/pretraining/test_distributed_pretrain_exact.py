@@ -124,6 +124,7 @@ def test_a_run_that_moves_from_two_processes_to_one_and_back_goes_on_alike(runs)
     assert tokens == [record["tokens"] for record in metrics_of(runs / "two")]
 
 
+@pytest.mark.slow
 def test_kills_leave_losses_batches_and_weights_bit_identical(tmp_path, dataset):
     """Killed inside an accumulation window in which an epoch ends, and while a checkpoint is written."""
     import torch

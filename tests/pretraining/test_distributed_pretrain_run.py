@@ -203,6 +203,7 @@ def assert_same_run(out_dir: Path, undisturbed: Path) -> None:
         assert torch.equal(tensor, found[name]), name
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_the_result_is_the_same(
     tmp_path, dataset, long_config, undisturbed, ray_address
 ):

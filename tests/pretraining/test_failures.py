@@ -92,6 +92,7 @@ def wait_for_hang(out_dir: Path, within_s: float) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, flags, quiet):
     """Each is the only restart that is allowed, and the checkpoint between them clears the count."""
     out_dir = tmp_path / "out"

@@ -271,7 +271,7 @@ DAMAGES = {
     "export: bill, order": (
         lambda w: edit_bill(w, lambda b: b["components"].reverse()),
         "export",
-        "model.cdx.json: its lists are in another order",
+        "model.cdx.json: in another order",
     ),
     "export: bill of another export": (
         lambda w: edit(w / EXPORT, lambda m: m["content"].update(model="other")),
