@@ -65,7 +65,7 @@ def test_a_fault_in_the_work_is_told_and_the_next_unit_is_done(tmp_path, parquet
     unit = {"rows": rows, "text_bytes": 1000, "max_rows": None}
     good, bad = (Unit(index=i, ranges=(InputRange(i, 0, 1),), **unit) for i in (0, 1))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    low = 54 + max(map(int, os.listdir("/proc/self/fd")))  # this process may have many open
+    low = 54 + len(os.listdir("/proc/self/fd"))  # this process may have many open
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
         with contextlib.closing(LocalWorkers(1, load, max_retries=0)) as workers:
