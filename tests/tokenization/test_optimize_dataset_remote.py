@@ -52,6 +52,7 @@ def test_s3_gives_the_same_dataset_as_the_local_files(s3_endpoint, parquet_dir, 
             f"--output_dir={tmp_path / name}",
             "--val_fraction=0.1",
             "--unit_bytes=100000",
+            "--address=local",  # the nodes of a cluster that another test started have no credentials
             env=CREDENTIALS,
         )
         assert "testing-secret" not in process.stdout + process.stderr
@@ -80,6 +81,7 @@ def test_fsspec_file_system(parquet_dir, tokenizer_dir, tmp_path, run_script):
         f"--tokenizer_dir={tokenizer_dir}",
         f"--output_dir={tmp_path / 'out'}",
         "--val_fraction=0.1",
+        "--address=local",
     )
     rows = sum(entry["rows"] for entry in read_manifest(tmp_path / "out")["inputs"])
     content = read_manifest(tmp_path / "out")["content"]
