@@ -206,6 +206,7 @@ def test_the_cause_of_a_death_is_named(status, out_of_memory, log, said, expecte
     assert cause_of_death(status, out_of_memory, log, said) == expected
 
 
+@pytest.mark.slow
 def test_restarts_are_counted_until_there_is_progress(tmp_path, quiet):
     import shutil
 

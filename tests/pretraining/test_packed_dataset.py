@@ -35,6 +35,8 @@ from utils.chunks import read_index
 from utils.manifest import read_manifest
 from utils.metrics_file import read_metrics
 
+pytestmark = pytest.mark.slow
+
 BLOCK, NUM_STEPS, BATCH = 33, 12, 16
 DATASETS = {"bos": ("--add_bos=true", "--add_eos=true"), "eos": ("--add_bos=false", "--add_eos=true")}
 PACKED = (f"--pack_tokens={BLOCK}", "--pack_window_tokens=1024")
