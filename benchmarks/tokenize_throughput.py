@@ -284,7 +284,7 @@ def table(
 
     def row(name: str, measured: Measured, whole_s: float | None = None, about: str = "") -> list[str]:
         whole = ["-", "-"] if whole_s is None else [f"{about}{whole_s:.1f} s", f"{baseline_whole_s / whole_s:.1f} x"]
-        rates = [(getattr(side, kind) for side in (measured, baseline)) for kind in ("cpu_sustained", "sustained")]
+        rates = [(getattr(measured, kind), getattr(baseline, kind)) for kind in ("cpu_sustained", "sustained")]
         return [name, *(cell for a, b in rates for cell in (f"{a / 1e6:.2f} M", f"{a / b:.1f} x")), *whole]
 
     rows = [
