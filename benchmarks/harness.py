@@ -65,10 +65,6 @@ def run_script(script: str, *arguments: Any, env: Mapping[str, str] | None = Non
 # Processes of one training run
 
 
-def directory_bytes(directory: str | os.PathLike) -> int:
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

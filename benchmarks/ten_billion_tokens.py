@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import directory_bytes
 
 sys.path.insert(0, str(harness.ROOT / "examples"))
 
@@ -47,7 +46,7 @@ import yaml
 
 from utils import cli, console
 from utils.errors import Problems, UserError
-from utils.files import free_bytes, write_json
+from utils.files import directory_bytes, free_bytes, write_json
 from utils.manifest import file_entry, read_manifest, write_manifest
 from utils.metrics_file import read_metrics
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, console
 from utils.errors import UserError
+from utils.files import directory_bytes
 from utils.metrics_file import read_metrics
 
 PROMPTS = ("This function returns", "If the file does not exist,")
@@ -104,10 +105,6 @@ def show_generation(export_dir: Path) -> None:
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, top_k=40)
         text = tokenizer.decode(output[0], skip_special_tokens=True)
         console.result(textwrap.fill(printable(text), LINE_CHARS, initial_indent="  > ", subsequent_indent="    "))
-
-
-def directory_bytes(directory: str | os.PathLike) -> int:
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)
 
 
 def show_tree(directory: Path, depth: int = 2, indent: str = "") -> None:

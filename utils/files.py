@@ -117,6 +117,10 @@ def checksum(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def directory_bytes(directory: str | os.PathLike) -> int:
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)
+
+
 def free_bytes(path: str | os.PathLike) -> int:
     """Free space of the file system that `path` lies on, or will lie on once it is made."""
     path = Path(path).absolute()
