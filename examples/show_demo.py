@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import os
 import statistics
 import sys
@@ -93,7 +92,9 @@ def show_generation(export_dir: Path) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, an extra, registers classes
+    from export.quiet_libraries import quiet_torchao
+
+    quiet_torchao()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(export_dir)

@@ -7,7 +7,6 @@ and forgets them, so a model larger than memory runs too. All arithmetic is in f
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from export.checkpoint_weights import find_in_safetensors, find_in_torch_file
 from export.experts import join_experts
 from export.gguf_file import find_in_gguf
 from export.plan import ExportPlan
+from export.quiet_libraries import quiet_torchao
 from export.stored_tensor import StoredTensor
 from utils.errors import UserError
 
@@ -157,7 +157,7 @@ def _litgpt_model(config: Config, tensors: dict[str, StoredTensor]) -> GPT:
 
 
 def _transformers_model(directory: Path, tensors: dict[str, StoredTensor]) -> transformers.PreTrainedModel:
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, an extra, registers classes
+    quiet_torchao()
     transformers.logging.set_verbosity_error()  # it warns of sizes that are unusual, and right in small models
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -126,10 +125,11 @@ def hash_of_directory(directory: str) -> str:
 def prepare(settings: Settings, tokenizer: TokenizerInfo, identity: dict[str, Any]) -> dict[str, Any]:
     """Build and write the task; returns its manifest."""
     from export.publishing import publishing
+    from export.quiet_libraries import quiet_torchao
     from export.tokenizer_files import write_tokenizer
 
     console.say(f"lm_eval builds the requests of {settings.task}")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao, an extra, registers classes
+    quiet_torchao()
     from tools.task_requests import build_requests, lay_out  # lm_eval takes many seconds
 
     with tempfile.TemporaryDirectory() as directory:
