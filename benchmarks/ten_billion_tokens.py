@@ -14,9 +14,9 @@ merge_files.py, killed when the first chunk stands in the target, and given agai
 processes. Documents, bytes of text and tokens are counted at every end and must be equal. Exit code 1: they are not.
 
 DIR/stages.json records what is done: run the same command again, and it goes on with the stage that was interrupted,
-from its start, but for the text, which goes on with the next file. Nothing is removed while it runs: text and tokens
-need about 5 bytes of disk per token together. Where that does not fit, the largest size that does is said before the
-work.
+from its start, but for the text, which goes on with the next file (its time is then that of the last try). Nothing is
+removed while it runs: text and tokens need about 5 bytes of disk per token together. Where that does not fit, the
+largest size that does is said before the work.
 """
 
 from __future__ import annotations
@@ -172,7 +172,6 @@ class Bench:
             raise UserError(f"--tokens={self.settings.tokens:g}: do not fit on the disk. Give --tokens={most:.2g}.")
 
     def make_text(self) -> dict[str, Any]:
-        done = len(web_text.made_files(self.text))
         made = self.stage(
             "make text", "benchmarks/web_text.py", f"--real_dir={self.real}", f"--output_dir={self.text}",
             f"--num_documents={round(self.settings.tokens / DOCUMENT_TOKENS)}", f"--seed={self.settings.seed}",
@@ -186,7 +185,6 @@ class Bench:
             **totals,
             "bytes": directory_bytes(self.text),
             "files": files,
-            "files_of_earlier_tries": done,
         }
 
     def measure_growth(self) -> dict[str, Any]:

@@ -5,9 +5,9 @@
 
 Nothing is downloaded: the text is the documentation in the standard library and in the installed packages
 (docstrings, package descriptions, .rst, .md and .txt files), or, with `--source=code`, their source files. Of the
-documentation, whole English sentences are kept, and no paragraph that nearly stands in another document: what is held
-out for validation is not what was learnt. The parquet files have the columns of FineWeb. The tokenizer is a byte-level
-BPE with the pre-tokenizer of Llama 3.
+documentation, unless `--source=documentation` asks for all, whole English sentences are kept, and no paragraph that
+nearly stands in another document: what is held out for validation is not what was learnt. The parquet files have the
+columns of FineWeb. The tokenizer is a byte-level BPE with the pre-tokenizer of Llama 3.
 
 The same environment gives the same bytes, wherever it is installed; another set of packages gives another corpus.
 """

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from litgpt.model import CausalSelfAttention, apply_rope, apply_rope_interleave
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend as Kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
@@ -41,9 +42,7 @@ ATTENTION_OPERATIONS = frozenset(
     }
 )
 # torch would try cuDNN last, although it is the fastest of them on Hopper.
-_FASTEST_FIRST = [
-    *(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-]
+_FASTEST_FIRST = [Kernel.CUDNN_ATTENTION, Kernel.FLASH_ATTENTION, Kernel.EFFICIENT_ATTENTION, Kernel.MATH]
 
 # More blocks compute fewer scores for nothing, but in smaller products.
 _BLOCKS_PER_WINDOW = 8
