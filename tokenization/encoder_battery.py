@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 # Letters without a case or any peculiarity, thousands alike: each is tested in fewer surroundings.
 UNIFORM_BLOCKS = (
@@ -85,26 +85,39 @@ NUM_SOUPS = 4000
 
 
 @functools.cache
-def code_points() -> tuple[list[int], list[int], np.ndarray]:
-    """Those beyond ASCII, in three parts: singular ones, those that have thousands alike, and those without a
-    character.
+def code_points(newest: bool) -> tuple[list[int], list[int], np.ndarray]:
+    """Those beyond ASCII, in three parts: singular ones, those that have thousands alike, and those that are not known
+    to be a character.
 
-    The last are what this Python's Unicode tables do not know. The encoders' tables are newer, and not of one
-    version: a letter to one of them is nothing to the other, with consequences for the text around it. They are not
-    worth testing.
+    The last are not in the Unicode tables of this Python or, with `newest`, not in those of `tokenizers` either. The
+    encoders' tables are not of one version: a letter to one of them is nothing to the other, with consequences for the
+    text around it. They are not worth testing.
+
+    Args:
+        newest: test the characters that only the tables of `tokenizers` know; they cannot be asked what a character
+            is composed of, so this is not for tokenizers with a canonical normal form.
     """
     points = np.r_[0x80:0x40000, 0xE0000:0x110000]  # no other plane has a character
     categories = np.array(list(map(unicodedata.category, map(chr, points.tolist()))))
     is_unknown = np.zeros(0x110000, bool)
     is_unknown[0x40000:0xE0000] = True
     is_unknown[points[categories == "Cn"]] = True
+    if newest:
+        is_unknown[known_to_tokenizers(points[categories == "Cn"])] = False
     is_private, is_alike = categories == "Co", np.zeros(0x110000, bool)
     for first, last in UNIFORM_BLOCKS:
         is_alike[first : last + 1] = True
     is_alike = np.where(is_private, points % PRIVATE_STEP == 0, is_alike[points])
-    is_tested = ~np.isin(categories, ("Cn", "Cs")) & (is_alike | ~is_private)
+    is_tested = ~is_unknown[points] & (categories != "Cs") & (is_alike | ~is_private)
     singular, uniform = points[is_tested & ~is_alike], points[is_tested & is_alike]
     return singular.tolist(), uniform.tolist(), np.flatnonzero(is_unknown)
+
+
+def known_to_tokenizers(points: np.ndarray) -> np.ndarray:
+    """Those that are characters in the Unicode tables by which `tokenizers` matches patterns."""
+    split = pre_tokenizers.Split(Regex(r"\p{Cn}+"), "removed")
+    pieces = split.pre_tokenize_str("".join(map(chr, points.tolist())))
+    return np.array([ord(c) for piece, _ in pieces for c in piece], np.int64)
 
 
 def surroundings(point: int, singular: bool) -> str:
@@ -127,7 +140,7 @@ def canonical_cases() -> list[tuple[str, frozenset[int]]]:
     """Texts that canonical ordering and composition change, each with the code points that a difference is put down
     to."""
     cases = []
-    for point in itertools.chain(*code_points()[:2]):
+    for point in itertools.chain(*code_points(newest=False)[:2]):
         c = chr(point)
         if unicodedata.combining(c):
             text = "".join(f"x{mark}{c}x{c}{mark}" for mark in marks_of_all_classes())

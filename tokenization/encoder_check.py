@@ -94,7 +94,7 @@ def _has_canonical_form(normalizer: dict[str, Any] | None) -> bool:
 
 def _differing_code_points(comparison: _Comparison, canonical: bool) -> tuple[tuple[int, int], ...]:
     """Code points beyond ASCII on which the two differ, or may, as sorted ranges."""
-    singular_points, uniform_points, unknown_points = battery.code_points()
+    singular_points, uniform_points, unknown_points = battery.code_points(newest=not canonical)
     found: set[int] = set()
     for points, singular, at_a_time in ((singular_points, True, 16), (uniform_points, False, 64)):
         together = {}

@@ -68,11 +68,16 @@ def assemble(
     Returns:
         tokens, shape (tokens + n * specials,), and the length of each document in them, shape (n,).
     """
-    around = [(token, at) for token, at in ((bos_id, ends[:-1]), (eos_id, ends[1:])) if token is not None]
-    # Document by document, so that EOS stands before the next document's BOS: both have the same place.
-    places = np.stack([at for _, at in around], axis=1).ravel()
-    values = np.tile([token for token, _ in around], len(ends) - 1)
-    return np.insert(ids.astype(dtype), places, values), np.diff(ends) + len(around)
+    specials = (bos_id is not None) + (eos_id is not None)
+    lengths = np.diff(ends) + specials
+    stops = np.cumsum(lengths)
+    tokens = np.empty(len(ids) + specials * len(lengths), dtype)
+    is_text = np.ones(len(tokens), bool)
+    for token, at in ((bos_id, stops - lengths), (eos_id, stops - 1)):
+        if token is not None:
+            tokens[at], is_text[at] = token, False
+    tokens[is_text] = ids  # narrowed on the way, without a copy of its own
+    return tokens, lengths
 
 
 def consecutive_splits(is_val: np.ndarray) -> Iterator[tuple[str, int, int]]:

@@ -177,6 +177,20 @@ def test_gigatoken_differs_and_the_document_goes_to_the_reference(kind, document
     assert encoded(kind, documents) == expected(kind, documents)
 
 
+NEWER_THAN_THIS_PYTHON = ["\U0001fae8", "\U0001fa77", "\ua7cd", "\u1c8a", "\U00010d70", "\U00031350", "\U000113ce"]
+
+
+def test_characters_that_are_new_to_python_alone_stay_with_gigatoken():
+    """Of Unicode 15 to 16, letters, marks, symbols and emoji; those of a normal form go to the reference."""
+    rng = random.Random(5)
+    pieces = [*NEWER_THAN_THIS_PYTHON, *"aZ1 .'\n\u0301", "the ", "'s"]
+    documents = ["".join(rng.choices(pieces, k=rng.randrange(1, 12))) for _ in range(5000)]
+    assert not prepared("Llama 3").choice.needs_reference(pa.array(documents)).any()
+    assert encoded("Llama 3", documents) == expected("Llama 3", documents)
+    touched = prepared("Qwen 2").choice.needs_reference(pa.array(NEWER_THAN_THIS_PYTHON))
+    assert touched.tolist() == [unicodedata.category(c) == "Cn" for c in NEWER_THAN_THIS_PYTHON]
+
+
 def test_a_tokenizer_without_pattern_is_left_to_the_reference_with_the_reason():
     """gigatoken splits at GPT-2's pattern although `use_regex` is off."""
     assert "differ on ordinary text" in prepared("no pattern").choice.describe(0.0, 2e6)
