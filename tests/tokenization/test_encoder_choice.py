@@ -72,7 +72,7 @@ def test_what_is_said_names_encoder_reason_triggers_and_rate():
     alone = EncoderChoice("tokenizers", "gigatoken cannot load this one").describe(0.0, 2.4e6)
     assert "tokenizers for every document, because gigatoken cannot load this one; about 2.4 MB/s" in alone
     mixed = EncoderChoice("gigatoken", "", ((0xEBA, 0xEBA), (0x1FAE8, 0x1FAE8)), ("<x>",), 12345).describe(90e6, 2e6)
-    for part in ("on 12,345 test texts", "U+0EBA", "too new to be compared", "'<x>'", "about 90 MB/s", "2.0 MB/s for such"):
+    for part in ("on 12,345 test texts", "U+0EBA", "too new to be", "'<x>'", "about 90 MB/s", "2.0 MB/s for such"):
         assert part in mixed
     assert "such documents" not in EncoderChoice("gigatoken").describe(90e6, 2e6)
 
