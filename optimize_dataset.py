@@ -157,17 +157,17 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
 @contextlib.contextmanager
 def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
     """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
+    from tokenization.local_workers import LocalWorkers, end_early
     from tokenization.prepared_tokenizer import load_tokenizer
 
     cluster = find_cluster(settings.address)
     if cluster is None:
-        from tokenization.local_workers import LocalWorkers
-
         num_workers = settings.num_workers or min(available_cpus(), len(plan.units))
         console.say(f"this machine: {num_workers} worker process{'es'[: 2 * (num_workers != 1)]}")
         with contextlib.closing(LocalWorkers(num_workers, lambda: load_tokenizer(plan))) as workers:
             yield workers
     else:
+        end_early()
         with ray_session(cluster):
             from tokenization.ray_workers import RayWorkers  # imports ray, which must find the session's environment
 
@@ -353,10 +353,13 @@ def say_next(settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
+    from tokenization.local_workers import start_early
     from tokenization.plan import check_disk_space, make_plan
 
     start = time.monotonic()
     output_dir = Path(settings.output_dir)
+    if not settings.dry_run:
+        start_early(Path(settings.tokenizer_dir) / "tokenizer.json")
     plan = make_plan(settings)
     describe_plan(plan, settings)
     if settings.dry_run:

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenization.encoder_choice import EncoderChoice, arrow_text_buffers
+from tokenization.encoder_choice import EncoderChoice
+from tokenization.text_arrays import arrow_text_buffers, as_mask, rows_of
 
 # Of a unit: up to 3% of a small one's time, less than 1% of a large one's.
 MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 256 << 10
@@ -94,14 +95,13 @@ class CheckSample:
     def _by_risk(self, texts: pa.Array, candidates: np.ndarray) -> list[int]:
         if not self._added_tokens:
             return candidates.tolist()
-        found = pc.match_substring_regex(texts.take(pa.array(candidates)), self._added_tokens)
-        found = found.to_numpy(zero_copy_only=False)
+        found = as_mask(pc.match_substring_regex(rows_of(texts, candidates), self._added_tokens))
         return [*candidates[found].tolist(), *candidates[~found].tolist()]
 
     def _not_by_reference(self, texts: pa.Array, rows: list[int]) -> list[int]:
         if not rows or not self._choice.has_triggers:
             return rows
-        by_reference = self._choice.needs_reference(texts.take(pa.array(rows)))
+        by_reference = self._choice.needs_reference(rows_of(texts, rows))
         return [row for row, slow in zip(rows, by_reference.tolist()) if not slow]
 
 

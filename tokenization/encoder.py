@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from tokenization.encoder_choice import EncoderChoice, arrow_text_buffers
+from tokenization.encoder_choice import EncoderChoice
+from tokenization.text_arrays import arrow_text_buffers, rows_of
 
 # gigatoken 0.10 remembers every pretoken that it has seen, without bound: about 30 MB per million tokens of random
 # words. A fresh encoder forgets; natural text fills this in about a GB of new words.
@@ -70,6 +71,21 @@ def without_special_tokens(tokenizer: dict[str, Any]) -> dict[str, Any]:
     return {**tokenizer, "added_tokens": tokens, "post_processor": None}
 
 
+def import_gigatoken() -> type:
+    """`fast_encoder.FastEncoder`, imported when it is first asked for."""
+    from tokenization.fast_encoder import FastEncoder
+
+    return FastEncoder
+
+
+_references: dict[bytes, Tokenizer] = {}
+
+
+def load_reference(tokenizer_json: bytes) -> None:
+    """Load what `tokenizers` needs for the next `Encoder` of this tokenizer.json: a third of its start."""
+    _references[tokenizer_json] = Tokenizer.from_str(tokenizer_json.decode())
+
+
 class Encoder:
     """Token ids of a batch of texts, without BOS and EOS.
 
@@ -90,7 +106,10 @@ class Encoder:
         choice: EncoderChoice | None = None,
     ):
         self._json = fast_json or fast_tokenizer_json(tokenizer_json, parse_special_tokens)
-        self._reference = Tokenizer.from_str(tokenizer_json.decode())
+        if tokenizer_json not in _references:
+            load_reference(tokenizer_json)
+        self._reference = _references.pop(tokenizer_json)
+        _references.clear()
         self._reference.encode_special_tokens = not parse_special_tokens
         self._reference.no_padding()
         self._reference.no_truncation()
@@ -121,10 +140,8 @@ class Encoder:
         return self._reference
 
     def _load_fast(self) -> Any | None:
-        from tokenization.fast_encoder import FastEncoder
-
         try:
-            return FastEncoder(self._json)
+            return import_gigatoken()(self._json)
         except Exception as error:  # of whatever kind: a tokenizer.json that it was not made for
             self.load_error = (str(error).splitlines() or [type(error).__name__])[0]
             return None
@@ -145,10 +162,10 @@ class Encoder:
         by_reference = self._choice.needs_reference(texts)
         if not by_reference.any():
             return self._encode_fast(texts)
-        slow_ids, slow_ends = self._encode_by_reference(texts.filter(pa.array(by_reference)))
+        slow_ids, slow_ends = self._encode_by_reference(rows_of(texts, by_reference))
         if by_reference.all():
             return slow_ids, slow_ends
-        fast_ids, fast_ends = self._encode_fast(texts.filter(pa.array(~by_reference)))
+        fast_ids, fast_ends = self._encode_fast(rows_of(texts, ~by_reference))
         lengths = np.empty(len(texts), np.int64)
         lengths[by_reference], lengths[~by_reference] = np.diff(slow_ends), np.diff(fast_ends)
         ends = np.concatenate(([0], np.cumsum(lengths)))

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tokenization.text_arrays import arrow_text_buffers, as_mask
+
 MAX_NAMED = 4
 STRETCH_BYTES = 1024
 LOWEST_FIRST_BYTE = 0xC2  # of a character beyond ASCII in UTF-8
@@ -59,7 +61,7 @@ class EncoderChoice:
         touched = np.zeros(len(texts), bool)
         if self.literals:
             pattern = "|".join(map(re.escape, self.literals))
-            touched |= pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False)
+            touched |= as_mask(pc.match_substring_regex(texts, pattern))
         if self.code_points:
             touched[documents_with(texts, self.code_points)] = True
         return touched
@@ -70,11 +72,12 @@ class EncoderChoice:
         if self.code_points:
             known, num_points = [], 0
             for first, last in self.code_points:
-                # Most are not assigned, more than 800,000: not one by one in Python.
-                categories = list(map(unicodedata.category, map(chr, range(first, last + 1))))
-                num_points += len(categories)
-                if categories.count("Cn") < len(categories):
-                    known += [first + i for i, category in enumerate(categories) if category != "Cn"]
+                num_points += last + 1 - first
+                # Most are not assigned: not one by one in Python, and planes without a character not at all.
+                for start, end in ((first, min(last, 0x3FFFF)), (max(first, 0xE0000), last)):
+                    categories = list(map(unicodedata.category, map(chr, range(start, end + 1))))
+                    if categories.count("Cn") < len(categories):
+                        known += [start + i for i, category in enumerate(categories) if category != "Cn"]
             if known:
                 named = ", ".join(f"U+{point:04X}" for point in known[:MAX_NAMED]) + ", ..." * (len(known) > MAX_NAMED)
                 parts.append(f"one of {len(known):,} characters ({named})")
@@ -110,18 +113,6 @@ class EncoderChoice:
 
 def _megabytes(rate: float) -> str:
     return f"{rate / 1e6:.0f}" if rate >= 1e7 else f"{rate / 1e6:.1f}"
-
-
-def arrow_text_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Views of the buffers of a string array without nulls.
-
-    Returns:
-        offsets, shape (n + 1,), int32 or int64, into the bytes, shape (size,), uint8. No copy is made.
-    """
-    offset_type = np.int64 if pa.types.is_large_string(texts.type) else np.int32
-    _, offsets, data = texts.buffers()
-    offsets = np.frombuffer(offsets, offset_type)[texts.offset : texts.offset + len(texts) + 1]
-    return offsets, np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder import DocumentTooLarge, Encoder
-from tokenization.encoder_choice import arrow_text_buffers
 from tokenization.input_files import DamagedInput, is_jsonl
 from tokenization.input_formats import stream_range
 from tokenization.job import Plan, SplitRecord, Unit, UnitRecord
 from tokenization.prepared_tokenizer import load_tokenizer
+from tokenization.text_arrays import arrow_text_buffers
 from utils import console
 from utils.files import free_bytes
 from utils.machine import available_cpus

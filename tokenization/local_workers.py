@@ -19,9 +19,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from tokenization.encoder import PreparedTokenizer
+from tokenization.encoder import PreparedTokenizer, import_gigatoken, load_reference
 from tokenization.job import Job, Unit, UnitRecord
 from tokenization.tokenize_unit import process_encoder, tokenize_unit
 from tokenization.workers import MAX_RETRIES, WorkerDied, Workers
@@ -41,6 +42,41 @@ class _Worker:
     """The last one that it got."""
 
 
+_early: list[_Worker] = []
+
+
+def start_early(tokenizer_json: Path) -> None:
+    """Start the first process of the next `LocalWorkers`, which imports and loads while its work is being planned.
+
+    Where there turns out to be no work, `end_early` ends it, or this process's own end.
+
+    Args:
+        tokenizer_json: the file, as far as it is known by now.
+    """
+    with contextlib.suppress(OSError):  # LocalWorkers will say it
+        _early.append(_start_process(tokenizer_json))
+
+
+def end_early() -> None:
+    while _early:
+        worker = _early.pop()
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()
+
+
+def _start_process(tokenizer_json: Path | None = None) -> _Worker:
+    # The helper process of multiprocessing. Its start unblocks SIGINT, so it must not happen in _deaf_to_ctrl_c.
+    multiprocessing.resource_tracker.ensure_running()
+    context = multiprocessing.get_context("spawn")  # not fork: Arrow's threads would not survive it
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, tokenizer_json), name="tokenize", daemon=True)
+    with _deaf_to_ctrl_c(), _without_main():
+        process.start()
+    theirs.close()  # so that the pipe ends with the process
+    return _Worker(process, ours)
+
+
 class LocalWorkers(Workers):
     """`num_workers` processes of this machine.
 
@@ -55,10 +91,6 @@ class LocalWorkers(Workers):
     def __init__(
         self, num_workers: int, load_tokenizer: Callable[[], PreparedTokenizer], max_retries: int = MAX_RETRIES
     ):
-        # Not fork: Arrow's threads would not survive it.
-        self._context = multiprocessing.get_context("spawn")
-        # The helper process of multiprocessing. Its start unblocks SIGINT, so it must not happen in _deaf_to_ctrl_c.
-        multiprocessing.resource_tracker.ensure_running()
         raise_open_file_limit(256 + 4 * num_workers)  # each process takes three descriptors here
         self._max_retries = max_retries
         self._deaths: dict[int, int] = {}
@@ -78,12 +110,7 @@ class LocalWorkers(Workers):
             self._send(worker, self._tokenizer)
 
     def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=serve, args=(theirs,), name="tokenize", daemon=True)
-        with _deaf_to_ctrl_c(), _without_main():
-            process.start()
-        theirs.close()  # so that the pipe ends with the process
-        worker = _Worker(process, ours)
+        worker = _early.pop() if _early else _start_process()
         if self._tokenizer is not None:
             self._send(worker, self._tokenizer)
         return worker
@@ -173,9 +200,17 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         handler(*pressed[0])
 
 
-def serve(pipe: Connection) -> None:
-    """The process: the tokenizer first, then units until the pipe ends."""
+def serve(pipe: Connection, tokenizer_json: Path | None = None) -> None:
+    """The process: the tokenizer first, then units until the pipe ends.
+
+    Args:
+        tokenizer_json: a file to load before the tokenizer comes, which it is probably made from.
+    """
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    import_gigatoken()
+    if tokenizer_json:
+        with contextlib.suppress(Exception):  # that it cannot be used is for the parent to find
+            load_reference(tokenizer_json.read_bytes())
     try:
         tokenizer, job = pipe.recv(), None
         while True:

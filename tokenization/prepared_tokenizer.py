@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 from tokenization import encoder_cache
@@ -13,6 +14,8 @@ from tokenization.encoder_check import decide, measured_rates
 from tokenization.job import Plan
 from utils import console
 from utils.errors import UserError
+
+_BETWEEN = re.compile(r"[\s,:]*")
 
 
 def prepare_tokenizer(tokenizer_json: bytes, parse_special_tokens: bool, flag: str) -> PreparedTokenizer:
@@ -48,18 +51,35 @@ def _for_both(
 ) -> tuple[bytes, bytes, dict[str, Any], list[str]]:
     """What either of them loads; the parts of it that the comparison needs; and what the user should know.
 
-    It is parsed once, and its vocabulary not held: a large one takes tenths of a second and tens of MB.
+    It is parsed once, and its vocabulary neither held nor written anew: a large one takes tenths of a second and tens
+    of MB.
     """
-    tokenizer, warnings, changed = completed(json.loads(tokenizer_json), flag)
+    text = tokenizer_json.decode()
+    tokenizer, texts = members_of(text)
+    tokenizer, warnings, changed = completed(tokenizer, flag)
     if changed:
         tokenizer_json = json.dumps(tokenizer, ensure_ascii=False).encode()
+        texts["model"] = json.dumps(tokenizer["model"], ensure_ascii=False)
     stored_ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     fast_json = tokenizer_json
     if not parse_special_tokens:
         tokenizer = without_special_tokens(tokenizer)
-        fast_json = json.dumps(tokenizer, ensure_ascii=False).encode()
+        others = json.dumps({name: value for name, value in tokenizer.items() if name != "model"}, ensure_ascii=False)
+        fast_json = f'{{"model": {texts["model"]}, {others[1:]}'.encode()
     parts = {"stored_ids": stored_ids, **{name: tokenizer.get(name) for name in ("added_tokens", "normalizer")}}
     return tokenizer_json, fast_json, parts, warnings
+
+
+def members_of(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The members of a JSON object, which `json.loads` takes: their values and their texts."""
+    decoder, values, texts = json.JSONDecoder(), {}, {}
+    at = text.index("{") + 1
+    while (at := _BETWEEN.match(text, at).end()) < text.rindex("}"):
+        name, at = decoder.raw_decode(text, at)
+        begin = _BETWEEN.match(text, at).end()
+        values[name], at = decoder.raw_decode(text, begin)
+        texts[name] = text[begin:at]
+    return values, texts
 
 
 def completed(tokenizer: dict[str, Any], flag: str) -> tuple[dict[str, Any], list[str], bool]:

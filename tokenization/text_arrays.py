@@ -8,12 +8,39 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenization.encoder_choice import arrow_text_buffers
-
 # Text per batch. Large enough that the cost per batch vanishes, small enough for the processor's caches.
 BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 1 << 16
 MAX_BATCH_BYTES = 8 << 20
+
+
+def arrow_text_buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Views of the buffers of a string array without nulls.
+
+    Returns:
+        offsets, shape (n + 1,), int32 or int64, into the bytes, shape (size,), uint8. No copy is made.
+    """
+    offset_type = np.int64 if pa.types.is_large_string(texts.type) else np.int32
+    _, offsets, data = texts.buffers()
+    offsets = np.frombuffer(offsets, offset_type)[texts.offset : texts.offset + len(texts) + 1]
+    return offsets, np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+
+
+# By hand, where pyarrow would import pandas, 0.15 s and 40 MB of every worker, to ask whether it has to do with it.
+
+
+def rows_of(texts: pa.Array, rows: np.ndarray | list[int]) -> pa.Array:
+    """Some rows of the array, by a mask of shape (n,), bool, or by their numbers."""
+    rows = np.asarray(rows)
+    if rows.dtype == bool:
+        bits = pa.py_buffer(np.packbits(rows, bitorder="little"))
+        return texts.filter(pa.Array.from_buffers(pa.bool_(), len(rows), [None, bits]))
+    return texts.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows.astype(np.int64))]))
+
+
+def as_mask(found: pa.BooleanArray) -> np.ndarray:
+    """An array without nulls as shape (n,), bool."""
+    return np.frombuffer(found.cast(pa.uint8()).buffers()[1], bool, len(found))
 
 
 def _is_text(arrow_type: pa.DataType) -> bool:

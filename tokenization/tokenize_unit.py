@@ -24,10 +24,10 @@ import xxhash
 from tokenization.check_sample import CheckSample
 from tokenization.chunk_writer import ChunkWriter
 from tokenization.encoder import DocumentTooLarge, Encoder, PreparedTokenizer
-from tokenization.encoder_choice import arrow_text_buffers
 from tokenization.input_files import DamagedInput, check_stamp
 from tokenization.input_formats import stream_range
 from tokenization.job import HASH_RANGE, SPLITS, Job, SplitRecord, Unit, UnitRecord, chunk_name
+from tokenization.text_arrays import arrow_text_buffers, rows_of
 from utils.errors import UserError
 
 
@@ -206,7 +206,7 @@ def _texts_of(
             is_text = np.diff(arrow_text_buffers(texts)[0]) > 0
             record.skipped_empty += len(texts) - int(is_text.sum())
             if not is_text.all():
-                texts = texts.filter(pa.array(is_text))
+                texts = rows_of(texts, is_text)
             if len(texts):
                 yield path, texts
             if not rows_left:
@@ -231,8 +231,8 @@ def process_encoder(job: Job, load_tokenizer: Callable[[], PreparedTokenizer]) -
 
 
 def _warm_up(encoder: Encoder) -> None:
-    """First calls take half a second, which belongs to a process's start and not to its first unit."""
-    texts = pa.array(["warm", "up"])
+    """First calls take longer, which belongs to a process's start and not to its first unit."""
+    texts = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 4, 6], np.int32)), pa.py_buffer(b"warmup"))
     text_hashes(texts)
     encoder.encode(texts)
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenization.encoder_choice import arrow_text_buffers
 from tokenization.input_files import DamagedInput, FileEntry, is_arrow, is_jsonl, list_input_files
 from tokenization.input_formats import read_summaries, stream_range
 from tokenization.job import CHUNK_PATTERN, InputRange, SplitRecord, Unit, UnitRecord
 from tokenization.plan import make_job
+from tokenization.text_arrays import arrow_text_buffers
 from tokenization.tokenize_unit import is_validation, shuffled, text_hashes
 from tokenization.units import UnitPacker
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 
@@ -11,6 +12,7 @@ import pytest
 
 from tokenization.check_sample import MAX_CHECKED_BYTES, CheckSample
 from tokenization.encoder_choice import EncoderChoice, as_ranges, documents_with
+from tokenization.prepared_tokenizer import members_of
 
 POINTS = {0x80, 0xE9, 0x3A2, 0x7FF, 0x800, 0xEBA, 0x3042, 0xFFFD, 0x10000, 0x1FAE8, 0x10FFFF}
 
@@ -112,3 +114,13 @@ def test_what_the_reference_encodes_needs_no_check_and_huge_documents_get_none()
     assert checked([["some words"] * 100 + ["other"]], choice)[0] == [100]
     assert checked([["a " * (1 << 20)]]) == [[]]  # of 2 MiB
     assert checked([["a " * 10_000]]) == [[0]]
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n  "])
+def test_the_members_of_a_json_object_are_those_that_json_reads(space):
+    value = {"a, b": [1, {"}": ":"}], "model": {"vocab": {'"model"': 1, "é\n": 2}}, "": None, "last": "}"}
+    text = space + json.dumps(value, indent=1 if space else None, separators=(f"{space},{space}", f"{space}:{space}"))
+    values, texts = members_of(text + space)
+    assert values == value and list(texts) == list(value)
+    assert {name: json.loads(part) for name, part in texts.items()} == value
+    assert members_of(f"{space}{{{space}}}") == ({}, {})
