@@ -132,11 +132,11 @@ function columns(chart) {
       const label = [runs.length > 1 ? run.name : null, what].filter(Boolean).join(" ");
       const fade = view.smooth && key === "loss" && y.length > 20;
       const shade = chart.keys.length > 1 && runs.length === 1 ? colour(chart.keys.indexOf(key)) : colour(i);
-      const style = { label, stroke: shade, width: 1.5, spanGaps: true, points: { show: sparse, size: 6, fill: shade } };
+      const style = { label, stroke: shade, width: 1.5, spanGaps: true, points: { show: sparse || points.length < 3, size: 6, fill: shade } };
       if (runs.length > 1) style.dash = DASHES[chart.keys.indexOf(key)];
       if (fade) {
         tables.push([x, smoothed(y)], [x, y]);
-        series.push(style, { ...style, label: label + " (each)", stroke: shade + "40", width: 1, points: { show: false } });
+        series.push(style, { ...style, label: label + " (each)", stroke: shade + "60", width: 1, points: { show: false } });
       } else {
         tables.push([x, y]);
         series.push(style);
