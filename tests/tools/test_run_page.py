@@ -1,4 +1,4 @@
-"""The page of a run: what is in it, what must not be, `--serve`, and (slow) a real browser."""
+"""The page of a run: what is in it, what must not be, `--serve`, and a real browser."""
 
 from __future__ import annotations
 
@@ -175,7 +175,6 @@ def in_browser(page: str, script: str, directory: Path, width: int) -> dict[str,
 needs_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
 
 
-@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [400, 1280])
 def test_a_browser_draws_it_without_an_error_and_shows_values_where_one_points(runs, tmp_path, width):
@@ -236,7 +235,6 @@ def write_crowded_run(directory: Path, lr: float) -> Path:
     return directory
 
 
-@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [400, 1280])
 def test_nothing_is_wider_than_the_window(tmp_path, width):
@@ -279,7 +277,6 @@ def test_nothing_is_wider_than_the_window(tmp_path, width):
                                ["1", "", "10"]]  # fmt: skip
 
 
-@pytest.mark.slow
 @needs_browser
 def test_a_single_record_is_a_point(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 100, "loss": 9.5}\n')
