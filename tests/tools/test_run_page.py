@@ -1,7 +1,8 @@
-"""The page of a run: what is in it, what must not be, `--serve`, and (slow) a real browser."""
+"""The page of a run: what is in it, what must not be, `--serve`, and a real browser."""
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -10,10 +11,15 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import said_by
 
+from pretraining.events import record_event
+from pretraining.metrics_writer import MetricsFile
+from pretraining.throughput import PEAK_FLOPS, Throughput
 from tools.run_page import Settings, as_json, collect_all, main, make_server, render
 from tools.run_page_data import MAX_RECORDS, thinned, with_hours
 from utils.errors import UserError
@@ -136,13 +142,43 @@ def test_served_to_this_machine_alone_and_fresh(tmp_path):
         server.shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
-@pytest.mark.parametrize("width", [420, 1400])
+def in_browser(page: str, script: str, directory: Path, width: int) -> dict[str, Any]:
+    """What `script`, the body of an async function, returns in the page; it is drawn in a frame of that width.
+
+    A window would be 500 pixels wide at least. The page allows the script for this test alone.
+    """
+    asking = f"""<script>
+    const errors = []; addEventListener("error", (e) => errors.push(e.message));
+    const settled = () => new Promise((resolve) => setTimeout(resolve, 20));  // virtual time does not wait for frames
+    addEventListener("load", () => setTimeout(async () => {{
+      const answer = await (async () => {{ {script} }})().catch((e) => ({{ thrown: String(e) }}));
+      parent.postMessage(JSON.stringify({{ ...answer, errors, width: innerWidth }}), "*");
+    }}, 300));</script></body>"""
+    (directory / "page.html").write_text(page.replace("</body>", asking))
+    (
+        directory / "frame.html"
+    ).write_text(f"""<iframe src="page.html" width={width} height=1600 style="border: 0"></iframe>
+    <script>addEventListener("message", (e) => document.body.append(
+      Object.assign(document.createElement("pre"), {{ id: "answer", textContent: e.data }})));</script>""")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={directory / 'profile'}"]
+    command += ["--window-size=1600,1700", "--virtual-time-budget=20000", "--dump-dom"]
+    command += [(directory / "frame.html").as_uri()]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="answer">(.*?)</pre>', process.stdout, re.S)
+    assert found, process.stderr[-2000:]
+    answer = json.loads(html.unescape(found[1]))
+    assert "thrown" not in answer and answer["errors"] == [] and answer["width"] == width, answer
+    return answer
+
+
+needs_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [400, 1280])
 def test_a_browser_draws_it_without_an_error_and_shows_values_where_one_points(runs, tmp_path, width):
-    """What is asked of the page is asked by a script that the page allows for this test alone."""
-    question = """
-    const settled = () => new Promise((resolve) => setTimeout(resolve, 20));
+    script = """
     const refreshed = async () => {  // records come, the page was zoomed into, its settings are folded
       const { plot } = charts[0];
       document.querySelector("details").open = false;
@@ -162,33 +198,90 @@ def test_a_browser_draws_it_without_an_error_and_shows_values_where_one_points(r
       ["Home", "ArrowRight"].forEach(press);
       return plot.data[0][plot.cursor.idx];
     };
-    const errors = []; addEventListener("error", (e) => errors.push(e.message));
-    addEventListener("load", () => setTimeout(async () => {
-      const { plot } = charts[0];
-      plot.setCursor({ left: plot.valToPos(2000, "x"), top: 20 });
-      await settled();  // by timers alone: virtual time does not wait for frames
-      document.body.append(element("pre", { id: "answer" }, JSON.stringify({
-        errors, charts: charts.length, pointed: plot.root.querySelector(".u-legend").textContent,
-        overflow: document.documentElement.scrollWidth > innerWidth, title: document.title, keyed: byKeys(),
-        ...await refreshed(),
-        samples: document.querySelector("#samples td.text").textContent,
-        differs: [...document.querySelectorAll("tr.differs td:first-child")].map((td) => td.textContent),
-      })));
-    }, 300));"""
-    page = render(collect_all(runs), live=False)
-    path = tmp_path / "asked.html"
-    path.write_text(page.replace("</body>", f"<script>{question}</script></body>"))
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    command = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},1600", "--virtual-time-budget=20000", "--dump-dom", path.as_uri()]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="answer">(.*?)</pre>', process.stdout, re.S)
-    assert found, process.stderr[-2000:]
-    answer = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert answer["errors"] == [] and not answer["overflow"] and answer["title"] == "first, second"
+    const { plot } = charts[0];
+    plot.setCursor({ left: plot.valToPos(2000, "x"), top: 20 });
+    await settled();
+    return { charts: charts.length, pointed: plot.root.querySelector(".u-legend").textContent, title: document.title,
+      keyed: byKeys(), ...await refreshed(), samples: document.querySelector("#samples td.text").textContent,
+      differs: [...document.querySelectorAll("tr.differs td:first-child")].map((td) => td.textContent) };"""
+    answer = in_browser(render(collect_all(runs), live=False), script, tmp_path, width)
+    assert answer["title"] == "first, second"
     assert answer["charts"] == 5, "loss, bits per byte, rate, speed, the task"
     assert "first training" in answer["pointed"] and "7.000" in answer["pointed"]
     assert HOSTILE in answer["samples"] and answer["differs"] == ["optimizer.lr"]
     assert answer["keyed"] == 100, "Home, then the next record"
     assert answer["zoom"] == [1000, 2000] and answer["same"] and answer["end"] == 4100
     assert not answer["open"] and answer["step"] == "41"
+
+
+def write_crowded_run(directory: Path, lr: float) -> Path:
+    """A run of which everything is wide: MFU, tasks, prompts, texts without a space, an event about a long path."""
+    write_run(directory, lr)
+    (directory / "metrics.jsonl").unlink()
+    metrics = MetricsFile(directory)
+    throughput = Throughput(tokens_per_step=10**6, flops_per_token=2e8, num_devices=1, device=torch.device("cpu"))
+    throughput._peak_flops = PEAK_FLOPS["H200"]  # no CPU has one
+    for step in range(1, 41):
+        throughput.add_step(loss=9 - step / 10, step_s=0.5 + step / 10**4, data_wait_s=0.01)
+        record = {"step": step, "tokens": step * 10**6, "lr": lr, **throughput.record(40 - step)}
+        if step % 10 == 0:
+            record |= {f"task_{'mmlu_high_school_european_history_' * 2}{i}_acc": step / 50 for i in range(4)}
+        metrics.write(record)
+    record_event(directory, "restart", f"rank 1 died; see /tmp{'/session_0123456789' * 20}", tell=False, step=17)
+    with open(directory / "samples.jsonl", "a") as file:
+        for prompt in ("The user " * 60, "x" * 500):
+            sample = {"step": 40, "prompt": prompt, "text": f"{'word ' * 100}\n{'w' * 1000}", "temperature": 0.7}
+            file.write(json.dumps(sample) + "\n")
+    return directory
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_is_wider_than_the_window(tmp_path, width):
+    names = ("short", "a-run-whose-name-is-wider-than-a-telephone" * 3)
+    runs = [str(write_crowded_run(tmp_path / name, 1e-3 * i)) for i, name in enumerate(names, 1)]
+    script = """
+    for (const details of document.querySelectorAll("details")) details.open = true;
+    const found = [];
+    const measure = (when) => {
+      const page = document.documentElement;
+      if (page.scrollWidth > page.clientWidth) found.push(`${when}: the page, ${page.scrollWidth}`);
+      for (const each of document.querySelectorAll("header *, main *")) {
+        const cut = each.matches(".scroll") && each.scrollWidth > each.clientWidth;
+        const beyond = each.getBoundingClientRect().right > page.clientWidth;
+        if (cut || beyond) found.push(`${when}: ${each.outerHTML.slice(0, 80)}`);
+      }
+    };
+    for (const x of ["tokens", "steps", "hours"]) {
+      [...document.querySelectorAll(".choice button")].find((button) => button.textContent === x).click();
+      await settled();
+      measure(x);
+    }
+    for (const value of [0, 1, 2]) {
+      const choice = document.querySelector("#samples select");
+      choice.value = value;
+      choice.dispatchEvent(new Event("change"));
+      measure(`prompt ${value}`);
+    }
+    const mfu = charts.find(({ title }) => title.startsWith("Model FLOPs"));
+    return { found, mfu: mfu.plot.root.querySelector(".u-legend").textContent,
+      run: document.querySelector(".run").textContent,
+      tasks: charts.filter(({ title }) => title.startsWith("mmlu")).length,
+      ticks: [ticks([0.411, 0.412, 0.413], true), ticks([0, 2.25e6, 4.5e6]), ticks([123400, 123450]),
+        ticks([1, null, 10])] };"""
+    answer = in_browser(render(collect_all(runs), live=False), script, tmp_path, width)
+    assert answer["found"] == []
+    mfu = f"{100 * 2e8 * 1e6 / 0.504 / 989e12:.1f}%"
+    assert f"MFU{mfu}" in answer["run"] and mfu in answer["mfu"] and answer["tasks"] == 4
+    assert answer["ticks"] == [["41.1%", "41.2%", "41.3%"], ["0", "2.25 M", "4.5 M"], ["123.4 k", "123.45 k"],
+                               ["1", "", "10"]]  # fmt: skip
+
+
+@needs_browser
+def test_a_single_record_is_a_point(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 100, "loss": 9.5}\n')
+    script = """
+    const { ctx } = charts[0].plot, { data } = ctx.getImageData(0, 0, ctx.canvas.width, ctx.canvas.height);
+    const drawn = [...Array(data.length / 4).keys()].filter((i) => data[4 * i + 2] > data[4 * i] + 100);
+    return { blue: drawn.length };"""
+    assert in_browser(render(collect_all([str(tmp_path)]), live=False), script, tmp_path, 400)["blue"] > 10

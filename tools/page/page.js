@@ -6,6 +6,7 @@ const COLOURS = {
   light: ["#0072b2", "#d55e00", "#00805d", "#b0568a", "#9a6a00", "#4b5bd0", "#6b6b6b"],
   dark: ["#4fa8e8", "#ff8f4d", "#35c79a", "#e79bc4", "#edb93f", "#9aa6ff", "#a9b1ba"],
 };
+const DASHES = [undefined, [6, 4], [2, 3]]; // of a run's curves in one chart, where the colour says which run
 const POLL_MS = 5000;
 const CHARTS = [
   { title: "Loss (nats per token)", keys: ["loss", "val_loss"], main: true },
@@ -43,18 +44,32 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+const UNITS = [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]];
+
 function count(value) {
   if (value === null || value === undefined) return "–";
-  for (const [size, unit] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]]) {
-    if (Math.abs(value) >= size) return +(value / size).toPrecision(3) + unit;
-  }
+  for (const [size, unit] of UNITS) if (Math.abs(value) >= size) return +(value / size).toPrecision(3) + unit;
   return String(+value.toPrecision(4));
+}
+
+// The labels of an axis: with as many digits as its values need, however far one has zoomed in.
+function ticks(values, isPercent) {
+  const known = values.filter((v) => v !== null), most = Math.max(...known.map(Math.abs));
+  const [size, unit] = isPercent ? [0.01, "%"] : UNITS.find(([each]) => most >= each) || [1, ""];
+  const rounded = (v, digits) => +(v / size).toPrecision(digits);
+  const tolerance = (Math.max(...known) - Math.min(...known)) / 1000 || most / 1000;
+  let digits = 1;
+  while (digits < 12 && known.some((v) => Math.abs(rounded(v, digits) * size - v) > tolerance)) digits++;
+  return values.map((v) => (v === null ? "" : v === 0 && !isPercent ? "0" : rounded(v, digits) + unit));
 }
 
 function duration(seconds) {
   const [d, h, m] = [Math.floor(seconds / 86400), Math.floor(seconds / 3600) % 24, Math.floor(seconds / 60) % 60];
   return d ? `${d} d ${h} h` : h ? `${h} h ${m} min` : m ? `${m} min` : `${Math.round(seconds)} s`;
 }
+
+// A long name may break behind each of its words.
+const breakable = (name) => element("span", {}, ...name.split(/(?<=[._])/).flatMap((word) => [word, element("wbr")]));
 
 const last = (records, key) => {
   for (let i = records.length - 1; i >= 0; i--) if (typeof records[i][key] === "number") return records[i][key];
@@ -117,11 +132,11 @@ function columns(chart) {
       const label = [runs.length > 1 ? run.name : null, what].filter(Boolean).join(" ");
       const fade = view.smooth && key === "loss" && y.length > 20;
       const shade = chart.keys.length > 1 && runs.length === 1 ? colour(chart.keys.indexOf(key)) : colour(i);
-      const style = { label, stroke: shade, width: 1.5, spanGaps: true, points: { show: sparse, size: 6, fill: shade } };
-      if (key === "val_loss" && runs.length > 1) style.dash = [6, 4];
+      const style = { label, stroke: shade, width: 1.5, spanGaps: true, points: { show: sparse || points.length < 3, size: 6, fill: shade } };
+      if (runs.length > 1) style.dash = DASHES[chart.keys.indexOf(key)];
       if (fade) {
         tables.push([x, smoothed(y)], [x, y]);
-        series.push(style, { ...style, label: label + " (each)", stroke: shade + "40", width: 1, points: { show: false } });
+        series.push(style, { ...style, label: label + " (each)", stroke: shade + "60", width: 1, points: { show: false } });
       } else {
         tables.push([x, y]);
         series.push(style);
@@ -160,7 +175,7 @@ function placeOf(run, step) {
 function drawChart(chart, into) {
   const found = columns(chart);
   if (!found) return;
-  const card = element("div", { class: chart.main ? "card wide" : "card" }, element("h2", {}, chart.title));
+  const card = element("div", { class: chart.main ? "card wide" : "card" }, element("h2", {}, breakable(chart.title)));
   const holder = element("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${chart.title}: arrow keys point at values`,
     title: "Drag to zoom; double-click or Escape to see all" });
   card.append(holder);
@@ -169,17 +184,19 @@ function drawChart(chart, into) {
   const axis = { stroke: style.getPropertyValue("--quiet"), grid: { stroke: style.getPropertyValue("--grid"), width: 1 },
     ticks: { stroke: style.getPropertyValue("--line"), width: 1 }, font: "11px system-ui, sans-serif" };
   const format = (v) => (v === null || v === undefined ? "–" : chart.percent ? (100 * v).toFixed(1) + "%" :
-    Math.abs(v) >= 1000 ? count(v) : v.toPrecision(4));
+    v === 0 || Math.abs(v) >= 1000 ? count(v) : v.toPrecision(4));
   // Where nobody points, the newest value.
   const legend = (plot, v, i) => format(v ?? plot.data[i].findLast((each) => each !== null && each !== undefined));
-  const shown = (plot, values) => values.map((v) => (v === null ? "" : chart.percent ? Math.round(100 * v) + "%" :
-    Math.abs(v) >= 1000 ? count(v) : String(+v.toPrecision(3))));
+  const space = (plot, i, min, max) => (max - min < max / 20 ? 76 : 50); // zoomed in, the labels are longer
+  const room = (plot, labels) => Math.max(56, 16 + 7 * Math.max(...(labels || []).map((label) => label.length)));
   const size = () => ({ width: Math.max(200, holder.clientWidth), height: chart.main ? 300 : 190 });
   const plot = new uPlot({
     ...size(),
     cursor: { sync: { key: "runs", setSeries: false }, focus: { prox: 24 } },
     scales: { x: { time: false }, y: { distr: chart.main && view.log ? 3 : 1 } },
-    axes: [{ ...axis, values: (_, values) => values.map(count) }, { ...axis, values: shown, size: 56 }],
+    axes: [{ ...axis, values: (_, values) => ticks(values), size: 34, space },
+      { ...axis, values: (_, values) => ticks(values, chart.percent), size: room }],
+    legend: { markers: { dash: (plot, i) => (plot.series[i].dash ? "dashed" : "solid") } },
     series: [{ label: view.x, value: (plot, v) => count(v ?? plot.data[0][plot.data[0].length - 1]) },
       ...found.series.map((each) => ({ ...each, value: legend }))],
     hooks: { draw: [eventMarks] },
@@ -219,18 +236,27 @@ function chartsToDraw() {
 
 // Tables ---------------------------------------------------------------------------------------------------------------
 
-function table(head, rows) {
-  const cell = (tag, value) => {
+// `kind` is "list", whose rows a narrow window shows as paragraphs, or "compared", whose columns are equally wide.
+function table(kind, head, rows) {
+  const cell = (tag, value, name) => {
     const isNumber = typeof value === "number";
-    const made = element(tag, isNumber ? { class: "number" } : {});
+    const made = element(tag, { ...(isNumber ? { class: "number" } : {}), ...(name ? { "data-name": name } : {}) });
     made.append(value instanceof Node ? value : isNumber ? value.toLocaleString("en") : value ?? "");
     return made;
   };
-  const made = element("table", {}, element("thead", {}, element("tr", {}, ...head.map((name) => cell("th", name)))));
+  const made = element("table", { class: kind }, element("thead", {}, element("tr", {}, ...head.map((name) => cell("th", name)))));
   const body = element("tbody");
-  for (const { cells, kind } of rows) body.append(element("tr", kind ? { class: kind } : {}, ...cells.map((c) => cell("td", c))));
+  for (const row of rows) {
+    body.append(element("tr", row.kind ? { class: row.kind } : {}, ...row.cells.map((value, i) => cell("td", value, i && head[i]))));
+  }
   made.append(body);
+  if (kind === "compared") made.style.minWidth = `${7 * head.length}em`;
   return element("div", { class: "scroll" }, made);
+}
+
+function markTexts(made) {
+  for (const cell of made.querySelectorAll("td:last-child")) cell.className = "text";
+  return made;
 }
 
 const chip = (i) => element("span", { class: "chip", colour: colour(i), title: runs[i].name });
@@ -247,11 +273,10 @@ function drawSamples() {
     for (const s of [...run.samples].reverse()) {
       if (s.prompt !== prompts[view.prompt]) continue;
       const text = element("span", {}, element("span", { class: "prompt" }, s.prompt), s.text);
-      rows.push({ cells: [element("span", {}, chip(i), String(s.step)), s.temperature ? `at ${s.temperature}` : "greedy", text] });
+      rows.push({ cells: [element("span", {}, chip(i), `step ${s.step}`), s.temperature ? `at ${s.temperature}` : "greedy", text] });
     }
   });
-  const made = table(["step", "", "what the model writes"], rows);
-  for (const cell of made.querySelectorAll("td:last-child")) cell.className = "text";
+  const made = markTexts(table("list", ["", "", "what the model writes"], rows));
   byId("samples").replaceChildren(element("div", { class: "card" },
     element("div", { class: "bar" }, element("h2", {}, "Samples"), choice), made));
 }
@@ -259,11 +284,11 @@ function drawSamples() {
 function drawEvents() {
   const rows = [];
   runs.forEach((run, i) => {
-    for (const e of run.events) rows.push({ cells: [element("span", {}, chip(i), (e.time || "").replace("T", " ").replace("+00:00", "")),
+    for (const e of run.events) rows.push({ cells: [element("span", {}, chip(i), (e.time || "").replace("T", " ").replace("+00:00", " UTC")),
       element("span", { class: "event" }, e.event), e.step === undefined || e.step === null ? "" : `step ${e.step}`, e.message] });
   });
   byId("events").replaceChildren(...(rows.length ? [element("div", { class: "card" }, element("h2", {}, "Events"),
-    table(["time (UTC)", "event", "", ""], rows))] : []));
+    markTexts(table("list", ["time", "", "", ""], rows)))] : []));
 }
 
 function drawSettings() {
@@ -271,9 +296,9 @@ function drawSettings() {
   if (!names.length) return byId("settings").replaceChildren();
   const row = (name) => runs.map((run) => run.settings[name] ?? "–");
   const differing = names.filter((name) => new Set(row(name)).size > 1);
-  const made = table(["setting", ...runs.map((run) => run.name)],
+  const made = table("compared", ["setting", ...runs.map((run) => run.name)],
     [...differing, ...names.filter((name) => !differing.includes(name))].map((name) => (
-      { cells: [name, ...row(name)], kind: differing.includes(name) ? "differs" : null })));
+      { cells: [breakable(name), ...row(name)], kind: differing.includes(name) ? "differs" : null })));
   const about = runs.length > 1 ? `${differing.length} of ${names.length} settings differ` : `${names.length} settings`;
   const folded = element("details", differing.length ? { open: "" } : {}, element("summary", {}, about), made);
   byId("settings").replaceChildren(element("div", { class: "card" }, element("h2", {}, "Settings"), folded));
@@ -286,7 +311,7 @@ function drawData() {
       d.text_bytes, d.sources, d.tokenizer, d.manifest] });
   });
   byId("data").replaceChildren(...(rows.length ? [element("div", { class: "card" }, element("h2", {}, "Data"),
-    table(["dataset", "split", "documents", "tokens", "bytes of text", "source files", "tokenizer", "manifest"], rows))] : []));
+    table("list", ["dataset", "split", "documents", "tokens", "bytes of text", "source files", "tokenizer", "manifest"], rows))] : []));
 }
 
 // The page -------------------------------------------------------------------------------------------------------------
@@ -309,7 +334,8 @@ function drawControls() {
 }
 
 function drawAll() {
-  document.querySelector("h1").textContent = runs.map((run) => run.name).join(", ");
+  const title = document.querySelector("h1");
+  title.textContent = title.title = runs.map((run) => run.name).join(", "); // the whole of it where it is cut
   drawControls();
   drawRuns();
   drawCharts();
