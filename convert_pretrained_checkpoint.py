@@ -24,7 +24,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
-from export.checkpoint_files import read_checkpoint_manifest
+from export.checkpoint_files import MODEL_CONFIG, read_checkpoint_manifest
 from export.plan import ExportPlan
 from export.publishing import publishing, remove_interrupted
 from utils import cli, console
@@ -225,7 +225,7 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
     from export.hf_config import generation_config, hf_config
     from export.tokenizer_files import write_tokenizer
 
-    shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
+    shutil.copyfile(plan.checkpoint_dir / MODEL_CONFIG, directory / MODEL_CONFIG)
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
     write_json(directory / "generation_config.json", generation_config(bos_id, eos_id, plan.pad_id))
     if plan.has_hf_config:
