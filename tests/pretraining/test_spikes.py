@@ -141,7 +141,7 @@ def of_steps(out_dir: Path) -> list[tuple]:
     return [(r["step"], r["loss"], r["grad_norm"], r["batch_digest"], r["spike_steps"]) for r in metrics_of(out_dir)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_run_goes_back_and_is_the_one_that_never_had_that_text(tmp_path, dataset):
     spikes = run_settings(tmp_path, dataset, "spikes")
     run_ranks([spikes], 2, tmp_path / "job")
