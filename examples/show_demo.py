@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import directory_bytes
-from utils.metrics_file import read_metrics
+from utils.metrics_file import read_records
 
 PROMPTS = ("This function returns", "If the file does not exist,")
 NEW_TOKENS = 60
@@ -66,8 +66,7 @@ def show_training(run_dir: Path) -> None:
 
 def show_samples(run_dir: Path) -> None:
     """What the model wrote after each prompt at the first validation and at the last, side by side."""
-    path = run_dir / "samples.jsonl"
-    samples = read_metrics(path)
+    samples = read_records(run_dir / "samples.jsonl")
     drawn = [sample for sample in samples if sample["temperature"]] or samples  # the likeliest words soon go in circles
     if not drawn:
         return
