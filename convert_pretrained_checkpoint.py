@@ -27,6 +27,7 @@ from typing import Any, Literal
 from export.checkpoint_files import MODEL_CONFIG, read_checkpoint_manifest
 from export.plan import ExportPlan
 from export.publishing import publishing, remove_interrupted
+from export.sizes import parse_bytes
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import free_bytes, write_json
@@ -67,7 +68,7 @@ class Settings:
     """Check everything, print what would be written, and stop."""
 
     def max_shard_bytes(self) -> int:
-        return console.parse_bytes(self.max_shard_size, "--max_shard_size")
+        return parse_bytes(self.max_shard_size, "--max_shard_size")
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the settings that shape the result."""

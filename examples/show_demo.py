@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, console
 from utils.errors import UserError
-from utils.files import directory_bytes
 from utils.metrics_file import read_records
 
 PROMPTS = ("This function returns", "If the file does not exist,")
@@ -107,13 +106,17 @@ def show_generation(export_dir: Path) -> None:
         console.result(textwrap.fill(printable(text), LINE_CHARS, initial_indent="  > ", subsequent_indent="    "))
 
 
+def size_bytes(path: Path) -> int:
+    """Of a file, or of all files below a directory."""
+    return sum(file.lstat().st_size for file in [path, *path.rglob("*")] if file.is_symlink() or not file.is_dir())
+
+
 def show_tree(directory: Path, depth: int = 2, indent: str = "") -> None:
     if not indent:
-        console.result(f"\n{directory}/ ({console.human_bytes(directory_bytes(directory))})")
+        console.result(f"\n{directory}/ ({console.human_bytes(size_bytes(directory))})")
     for path in sorted(directory.iterdir()):
-        size = directory_bytes(path) if path.is_dir() else path.lstat().st_size
         name = path.name + ("/" if path.is_dir() else "")
-        console.result(f"  {indent}{name:<{38 - len(indent)}} {console.human_bytes(size):>10}")
+        console.result(f"  {indent}{name:<{38 - len(indent)}} {console.human_bytes(size_bytes(path)):>10}")
         if path.is_dir() and depth > 1:
             show_tree(path, depth - 1, indent + "  ")
 
