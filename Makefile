@@ -1,5 +1,5 @@
 # make demo    set up .venv, then run every step on real text and show the model
-# make test    set up .venv, then run the tests; `make test-long` has slow ones that matter most, `make test-all` all
+# make test    set up .venv, then run the quick tests; `make test-long` those marked long, `make test-all` all
 # make clean   remove what the demo made; `make distclean` removes .venv too
 
 PYTHON ?= python3
@@ -30,23 +30,8 @@ demo: $(READY)
 test: $(READY)
 	@$(RUN) python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder
 
-# Slow tests of what matters most, minutes each.
-LONG_TESTS := \
-	tests/pretraining/test_failures.py::test_a_crash_and_a_stopped_process_are_told_and_change_nothing \
-	tests/pretraining/test_failures.py::test_restarts_are_counted_until_there_is_progress \
-	tests/pretraining/test_spikes.py::test_the_run_goes_back_and_is_the_one_that_never_had_that_text \
-	tests/pretraining/test_distributed_pretrain_exact.py::test_kills_leave_losses_batches_and_weights_bit_identical \
-	tests/pretraining/test_distributed_pretrain_run.py::test_a_killed_worker_is_started_again_and_the_result_is_the_same \
-	tests/tools/test_find_fastest.py::test_each_combination_is_a_row_whatever_becomes_of_it \
-	tests/tools/test_find_fastest.py::test_the_best_is_yaml_that_training_takes \
-	tests/pretraining/test_context_parallel.py::test_a_shared_run_is_the_run_of_one_process \
-	tests/pretraining/test_packed_dataset.py \
-	tests/pretraining/test_slow_ranks.py::test_a_slow_process_is_named_with_its_place_and_the_others_wait_for_it \
-	tests/tools/test_check_cluster.py::test_a_slow_process_is_named_and_a_wrong_one_refused \
-	tests/test_gpu_acceptance.py::test_every_row_runs_in_small_and_without_ray
-
 test-long: $(READY)
-	@$(RUN) python -m pytest -n $(TEST_PROCESSES) --dist=loadfile $(LONG_TESTS)
+	@$(RUN) python -m pytest -m long -n $(TEST_PROCESSES) --dist=loadfile --no-loadscope-reorder
 
 test-all: $(READY)
 	@$(RUN) python -m pytest

@@ -24,9 +24,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
-from export.checkpoint_files import read_checkpoint_manifest
+from export.checkpoint_files import MODEL_CONFIG, read_checkpoint_manifest
 from export.plan import ExportPlan
 from export.publishing import publishing, remove_interrupted
+from export.sizes import parse_bytes
 from utils import cli, console
 from utils.errors import UserError
 from utils.files import free_bytes, write_json
@@ -67,7 +68,7 @@ class Settings:
     """Check everything, print what would be written, and stop."""
 
     def max_shard_bytes(self) -> int:
-        return console.parse_bytes(self.max_shard_size, "--max_shard_size")
+        return parse_bytes(self.max_shard_size, "--max_shard_size")
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: the settings that shape the result."""
@@ -225,7 +226,7 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
     from export.hf_config import generation_config, hf_config
     from export.tokenizer_files import write_tokenizer
 
-    shutil.copyfile(plan.checkpoint_dir / "model_config.yaml", directory / "model_config.yaml")
+    shutil.copyfile(plan.checkpoint_dir / MODEL_CONFIG, directory / MODEL_CONFIG)
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
     write_json(directory / "generation_config.json", generation_config(bos_id, eos_id, plan.pad_id))
     if plan.has_hf_config:

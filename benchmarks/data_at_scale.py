@@ -24,7 +24,6 @@ from pathlib import Path
 import harness
 
 from utils import cli, console
-from utils.files import directory_bytes
 
 FINEWEB_FILES = 27_000
 FINEWEB_ROW_GROUPS = 1_000
@@ -291,7 +290,7 @@ def measure_tokenization(settings: Settings, work: Path) -> None:
         measured(publish_fineweb, str(progress), FINEWEB_FILES),
     )
     make_index_file(work / "index", num_chunks)
-    size = console.human_bytes(directory_bytes(work / "index"))
+    size = console.human_bytes(harness.directory_bytes(work / "index"))
     report(f"open FineWeb's index of {num_chunks:,} chunks ({size})", measured(open_with_litdata, str(work / "index")))
 
 
@@ -304,7 +303,7 @@ def measure_merge(settings: Settings, work: Path) -> None:
     report(what, (seconds, 0, f"{copied_bytes} bytes copied"))
     shutil.rmtree(out)
     make_split(out, 16, 32_000_000)
-    size = directory_bytes(out)
+    size = harness.directory_bytes(out)
     cp = harness.run("cp", "-r", out, work / "cp")
     merge = harness.run_script("merge_files.py", f"--source_dir={out}", f"--target_dir={copied}", "--mode=copy")
     rate = console.human_bytes(size / merge.seconds)

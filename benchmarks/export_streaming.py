@@ -32,7 +32,6 @@ from harness import Usage
 
 from utils import cli, console
 from utils.errors import UserError
-from utils.files import directory_bytes
 
 MODELS = {  # Llamas with an untied head; changes of litgpt's tiny-llama-1.1b
     "100M": {"n_layer": 10, "n_embd": 768, "n_head": 12, "n_query_groups": 12, "intermediate_size": 2048},
@@ -184,7 +183,7 @@ def row(name: str, usage: Usage) -> list[str]:
 def compare(settings: Settings, work: Path) -> list[str]:
     checkpoint = work / f"checkpoint-{settings.compare}-adamw"
     make_checkpoint(checkpoint, settings.compare, with_optimizer=True)
-    size = directory_bytes(checkpoint)
+    size = harness.directory_bytes(checkpoint)
     their_runs, our_runs = [], []
     for _ in range(settings.num_repeats):
         os.sync()
@@ -223,7 +222,7 @@ def by_size(settings: Settings, work: Path) -> list[str]:
             usage = best([ours(checkpoint, work / "ours", settings, verify) for _ in range(settings.num_repeats)])
             cells += [f"{usage.seconds:.1f} s", console.human_bytes(usage.peak_bytes)]
         parameters = json.loads((work / "ours" / "manifest.json").read_text())["content"]["parameters"]
-        rows.append([f"{size} ({parameters:,})", console.human_bytes(directory_bytes(checkpoint)), *cells])
+        rows.append([f"{size} ({parameters:,})", console.human_bytes(harness.directory_bytes(checkpoint)), *cells])
     header = ["model", "checkpoint", "time, proof included", "peak memory", "--verify=off", "peak memory"]
     return ["Ours by size of the model, weights only, float32:", "", harness.table(header, rows), ""]
 

@@ -263,6 +263,7 @@ def saving(job: Job) -> None:
     import torch
 
     from pretraining.settings import STOP_NAME
+    from utils.metrics_file import read_metrics
 
     join_process_group(job.device)
     harness.write_dataset(job.work_dir / "data", 40_000, TINY["vocab_size"])
@@ -290,7 +291,7 @@ def saving(job: Job) -> None:
         job.check("stopped and resumed: weights and optimizer equal", equal(straight, state_of(resumed)))
     with job.part("NaN"):
         hurt = train("nan", {2: lambda output: output * float("nan")})
-        records = [json.loads(line) for line in (hurt.out_dir / "metrics.jsonl").read_text().splitlines()]
+        records = read_metrics(hurt.out_dir)
         job.check("a step with NaN is counted", [record["nonfinite_steps"] for record in records] == [0, 0, *[1] * 6])
         whole = all(bool(tensor.isfinite().all()) for tensor in state_of(hurt))
         job.check("a step with NaN changes nothing", whole and hurt.state.step == 8)
@@ -566,6 +567,7 @@ def real_trainer(job: Job) -> None:
 
     from pretraining.settings import Settings
     from utils.cli import parse_settings
+    from utils.metrics_file import read_metrics
 
     join_process_group(job.device)
     steps = 10 if job.small else 20
@@ -586,7 +588,7 @@ def real_trainer(job: Job) -> None:
     trainer = make_trainer(settings)
     trainer.writer.save = lambda *_: 0.0
     trainer.run()
-    records = [json.loads(line) for line in (trainer.out_dir / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(trainer.out_dir)
     late = records[steps // 2 :]  # after compilation and the trace
     step_s = statistics.median(record["step_s"] for record in late)
     job.report("tokens/s", trainer.plan.tokens_per_step / step_s)

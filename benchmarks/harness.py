@@ -61,6 +61,10 @@ def run_script(script: str, *arguments: Any, env: Mapping[str, str] | None = Non
     return run(sys.executable, ROOT / script, *arguments, env=env)
 
 
+def directory_bytes(directory: str | os.PathLike) -> int:
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes of one training run
 

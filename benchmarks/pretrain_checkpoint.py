@@ -17,8 +17,6 @@ from pathlib import Path
 
 import harness
 
-from utils.files import directory_bytes
-
 MODEL = {
     "name": "bench-41M", "block_size": 256, "vocab_size": 16384, "padded_vocab_size": 16384, "n_layer": 8,
     "n_embd": 512, "n_head": 8, "n_query_groups": 4, "intermediate_size": 1408, "rotary_percentage": 1.0,
@@ -63,7 +61,7 @@ def measure(directory: Path) -> dict:
     synchronous, held_up = (statistics.median(stalls_s[key][1:]) for key in (False, True))
     return {
         "processes": processes,
-        "checkpoint_bytes": directory_bytes(trainer.writer.last_good),
+        "checkpoint_bytes": harness.directory_bytes(trainer.writer.last_good),
         "synchronous_s": round(synchronous, 3),
         "asynchronous_stall_s": round(held_up, 3),
         "ratio": round(held_up / synchronous, 3),

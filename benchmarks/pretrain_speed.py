@@ -73,6 +73,7 @@ def run_ours(case: dict, directory: Path, steps: int, threads: int, compile: boo
     """One rank."""
     from pretraining.plan import make_plan
     from pretraining.trainer import Trainer
+    from utils.metrics_file import read_metrics
 
     settings = settings_for(case, directory, steps, int(os.environ["WORLD_SIZE"]), threads, compile)
     Path(settings.out_dir).mkdir(exist_ok=True)
@@ -82,7 +83,7 @@ def run_ours(case: dict, directory: Path, steps: int, threads: int, compile: boo
     trainer.run()
     if trainer.rank != 0:
         return {}
-    records = [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(directory / "out")
     step_s, wait_s = ([record[key] for record in records][WARM_UP_STEPS:] for key in ("step_s", "data_wait_s"))
     return {"tokens_per_s": trainer.plan.tokens_per_step / min(step_s), "data_wait_s": statistics.median(wait_s)}
 

@@ -46,7 +46,7 @@ import yaml
 
 from utils import cli, console
 from utils.errors import Problems, UserError
-from utils.files import directory_bytes, free_bytes, write_json
+from utils.files import free_bytes, write_json
 from utils.manifest import file_entry, read_manifest, write_manifest
 from utils.metrics_file import read_metrics
 
@@ -162,7 +162,7 @@ class Bench:
     def check_disk(self) -> None:
         """Raises UserError, which says what would fit."""
         per_token = self.state["tokenizer"]["parquet_bytes_per_token"] + 2.02  # uint16 and a document's offset
-        free = free_bytes(self.work) + sum(directory_bytes(path) for path in (self.text, self.tokens) if path.exists())
+        free = free_bytes(self.work) + sum(map(harness.directory_bytes, (self.text, self.tokens)))
         most = (free - MARGIN_BYTES) / per_token
         console.say(
             f"disk: {console.human_bytes(per_token * self.settings.tokens)} for text and tokens, "
@@ -183,7 +183,7 @@ class Bench:
         return {
             **made,
             **totals,
-            "bytes": directory_bytes(self.text),
+            "bytes": harness.directory_bytes(self.text),
             "files": files,
         }
 
@@ -216,7 +216,7 @@ class Bench:
             f"--output_dir={self.tokens}", "--address=local", f"--num_workers={self.settings.num_workers}",
             kills=[supervised.Kill(two_fifths_done, "with two fifths of the units done")],
         )  # fmt: skip
-        return {**done, "bytes": directory_bytes(self.tokens)}
+        return {**done, "bytes": harness.directory_bytes(self.tokens)}
 
     def merge(self) -> dict[str, Any]:
         target = self.dataset / "train"
@@ -259,7 +259,7 @@ class Bench:
         losses = [record["loss"] for record in read_metrics(self.run) if record.get("loss") is not None]
         return {
             **done,
-            "bytes": directory_bytes(self.run),
+            "bytes": harness.directory_bytes(self.run),
             "losses": [losses[0], losses[-1]],
             "steps": len(losses),
         }

@@ -28,6 +28,7 @@ from typing import Literal
 
 import harness
 
+from export.sizes import parse_bytes
 from utils import cli, console
 from utils.errors import UserError
 from utils.manifest import read_manifest
@@ -266,7 +267,7 @@ def measure_all(settings: Settings, work: Path) -> str:
     if not settings.random_words_size.startswith("0"):
         words = work / f"random-{settings.random_words_size}"
         if not words.exists():
-            write_random_words(words, console.parse_bytes(settings.random_words_size, "--random_words_size"))
+            write_random_words(words, parse_bytes(settings.random_words_size, "--random_words_size"))
         random_peak = measure_ours(words, tokenizer, n, work).worker_peak_bytes
     return table(settings, result, same_files, text_bytes, random_peak)
 

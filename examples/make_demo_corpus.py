@@ -32,6 +32,7 @@ import prose
 from source_files import SourceFile, list_source_files, machine_paths, read_source_file
 
 from export.publishing import publishing
+from export.sizes import parse_bytes
 from utils import cli, console
 from utils.errors import Problems, UserError
 from utils.files import write_json
@@ -359,7 +360,7 @@ def report_tokenizer(directory: Path, seconds: float | None) -> None:
 
 def main(settings: Settings) -> None:
     problems = Problems()
-    size_bytes = problems.collect(console.parse_bytes, settings.size, "--size")
+    size_bytes = problems.collect(parse_bytes, settings.size, "--size")
     if not 1 <= settings.num_files <= 1000:
         problems.add(f"--num_files={settings.num_files}: give 1 to 1000.")
     if not 260 <= settings.vocab_size <= 2**20:

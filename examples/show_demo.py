@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import cli, console
 from utils.errors import UserError
-from utils.files import directory_bytes
-from utils.metrics_file import read_metrics
+from utils.metrics_file import read_records
 
 PROMPTS = ("This function returns", "If the file does not exist,")
 NEW_TOKENS = 60
@@ -66,8 +65,7 @@ def show_training(run_dir: Path) -> None:
 
 def show_samples(run_dir: Path) -> None:
     """What the model wrote after each prompt at the first validation and at the last, side by side."""
-    path = run_dir / "samples.jsonl"
-    samples = read_metrics(path)
+    samples = read_records(run_dir / "samples.jsonl")
     drawn = [sample for sample in samples if sample["temperature"]] or samples  # the likeliest words soon go in circles
     if not drawn:
         return
@@ -108,13 +106,17 @@ def show_generation(export_dir: Path) -> None:
         console.result(textwrap.fill(printable(text), LINE_CHARS, initial_indent="  > ", subsequent_indent="    "))
 
 
+def size_bytes(path: Path) -> int:
+    """Of a file, or of all files below a directory."""
+    return sum(file.lstat().st_size for file in [path, *path.rglob("*")] if file.is_symlink() or not file.is_dir())
+
+
 def show_tree(directory: Path, depth: int = 2, indent: str = "") -> None:
     if not indent:
-        console.result(f"\n{directory}/ ({console.human_bytes(directory_bytes(directory))})")
+        console.result(f"\n{directory}/ ({console.human_bytes(size_bytes(directory))})")
     for path in sorted(directory.iterdir()):
-        size = directory_bytes(path) if path.is_dir() else path.lstat().st_size
         name = path.name + ("/" if path.is_dir() else "")
-        console.result(f"  {indent}{name:<{38 - len(indent)}} {console.human_bytes(size):>10}")
+        console.result(f"  {indent}{name:<{38 - len(indent)}} {console.human_bytes(size_bytes(path)):>10}")
         if path.is_dir() and depth > 1:
             show_tree(path, depth - 1, indent + "  ")
 

@@ -10,6 +10,7 @@ from utils.errors import UserError
 from utils.manifest import MANIFEST_NAME, damaged_files, read_manifest
 
 LIT_MODEL = "lit_model.pth"
+MODEL_CONFIG = "model_config.yaml"
 DCP_METADATA = ".metadata"
 EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
@@ -26,8 +27,7 @@ def read_checkpoint_manifest(checkpoint_dir: Path) -> dict[str, Any] | None:
             f"checkpoint_dir={checkpoint_dir}: no such directory. Give one that distributed_pretrain.py made: "
             "OUT_DIR/final or OUT_DIR/step-.."
         )
-    is_above_or_below = (checkpoint_dir / DCP_METADATA).is_file() or any(checkpoint_dir.glob(f"*/{LIT_MODEL}"))
-    if is_above_or_below and not (checkpoint_dir / LIT_MODEL).exists():
+    if not any((checkpoint_dir / name).exists() for name in (LIT_MODEL, MODEL_CONFIG)):
         raise UserError(nothing_there(checkpoint_dir))  # alone: every other fault would only follow from this one
     manifest = read_manifest(checkpoint_dir, kind="checkpoint")
     if manifest is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from litgpt import GPT, Config
 
-from export.checkpoint_files import EMBEDDING, HEAD
+from export.checkpoint_files import EMBEDDING, HEAD, MODEL_CONFIG
 from export.checkpoint_weights import find_weights
 from export.gguf_file import gguf_layout, gguf_problems
 from export.hf_config import export_problems, family_of
@@ -59,7 +59,7 @@ def make_plan(
 
 
 def read_model_config(checkpoint_dir: Path, formats: str) -> Config:
-    path = checkpoint_dir / "model_config.yaml"
+    path = checkpoint_dir / MODEL_CONFIG
     if not path.is_file():
         raise UserError(
             f"{path}: missing. Training writes it beside the weights; copy it from another checkpoint of the run."

@@ -21,7 +21,7 @@ def remove_interrupted(final: Path, flag: str) -> None:
         with held_lock(left) as is_free:
             if not is_free:
                 raise UserError(f"{flag}={final}: another process is making it in {left}. Wait for it.")
-            console.detail(f"removing {left}, left by an interrupted run")
+            console.say(f"removing {left}, left by an interrupted run", verbosity=2)
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ from utils import console
 from utils.console import human_bytes, human_count
 from utils.errors import UserError
 from utils.files import free_bytes
+from utils.metrics_file import read_records
 
 MFUS = (0.3, 0.4, 0.5)
 FASTEST_NAME = "find_fastest.jsonl"
@@ -106,9 +107,8 @@ def fastest_rate(path: Path, settings: Settings, plan: Plan) -> float | None:
     }
     wanted = json.loads(json.dumps(wanted))
     rate = None
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for row in read_records(path):
         try:
-            row = json.loads(line)
             used = row["settings"]
             same = (
                 row["outcome"] == "ok"
@@ -116,7 +116,7 @@ def fastest_rate(path: Path, settings: Settings, plan: Plan) -> float | None:
                 and {name: used[name] for name in wanted} == wanted
             )
             rate = row["tokens_per_s_per_device"] if same else rate
-        except (ValueError, KeyError, TypeError):  # cut short by a kill, or of another version
+        except (KeyError, TypeError):  # of another version
             continue
     return rate
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import console
-from utils.metrics_file import whole_records
+from utils.metrics_file import read_records
 
 EVENTS_NAME = "events.jsonl"
 
@@ -40,5 +40,4 @@ def record_event(out_dir: str | os.PathLike, event: str, message: str, tell: boo
 
 
 def read_events(out_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    path = Path(out_dir) / EVENTS_NAME
-    return list(whole_records(path.read_text().splitlines(keepends=True))) if path.is_file() else []
+    return read_records(Path(out_dir) / EVENTS_NAME)

@@ -106,4 +106,4 @@ class Tail:
             return [], False
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return list(whole_records(whole.decode(errors="replace").splitlines(keepends=True))), is_another
+        return whole_records(whole), is_another

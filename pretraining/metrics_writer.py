@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.files import atomic_write
-from utils.metrics_file import METRICS_NAME, read_metrics
+from utils.metrics_file import METRICS_NAME, read_records
 
 SAMPLES_NAME = "samples.jsonl"
 
@@ -38,7 +38,7 @@ def rewind_metrics(out_dir: str | os.PathLike, step: int) -> list[dict[str, Any]
 
 
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    records = [record for record in read_metrics(path) if record.get("step", 0) <= step]
+    records = [record for record in read_records(path) if record.get("step", 0) <= step]
     with atomic_write(path) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in records)
     return records
@@ -46,4 +46,4 @@ def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
 
 def samples_of(out_dir: str | os.PathLike, step: int) -> list[dict[str, Any]]:
     """What the model wrote at a step, as samples.jsonl has it."""
-    return [record for record in read_metrics(Path(out_dir) / SAMPLES_NAME) if record.get("step") == step]
+    return [record for record in read_records(Path(out_dir) / SAMPLES_NAME) if record.get("step") == step]

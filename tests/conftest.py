@@ -32,9 +32,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Files of minutes first, so that several processes (`pytest -n 2 --no-loadscope-reorder`) end together."""
-    folders = ("pretraining", "export", "tools", "tokenization", "utils")
+    """Every long test is a slow one. Files of minutes come first, so that several processes (`pytest -n 2
+    --no-loadscope-reorder`) end together."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+    folders = ("pretraining", "export", "tokenization", "tools", "utils")
     items.sort(key=lambda item: folders.index(item.path.parent.name) if item.path.parent.name in folders else -1)
 
 

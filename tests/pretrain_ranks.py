@@ -1,23 +1,23 @@
 """Run the trainer in real processes over gloo without Ray, whose start would cost each test half a minute.
 
-As a script it is one rank: it trains each run of a job file, one after the other, in the same process.
+Each rank is forked from a process that has done the imports, which would cost every rank eight seconds of a core. It
+trains each run of a job, one after the other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing.forkserver
 import os
-import pickle
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FORKS = multiprocessing.get_context("forkserver")
 SLOW_S = 0.1
 """By which the rank that SLOW_RANK names is slower, per micro-batch."""
 
@@ -50,13 +50,25 @@ def settings_of(config: Path, dataset: Path, out_dir: Path, num_devices: int, **
     return settings
 
 
-def start_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = None) -> list[subprocess.Popen]:
-    """Start `num_ranks` processes that train every one of `runs` (Settings)."""
+def start_fork_server() -> None:
+    """Once per process of pytest."""
+    import pytest
+
+    FORKS.set_forkserver_preload([__name__, "pretraining.trainer"])
+    # Read when libraries are loaded: where they are; and one thread, because a fork has no other.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+
+
+def start_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = None) -> list[BaseProcess]:
+    """Start `num_ranks` processes that train every one of `runs` (Settings); what they print is in rank-N.log."""
     from pretraining.plan import make_plan
 
+    start_fork_server()
     directory.mkdir(parents=True, exist_ok=True)
-    job = directory / "job.pickle"
-    job.write_bytes(pickle.dumps([(settings, make_plan(settings)) for settings in runs]))
+    job = [(settings, make_plan(settings)) for settings in runs]
     for settings in runs:
         Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -74,20 +86,21 @@ def start_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = 
             "PYTHONPATH": str(ROOT),
             **(env or {}),
         }
-        log = open(directory / f"rank-{rank}.log", "w")
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, str(job)], env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
-            )
-        )
+        processes.append(FORKS.Process(target=be_rank, args=(job, directory / f"rank-{rank}.log", environment)))
+        processes[-1].start()
     return processes
 
 
 def run_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = None, check: bool = True) -> list[int]:
     """Start them and wait; returns the exit codes."""
     processes = start_ranks(runs, num_ranks, directory, env)
-    codes = [process.wait(timeout=240) for process in processes]
-    if check and any(codes):
+    deadline = time.monotonic() + 240
+    for process in processes:
+        process.join(deadline - time.monotonic())
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that hangs
+    if check and any(code != 0 for code in codes):
         logs = "\n".join(
             f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(directory.glob("rank-*.log"))
         )
@@ -95,16 +108,16 @@ def run_ranks(runs: list, num_ranks: int, directory: Path, env: dict | None = No
     return codes
 
 
-def kill_when(processes: list[subprocess.Popen], condition: Callable[[], object]) -> None:
+def kill_when(processes: list[BaseProcess], condition: Callable[[], object]) -> None:
     """SIGKILL all processes at the moment when `condition()` holds."""
     deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
         time.sleep(0.001)
     for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     for process in processes:
-        process.wait()
+        process.join()
 
 
 def metrics_of(out_dir: Path) -> list[dict]:
@@ -126,7 +139,8 @@ def weights_of(checkpoint: Path) -> dict:
     return _load_distributed_checkpoint(checkpoint / "lit_model.pth")
 
 
-def train_one_rank(job: Path) -> None:
+def be_rank(job: list, log: Path, environment: dict[str, str]) -> None:
+    """The process of one rank."""
     import resource
 
     import torch
@@ -134,17 +148,25 @@ def train_one_rank(job: Path) -> None:
     import pretraining.slow_ranks
     from pretraining.trainer import Trainer
 
-    if "SLOW_RANK" in os.environ:  # a test has not the time for 50
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    if "TORCH_LOGS" in environment:
+        torch._logging._internal._init_logs()  # as at its import
+    if "SLOW_RANK" in environment:  # a test has not the time for 50
         pretraining.slow_ranks.SLOW_STEPS = 6
-    if limit := os.environ.get("LIMIT_FILE_BYTES"):  # writing beyond it fails, as on a full disk
+    if limit := environment.get("LIMIT_FILE_BYTES"):  # writing beyond it fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-    for settings, plan in pickle.loads(job.read_bytes()):
+    for settings, plan in job:
         trainer = Trainer(settings, plan)
-        if os.environ.get("PRINT_TIMEOUTS"):
+        if environment.get("PRINT_TIMEOUTS"):
             mesh = trainer.parameters[0].device_mesh
             for group in (torch.distributed.group.WORLD, *mesh.get_all_groups()):
                 print("timeout_s", group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
-        if os.environ.get("SLOW_RANK") == str(trainer.rank):
+        if environment.get("SLOW_RANK") == str(trainer.rank):
             trainer.model.transformer.h[0].register_forward_pre_hook(lambda *_: time.sleep(SLOW_S))
         trainer.resume_or_initialise()
         trainer.run()
@@ -184,7 +206,3 @@ def measure_memory(trainer) -> None:
         "activations": activations,
     }
     (trainer.out_dir / f"allocated-{trainer.rank}.json").write_text(json.dumps(allocated))
-
-
-if __name__ == "__main__":
-    train_one_rank(Path(sys.argv[1]))

@@ -18,7 +18,7 @@ MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.
 MAX_SCRIPT_LINES = 450
 MAX_MODULE_LINES = 300
 MAX_UTILS_MODULES = 12
-MAX_UTILS_LINES = 1457
+MAX_UTILS_LINES = 1400
 
 
 def num_lines(path: Path) -> int:

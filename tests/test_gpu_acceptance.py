@@ -59,7 +59,7 @@ def kit():
     del sys.modules[spec.name]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_row_runs_in_small_and_without_ray(tmp_path, kit):
     blocked = tmp_path / "blocked"
     blocked.mkdir()

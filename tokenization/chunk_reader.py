@@ -9,8 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from utils.chunks import Chunk, Index, header_bytes
+from utils.chunks import Chunk, Index
 from utils.files import checksum
+
+
+def header_bytes(num_documents: int) -> int:
+    return 4 * (num_documents + 2)
 
 
 def read_document_offsets(path: str | os.PathLike) -> np.ndarray:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from utils.chunks import CODE_OF_DTYPE, MAX_CHUNK_BYTES, Chunk, header_bytes
+from tokenization.chunk_reader import header_bytes
+from utils.chunks import CODE_OF_DTYPE, Chunk
 from utils.files import atomic_write
 
+MAX_CHUNK_BYTES = 2**32 - 1
 # torch's pytree of a single leaf, as litdata stores it.
 _SINGLE_LEAF = '[1, {"type": null, "context": null, "children_spec": []}]'
 

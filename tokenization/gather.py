@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from tokenization.chunk_reader import read_document_offsets
-from tokenization.chunk_writer import chunk_header
+from tokenization.chunk_reader import header_bytes, read_document_offsets
+from tokenization.chunk_writer import MAX_CHUNK_BYTES, chunk_header
 from tokenization.merge_plan import Part
-from utils.chunks import MAX_CHUNK_BYTES, Chunk, header_bytes
+from utils.chunks import Chunk
 from utils.files import atomic_write
 
 COPY_BLOCK_BYTES = 8 << 20

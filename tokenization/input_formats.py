@@ -38,7 +38,7 @@ def read_summaries(
             read_any = read_batches_summary
         return read_any(url, entry, text_column)
 
-    for entry, future in zip(entries, submit_ahead(read, entries, num_threads=FILE_THREADS)):
+    for future, entry in zip(submit_ahead(read, entries, num_threads=FILE_THREADS), entries):
         try:
             yield entry, future.result(), None
         except ValueError as error:

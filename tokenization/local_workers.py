@@ -66,12 +66,12 @@ def end_early() -> None:
 
 
 def _start_process(tokenizer_json: Path | None = None) -> _Worker:
-    # The helper process of multiprocessing. Its start unblocks SIGINT, so it must not happen in _deaf_to_ctrl_c.
+    # The helper process of multiprocessing. Its start unblocks SIGINT, so it must not happen in _deaf.
     multiprocessing.resource_tracker.ensure_running()
     context = multiprocessing.get_context("spawn")  # not fork: Arrow's threads would not survive it
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, tokenizer_json), name="tokenize", daemon=True)
-    with _deaf_to_ctrl_c(), _without_main():
+    with _deaf(), _without_main():
         process.start()
     theirs.close()  # so that the pipe ends with the process
     return _Worker(process, ours)
@@ -182,22 +182,26 @@ def _without_main() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Start a child in here: Ctrl-C reaches the whole process group, but it is the parent that ends its children.
+def _deaf() -> Iterator[None]:
+    """Start a child in here: Ctrl-C and SIGTERM would leave the parent between the child's start and its first message,
+    which the child would miss. They are raised at the end of the block instead.
 
-    The child inherits the blocked signal. The parent's other threads take it all the same, and Python would raise
-    KeyboardInterrupt between the child's start and its first message: it is raised at the end of the block instead.
+    Ctrl-C reaches the whole process group, but it is the parent that ends its children, so the child inherits the
+    blocked signal; the parent's other threads take it all the same.
     """
-    pressed = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    caught: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        signal.signal(signal.SIGINT, handler)
-    if pressed and callable(handler):
-        handler(*pressed[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])
 
 
 def serve(pipe: Connection, tokenizer_json: Path | None = None) -> None:

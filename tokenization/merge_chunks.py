@@ -153,7 +153,7 @@ def for_each_part(
     """Apply `work` to every chunk on a few threads, with a progress bar; all user errors at once."""
     problems, lost, done = Problems(), [], []
     with Progress(label, sum(part.chunk.bytes for part in parts)) as progress:
-        for part, future in zip(parts, submit_ahead(work, parts, num_threads=THREADS)):
+        for future, part in zip(submit_ahead(work, parts, num_threads=THREADS), parts):
             try:
                 done.append(problems.collect(future.result))
             except LostSources as error:

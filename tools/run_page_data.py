@@ -11,7 +11,7 @@ from pretraining.checkpoint import list_checkpoints
 from pretraining.events import read_events
 from pretraining.metrics_writer import SAMPLES_NAME
 from utils.errors import UserError
-from utils.metrics_file import METRICS_NAME, whole_records
+from utils.metrics_file import METRICS_NAME, read_records
 
 MAX_RECORDS = 3000
 """Of a run, so that the page of a long one opens at once."""
@@ -31,15 +31,13 @@ def read_run(run_dir: str, name: str) -> dict[str, Any]:
         raise UserError(f"{run_dir}/{METRICS_NAME}: no step was logged yet. Make the page later.")
     checkpoints, _ = list_checkpoints(directory)
     manifest = checkpoints[0].manifest if checkpoints else {}
-    samples = directory / SAMPLES_NAME
-    lines = samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if samples.is_file() else []
     return {
         "name": name,
         "records": [plain(record) for record in thinned(records)],
         "events": [plain(event) for event in read_events(directory)],
         "samples": [
             plain({key: sample.get(key) for key in ("step", "prompt", "text", "temperature")})
-            for sample in whole_records(lines)
+            for sample in read_records(directory / SAMPLES_NAME)
         ],
         "settings": flat(manifest.get("settings", {})),
         "checkpoint": checkpoints[0].path.name if checkpoints else None,

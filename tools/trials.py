@@ -16,7 +16,8 @@ import numpy as np
 from pretraining.plan import Plan
 from pretraining.process_layout import num_context_groups, shard_size
 from pretraining.settings import Settings
-from utils.chunks import CODE_OF_DTYPE, INDEX_NAME, header_bytes
+from tokenization.chunk_writer import chunk_header, dtype_for_vocabulary
+from utils.chunks import CODE_OF_DTYPE, INDEX_NAME
 from utils.errors import UserError
 from utils.files import write_json
 from utils.manifest import file_entry, write_manifest
@@ -232,15 +233,16 @@ def write_made_up_dataset(directory: Path, vocab_size: int, block_tokens: int) -
 
     Token 0 starts a document each 1,000 tokens, in case that documents are masked from one another.
     """
-    dtype = "uint16" if vocab_size <= 2**16 else "int32"
+    dtype = dtype_for_vocabulary(vocab_size)
     tokens = np.random.default_rng(0).integers(vocab_size, size=_DATA_SEQUENCES * block_tokens).astype(dtype)
     tokens[tokens == 0] = 1
     tokens[::_DOCUMENT_TOKENS] = 0
-    size = header_bytes(1) + tokens.nbytes
+    header = chunk_header(np.array([len(tokens)]), dtype)
+    size = header.nbytes + tokens.nbytes
     for split in ("train", "val"):
         (directory / split).mkdir(parents=True)
         with open(directory / split / "chunk-0.bin", "wb") as file:
-            file.write(np.array([1, header_bytes(1), size], "<u4").tobytes())
+            file.write(header.tobytes())
             file.write(tokens.tobytes())
         chunk = {"chunk_bytes": size, "chunk_size": 1, "dim": len(tokens), "filename": "chunk-0.bin"}
         config = {"item_loader": "TokensLoader", "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"]}

@@ -23,7 +23,6 @@ from utils.errors import UserError
 from utils.manifest import safe_member
 
 INDEX_NAME = "index.json"
-MAX_CHUNK_BYTES = 2**32 - 1
 
 # litdata/constants.py, _TORCH_DTYPES_MAPPING
 CODE_OF_DTYPE = {"int32": 16, "int64": 18, "uint16": 20}
@@ -42,10 +41,6 @@ class Chunk:
     """Of the whole file, header included."""
     xxh3_128: str | None = None
     """Of the whole file; None while nobody has read it."""
-
-
-def header_bytes(num_documents: int) -> int:
-    return 4 * (num_documents + 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,40 +69,38 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
     """
     directory = Path(directory)
     path = directory / INDEX_NAME
+
+    def refused(why: str) -> UserError:
+        return UserError(f"{flag}={directory}: {why}")
+
     if not directory.is_dir():
-        raise UserError(f"{flag}={directory}: no such directory. Give the output of the step before.")
+        raise refused("no such directory. Give the output of the step before.")
     if not path.is_file():
         folders = sorted(index.parent.name for index in directory.glob(f"*/{INDEX_NAME}"))
         if folders:
-            raise UserError(
-                f"{flag}={directory}: not merged yet: its chunks are in separate folders ({', '.join(folders[:5])}). "
+            raise refused(
+                f"not merged yet: its chunks are in separate folders ({', '.join(folders[:5])}). "
                 f"Merge them: python merge_files.py --source_dir={directory} --target_dir=DATA/{directory.name}"
             )
-        raise UserError(
-            f"{flag}={directory}: no {INDEX_NAME} in it. Give a directory of token chunks made by optimize_dataset.py, "
-            "merge_files.py, or litdata.optimize with TokensLoader."
+        raise refused(
+            f"no {INDEX_NAME} in it. Give a directory of token chunks made by optimize_dataset.py, merge_files.py, or "
+            "litdata.optimize with TokensLoader."
         )
     try:
         raw = json.loads(path.read_bytes())
-        config, listed = raw["config"], raw["chunks"]
-        data_format = config["data_format"]
+        config, listed, data_format = raw["config"], raw["chunks"], raw["config"]["data_format"]
         if not isinstance(listed, list) or not isinstance(config, dict):
             raise TypeError("chunks is not a list or config is not an object")
-        kind, _, code = str(
-            data_format[0] if isinstance(data_format, list) and len(data_format) == 1 else ""
-        ).partition(":")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{flag}={directory}: {INDEX_NAME} is not litdata's ({error!r}). Make the directory again."
-        ) from error
-    dtype = DTYPE_OF_CODE.get(int(code)) if code.isdecimal() else None
-    if config.get("item_loader") != "TokensLoader" or kind != "no_header_tensor" or dtype is None:
-        raise UserError(
-            f"{flag}={directory}: item_loader {config.get('item_loader')!r} with data_format {data_format!r} is not a "
-            "dataset of tokens. Make it with optimize_dataset.py, or litdata.optimize(..., item_loader=TokensLoader())."
+        raise refused(f"{INDEX_NAME} is not litdata's ({error!r}). Make the directory again.") from error
+    dtype = next((name for code, name in DTYPE_OF_CODE.items() if data_format == [f"no_header_tensor:{code}"]), None)
+    if config.get("item_loader") != "TokensLoader" or dtype is None:
+        raise refused(
+            f"item_loader {config.get('item_loader')!r} with data_format {data_format!r} is not a dataset of tokens. "
+            "Make it with optimize_dataset.py, or litdata.optimize(..., item_loader=TokensLoader())."
         )
     if config.get("compression") or config.get("encryption"):
-        raise UserError(f"{flag}={directory}: compressed or encrypted chunks cannot be read in place. Make it without.")
+        raise refused("compressed or encrypted chunks cannot be read in place. Make it without.")
 
     chunks = []
     for entry in listed:
@@ -115,12 +108,9 @@ def read_index(directory: str | os.PathLike, flag: str) -> Index:
         safe_member(directory, name)
         counts = [entry.get(key) for key in ("chunk_size", "dim", "chunk_bytes")]
         if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
-            raise UserError(
-                f"{flag}={directory}: {INDEX_NAME} has no valid counts for {name!r}. Make the directory again."
-            )
+            raise refused(f"{INDEX_NAME} has no valid counts for {name!r}. Make the directory again.")
         chunks.append(Chunk(name, *counts))
-    repeated = len(chunks) - len({chunk.name for chunk in chunks})
-    if repeated:
-        raise UserError(f"{flag}={directory}: {INDEX_NAME} names {repeated} chunks twice. Make the directory again.")
+    if repeated := len(chunks) - len({chunk.name for chunk in chunks}):
+        raise refused(f"{INDEX_NAME} names {repeated} chunks twice. Make the directory again.")
     chunk_tokens = config.get("chunk_size")
     return Index(directory, dtype, tuple(chunks), chunk_tokens if isinstance(chunk_tokens, int) else None)

@@ -59,10 +59,8 @@ class Parser(jsonargparse.ArgumentParser):
         if key and key[1] in self.groups:
             message = f"--{key[1]}: is a section. Give its settings one by one, as --{key[1]}.KEY=VALUE."
         elif key:  # an entry of a mapping, --data_mixture.DIRECTORY=WEIGHT
-            hints = [
-                action._typehint for action in self._actions if action.dest == key[1] and hasattr(action, "_typehint")
-            ]
-            message = f"--{key[1]}: must be {_describe(hints[0])}" if hints else message
+            hint = {action.dest: getattr(action, "_typehint", None) for action in self._actions}.get(key[1])
+            message = f"--{key[1]}: must be {_describe(hint)}" if hint else message
         for prefix in ("Validation failed: ", "Parser ", "argument "):
             message = message.removeprefix(prefix)
         self.problems.add(message)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
-
-from utils.errors import UserError
 
 VERBOSITY = 1  # 0: errors, warnings and results only (-q); 1: the story; 2: details too (-v)
 
@@ -18,15 +15,9 @@ def _paint(text: str, code: str, stream) -> str:
     return text
 
 
-def say(text: str = "") -> None:
-    """A line of the step's story."""
-    if VERBOSITY >= 1:
-        print(text, flush=True)
-
-
-def detail(text: str) -> None:
-    """A line that only `-v` shows."""
-    if VERBOSITY >= 2:
+def say(text: str = "", verbosity: int = 1) -> None:
+    """A line of the step's story; of verbosity 2 if only `-v` is to show it."""
+    if verbosity <= VERBOSITY:
         print(text, flush=True)
 
 
@@ -80,16 +71,6 @@ def _scaled(count: float, unit: str, decimals: int) -> str:
             break
         count /= 1000
     return f"{count:.{decimals if prefix else 0}f} {prefix}{unit}"
-
-
-def parse_bytes(text: str, flag: str) -> int:
-    """The bytes that a person wrote as 10MB, 1.5 GiB or 2000; raises UserError where it is not a size."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)(i?)B?\s*", text, re.IGNORECASE)
-    scale = (1024 if match[3] else 1000) ** " kmg".index(match[2].lower() or " ") if match else 0
-    size = int(float(match[1]) * scale) if match else 0
-    if size <= 0:
-        raise UserError(f"{flag}={text}: not a size. Write it as 500MB or 5GB.")
-    return size
 
 
 def human_seconds(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,6 @@ from typing import Any, BinaryIO
 TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(re.escape(TEMPORARY_PREFIX) + r".+-[0-9a-f]{12}")
 
-_COPY_BLOCK_BYTES = 8 << 20
 _NO_ROOM_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # noticed by a write, which knows no name
 
 
@@ -50,14 +50,12 @@ def held_lock(directory: Path) -> Iterator[bool]:
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
+        is_free = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
+        except OSError as error:
+            is_free = not isinstance(error, BlockingIOError)
+        yield is_free
     finally:
         os.close(descriptor)
 
@@ -100,8 +98,7 @@ def remove_temporaries(directory: str | os.PathLike) -> list[str]:
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(entry.path)
+                Path(entry.path).unlink(missing_ok=True)
             removed.append(entry.name)
     return removed
 
@@ -110,15 +107,8 @@ def checksum(path: str | os.PathLike) -> str:
     """XXH3-128 of the file, as 32 hexadecimal digits."""
     import xxhash
 
-    digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(_COPY_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def directory_bytes(directory: str | os.PathLike) -> int:
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(directory) for name in names)
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def free_bytes(path: str | os.PathLike) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -25,8 +26,6 @@ def available_cpus() -> int:
 
 def raise_open_file_limit(wanted: int) -> int:
     """Raise the soft limit of open files to `wanted`, as far as the hard one allows; returns the limit."""
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard if hard != resource.RLIM_INFINITY else wanted, wanted)
     if soft < wanted:

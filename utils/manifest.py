@@ -86,15 +86,12 @@ def _is_entry(key: str, entry: Any) -> bool:
 
 def as_input(directory: str | os.PathLike) -> dict[str, Any]:
     """The entry of a published directory among the inputs of what is made from it."""
-    path = Path(directory) / MANIFEST_NAME
     manifest = read_manifest(directory)
     if manifest is None:
         return {"path": str(directory), "manifest": None}
-    return {
-        "path": str(directory),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "manifest": {key: value for key, value in manifest.items() if key not in LISTS_OF_FILES},
-    }
+    digest = hashlib.sha256((Path(directory) / MANIFEST_NAME).read_bytes()).hexdigest()
+    kept = {key: value for key, value in manifest.items() if key not in LISTS_OF_FILES}
+    return {"path": str(directory), "sha256": digest, "manifest": kept}
 
 
 def file_entry(directory: str | os.PathLike, name: str) -> dict[str, Any]:
@@ -127,14 +124,13 @@ def damaged_files(directory: str | os.PathLike, entries: list[dict[str, Any]], c
             size = path.stat().st_size
         except UserError as error:
             problems.extend(error.problems)
-            continue
         except OSError:
             problems.append(f"{Path(directory) / entry['name']}: missing")
-            continue
-        if size != entry.get("bytes"):
-            problems.append(f"{path}: {size} bytes, the manifest says {entry.get('bytes')}")
-        elif checksums and entry.get("xxh3_128", "") is not None and checksum(path) != entry.get("xxh3_128"):
-            problems.append(f"{path}: checksum differs from the manifest's")
+        else:
+            if size != entry.get("bytes"):
+                problems.append(f"{path}: {size} bytes, the manifest says {entry.get('bytes')}")
+            elif checksums and entry.get("xxh3_128", "") is not None and checksum(path) != entry.get("xxh3_128"):
+                problems.append(f"{path}: checksum differs from the manifest's")
     return problems
 
 

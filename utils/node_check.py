@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from utils.errors import UserError
 from utils.files import temporary_sibling
@@ -25,15 +24,14 @@ def probe_in(directory: str) -> Iterator[str]:
         probe.unlink()
 
 
-def _inspect_node(paths: list[str], packages: tuple[str, ...]) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
+def _inspect_node(paths: list[str], packages: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Versions on this node, and which of the paths it does not see."""
+    versions = {"python": platform.python_version(), **dict.fromkeys(packages, "not installed")}
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             # Without what follows a plus: the head may have torch for CPUs, the others the same torch for CUDA.
             versions[package] = importlib.metadata.version(package).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"versions": versions, "missing": [path for path in paths if not os.path.exists(path)]}
+    return versions, [path for path in paths if not os.path.exists(path)]
 
 
 def check_nodes(
@@ -63,18 +61,16 @@ def check_nodes(
         return nodes  # this machine, this environment: nothing to compare
     inspect = ray.remote(num_cpus=0, max_retries=0)(_inspect_node)
     all_paths = [path for group in paths.values() for path in group]
-    answers = {
-        node["id"]: inspect.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["id"], soft=False)).remote(
-            all_paths, packages
-        )
-        for node in nodes
-    }
-    here = _inspect_node([], packages)["versions"]
-    problems = []
+    answers = []
     for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["id"], soft=False)
+        answers.append(inspect.options(scheduling_strategy=there).remote(all_paths, packages))
+    here, _ = _inspect_node([], packages)
+    problems = []
+    for node, answer in zip(nodes, answers):
         name = f"node {node['address']} ({node['id'][:8]})"
         try:
-            found = ray.get(answers[node["id"]], timeout=timeout_s)
+            versions, missing = ray.get(answer, timeout=timeout_s)
         except ray.exceptions.GetTimeoutError:
             problems.append(f"{name}: no answer within {timeout_s:.0f} s. Look at `ray status`, or remove the node.")
             continue
@@ -83,14 +79,14 @@ def check_nodes(
             continue
         problems += [
             f"{name}: {package} {version}, here {here[package]}. Install this checkout's requirements.txt there."
-            for package, version in found["versions"].items()
+            for package, version in versions.items()
             if version != here[package]
         ]
         problems += [
             f"{name}: does not see {flag}={path}. Put it on a file system that all nodes mount."
             for flag, group in paths.items()
             for path in group
-            if path in found["missing"]
+            if path in missing
         ]
     if problems:
         raise UserError(problems)

@@ -44,13 +44,10 @@ def find_cluster(address: str | None) -> str | None:
         return given
     found = _started_here()
     if found is not None and not _answers(found):  # Ray itself would try for minutes
+        gone = f"the Ray cluster that was started here at {found} is gone"
         if given:
-            raise UserError(
-                f"{flag}: the Ray cluster that was started here at {found} is gone. Start one with `ray start --head`."
-            )
-        console.warn(
-            f"the Ray cluster that was started here at {found} is gone (`ray stop` clears it); going on without"
-        )
+            raise UserError(f"{flag}: {gone}. Start one with `ray start --head`.")
+        console.warn(f"{gone} (`ray stop` clears it); going on without")
         return None
     # Not its address: Ray reads ~/.ray/auth_token by itself only where it finds the cluster by itself.
     return "auto" if given or found else None
@@ -94,11 +91,8 @@ def ray_session(cluster: str | None) -> Iterator[None]:
     try:
         ray.init(address=cluster or "local", include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        where = (
-            f"the Ray cluster at {os.environ.get('RAY_ADDRESS') or 'this machine'}"
-            if cluster == "auto"
-            else f"--address={cluster}"
-        )
+        found = f"the Ray cluster at {os.environ.get('RAY_ADDRESS') or 'this machine'}"
+        where = found if cluster == "auto" else f"--address={cluster}"
         # Ray passes on what its server said only as text.
         if isinstance(error, ray.exceptions.AuthenticationError) or "RAY_AUTH_TOKEN" in f"{error} {error.__cause__}":
             raise UserError(

@@ -138,9 +138,7 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
     )
 
 
-def copy_tokenizer_files(source: str | Path, target: str | Path) -> list[str]:
-    """Copy the tokenizer's files; returns their names."""
-    names = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-    for name in names:
-        shutil.copyfile(Path(source) / name, Path(target) / name)
-    return names
+def copy_tokenizer_files(source: str | Path, target: str | Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)

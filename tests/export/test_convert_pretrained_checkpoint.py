@@ -303,9 +303,21 @@ def test_a_mount_point_or_a_link_is_refused_before_the_work(checkpoint, small_di
 
 
 def test_several_problems_are_told_at_once(checkpoint, tmp_path):
-    (empty := tmp_path / "empty").mkdir()
-    message = refused(empty, tmp_path / "out")
-    assert "model_config.yaml" in message and "no lit_model.pth" in message
+    (damaged := tmp_path / "damaged").mkdir()
+    (damaged / "lit_model.pth").write_bytes(b"no weights")
+    message = refused(damaged, tmp_path / "out")
+    assert "model_config.yaml: missing" in message and "lit_model.pth: " in message
+
+
+def test_what_is_no_checkpoint_is_told_before_the_imports_that_take_seconds(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from convert_pretrained_checkpoint import *\n"
+        "try: check(Settings(sys.argv[1], 'out'))\n"
+        "except UserError as error: print(error, 'torch' in sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert f"checkpoint_dir={tmp_path}: no lit_model.pth in it. Give " in process.stdout
+    assert process.stdout.endswith("False\n"), process.stdout + process.stderr
 
 
 def test_an_existing_directory_is_never_mixed_into(checkpoint, exported, tmp_path):

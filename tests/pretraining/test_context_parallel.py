@@ -181,7 +181,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     np.testing.assert_allclose([ours[step] for step in theirs], list(theirs.values()), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["shared", "selective", "full", "moving"])
 def test_a_shared_run_is_the_run_of_one_process(runs, name):
     assert_same_run(runs / name, runs / "plain")

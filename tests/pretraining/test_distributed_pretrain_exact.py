@@ -124,7 +124,24 @@ def test_a_run_that_moves_from_two_processes_to_one_and_back_goes_on_alike(runs)
     assert tokens == [record["tokens"] for record in metrics_of(runs / "two")]
 
 
-@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_saves_where_it_is_and_goes_on_bit_identical(tmp_path, config, dataset, runs):
+    import torch
+
+    out_dir = tmp_path / "stopped"
+    settings = settings_of(config, dataset, out_dir, 2, train__save_interval=5)
+    out_dir.mkdir()
+    (out_dir / "stop").touch()  # as the command does at SIGTERM
+    run_ranks([settings], 2, tmp_path / "job-1")
+    (saved,) = out_dir.glob("step-*")
+    assert saved.name == f"step-{metrics_of(out_dir)[-1]['step']:08d}" and len(losses_of(out_dir)) < 5
+    (out_dir / "stop").unlink()
+    run_ranks([settings], 2, tmp_path / "job-2")
+    assert losses_of(out_dir) == losses_of(runs / "two") and digests_of(out_dir) == digests_of(runs / "two")
+    expected, found = (weights_of(run / "final")["model"] for run in (runs / "two", out_dir))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.long
 def test_kills_leave_losses_batches_and_weights_bit_identical(tmp_path, dataset):
     """Killed inside an accumulation window in which an epoch ends, and while a checkpoint is written."""
     import torch

@@ -203,7 +203,7 @@ def assert_same_run(out_dir: Path, undisturbed: Path) -> None:
         assert torch.equal(tensor, found[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_is_started_again_and_the_result_is_the_same(
     tmp_path, dataset, long_config, undisturbed, ray_address
 ):
@@ -221,6 +221,7 @@ def test_a_killed_worker_is_started_again_and_the_result_is_the_same(
     assert_same_run(out_dir, undisturbed)
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_kill_9_of_the_driver_loses_nothing(tmp_path, dataset, long_config, undisturbed, ray_address):
     out_dir = tmp_path / "out"
     arguments = ("--config", long_config, "--dataset_path", dataset, "--out_dir", out_dir, "--address", ray_address)

@@ -92,7 +92,7 @@ def wait_for_hang(out_dir: Path, within_s: float) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, flags, quiet):
     """Each is the only restart that is allowed, and the checkpoint between them clears the count."""
     out_dir = tmp_path / "out"
@@ -206,7 +206,7 @@ def test_the_cause_of_a_death_is_named(status, out_of_memory, log, said, expecte
     assert cause_of_death(status, out_of_memory, log, said) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_restarts_are_counted_until_there_is_progress(tmp_path, quiet):
     import shutil
 

@@ -16,7 +16,7 @@ from pretraining.loggers import make_logger, progress_line
 from pretraining.metrics_writer import MetricsFile, rewind_metrics
 from pretraining.settings import LogSettings
 from utils.errors import UserError
-from utils.metrics_file import METRICS_NAME, read_metrics
+from utils.metrics_file import METRICS_NAME, read_metrics, read_records
 
 RECORD = {"step": 3, "tokens": 768, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "tokens_per_s": 1234.0, "eta_s": 61.0}
 
@@ -30,9 +30,11 @@ def test_wandb_that_does_not_start_is_the_users_error_and_keeps_the_key(tmp_path
     assert "WANDB_API_KEY" not in os.environ
 
 
-def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
-    (tmp_path / METRICS_NAME).write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+@pytest.mark.parametrize("end", ['{"step": 3, "lo', '{"step": 3}', '[3]\n{"step": \xe9\n'])
+def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path, end):
+    (tmp_path / METRICS_NAME).write_bytes(b'{"step": 1}\n{"st\n{"step": 2}\n' + end.encode("latin-1"))
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert read_records(tmp_path / "nowhere") == []
 
 
 def test_rewinding_drops_what_came_after_the_checkpoint(tmp_path):

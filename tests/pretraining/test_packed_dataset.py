@@ -35,7 +35,7 @@ from utils.chunks import read_index
 from utils.manifest import read_manifest
 from utils.metrics_file import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 BLOCK, NUM_STEPS, BATCH = 33, 12, 16
 DATASETS = {"bos": ("--add_bos=true", "--add_eos=true"), "eos": ("--add_bos=false", "--add_eos=true")}

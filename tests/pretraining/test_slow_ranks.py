@@ -27,7 +27,7 @@ def test_of_two_ranks_the_faster_one_is_the_measure():
     assert [slowness.add(np.array([1.2, 1.0])) for _ in range(50)][-1] == [0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slow_process_is_named_with_its_place_and_the_others_wait_for_it(tmp_path, dataset):
     config = write_config(tmp_path / "tiny.yaml", train={"max_steps": 20, "save_interval": None}, eval={"interval": 8})
     run_ranks([settings_of(config, dataset, tmp_path / "run", 2)], 2, tmp_path / "job", {"SLOW_RANK": "1"})

@@ -119,7 +119,7 @@ def test_a_sound_cluster_shows_a_table_and_a_report(cluster, tmp_path):
     assert os.listdir(out_dir) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slow_process_is_named_and_a_wrong_one_refused(cluster, tmp_path):
     output = tmp_path / "report.json"
     said = check(

@@ -75,7 +75,7 @@ def searched(ray_address, config, tmp_path_factory) -> tuple[Path, str, list[dic
     return out_dir, said, rows_in(out_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_combination_is_a_row_whatever_becomes_of_it(searched):
     out_dir, said, rows = searched
     # More recomputation is tried where less turned out not to fit, and not where a process died.
@@ -96,7 +96,7 @@ def test_each_combination_is_a_row_whatever_becomes_of_it(searched):
     assert os.listdir(out_dir) == ["find_fastest.jsonl"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_is_yaml_that_training_takes(searched, tmp_path):
     _, said, rows = searched
     fragment = yaml.safe_load(said.partition(" per device, with\n\n")[2].partition("\n\nall figures")[0])
