@@ -39,7 +39,7 @@ def restore_missing(published: dict[str, Any], plan_of: Callable[[], Plan], sett
     target, by_checksum = Path(settings.target_dir), settings.verify == "checksums"
     entries = published["files"]
     found = submit_ahead(lambda entry: damaged_files(target, [entry], by_checksum), entries, num_threads=THREADS)
-    damaged = {entry["name"]: line for entry, future in zip(entries, found) for line in future.result()}
+    damaged = {entry["name"]: line for future, entry in zip(found, entries) for line in future.result()}
     index_is_whole = _has_index(target, entries)
     missing = [*damaged, *([] if index_is_whole else [INDEX_NAME])]
     if not missing:

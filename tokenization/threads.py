@@ -11,8 +11,8 @@ from typing import Any
 def submit_ahead(work: Callable[..., Any], *arguments: Iterable, num_threads: int) -> Iterator[Future]:
     """Like `map(work, *arguments)`, but on threads, and a few calls ahead of the consumer.
 
-    It stands first in a `zip`, which exhausts it then. Where it is left unfinished, Python waits for the threads when it
-    drops it, and loses a Ctrl-C or SIGTERM that comes meanwhile.
+    It stands first in a `zip`, which exhausts it then. Where it is left unfinished, Python waits for the threads when
+    it drops it, and loses a Ctrl-C or SIGTERM that comes meanwhile.
 
     Yields:
         Finished futures in the order of the arguments: `result()` returns or raises what the call did.
