@@ -54,6 +54,65 @@ def test_a_checkpoint_holds_plain_float32_tensors_under_litgpts_names(runs):
     assert shards and not any(b"torchao" in shard for shard in shards)
 
 
+LAYOUTS = {
+    "two": {},
+    "two_kept_whole": {"parallel__reshard_after_forward": "false", "train__tie_embeddings": "true"},
+    "two_copies": {"parallel__sharding": "hybrid", "parallel__shard_size": 1},
+    "recomputed": {"parallel__activation_checkpointing": "selective", "optimizer__name": "muon"},
+}
+
+
+UNSEEN = {"eval__interval": "null", "eval__initial_validation": "false"}
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory, dataset) -> Path:
+    """For each layout 5 steps in float8 with validations and 5 almost without (-unseen), and a run in bfloat16 that
+    starts from the last weights of the first, and validates them before its only step (-bf16)."""
+    directory = tmp_path_factory.mktemp("validated")
+    config = write_config(directory / "tiny.yaml", train={"max_steps": 5, "save_interval": None}, eval={"interval": 2})
+    for num_processes, layouts in ((2, LAYOUTS), (1, {"one": {}})):
+
+        def settings(name, **changes):
+            return settings_of(config, dataset, directory / name, num_processes, **changes)  # noqa: B023
+
+        seen = [settings(name, precision="float8-mixed", **flags) for name, flags in layouts.items()]
+        unseen = [
+            settings(f"{name}-unseen", precision="float8-mixed", **flags, **UNSEEN) for name, flags in layouts.items()
+        ]
+        run_ranks([*seen, *unseen], num_processes, directory / f"job-{num_processes}")
+        in_bf16 = [
+            settings(
+                f"{name}-bf16",
+                precision="bf16-mixed",
+                train__max_steps=1,
+                initial_checkpoint_dir=directory / name / "final",
+                **flags,
+            )
+            for name, flags in layouts.items()
+        ]
+        run_ranks(in_bf16, num_processes, directory / f"job-{num_processes}-bf16")
+    return directory
+
+
+def val_losses_of(out_dir: Path) -> list[float]:
+    return [record["val_loss"] for record in metrics_of(out_dir) if "val_loss" in record]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "one"])
+def test_validation_is_that_of_bfloat16_bit_for_bit(validated, layout):
+    found = val_losses_of(validated / layout)
+    assert len(found) == 4  # at steps 0, 2, 4, and 5
+    assert found[-1] == val_losses_of(validated / f"{layout}-bf16")[0]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "one"])
+def test_validation_changes_nothing_in_training(validated, layout):
+    unseen = validated / f"{layout}-unseen"
+    assert len(val_losses_of(unseen)) == 1  # at the end
+    assert losses_of(unseen) == losses_of(validated / layout) and len(losses_of(unseen)) == 5
+
+
 @pytest.mark.parametrize(("changes", "named"), [({"n_embd": 40}, "n_embd is 40"), ({"intermediate_size": 60}, "60")])
 def test_sizes_that_16_does_not_divide_are_refused(tmp_path, dataset, changes, named):
     config = write_config(tmp_path / "odd.yaml", model_config={**TINY_MODEL, **changes})
