@@ -5,9 +5,9 @@ bfloat16. Inputs and weights of a linear layer are scaled to e4m3, gradients to 
 value (Micikevicius et al., arXiv:2209.05433), and multiplied in float8; on a CPU the same values are multiplied in
 float32.
 
-Evaluation is in bfloat16 altogether, as that of the exported model will be. FSDP2 knows one way to gather a weight and
-keeps buffers for it, so it gathers in float8 there too. Nobody reads that: before a block computes, its weights are
-gathered once more, in bfloat16.
+Evaluation is in bfloat16 altogether: its losses are those of bf16-mixed with these weights, and of the exported model.
+FSDP2 knows one way to gather a weight, and keeps buffers of that type, so it gathers in float8 there too. Nobody reads
+that: before a block evaluates, its weights are gathered once more, in bfloat16.
 
 torchao is an extra: parallelism.py imports this module where the precision is float8-mixed only.
 """
@@ -26,42 +26,27 @@ OLDEST_CAPABILITY = (8, 9)
 
 
 class _Linear(Float8Linear):
-    """Evaluates in bfloat16, with the weight that `_gather_in_bfloat16` has put beside it."""
+    """Evaluates in bfloat16, for which `gather` comes before `forward`, and `drop` after it."""
 
     def train(self, mode: bool = True) -> _Linear:
-        if isinstance(self.weight, DTensor):  # and not FSDP2's gathered one, which can stay from one pass to the next
-            self._shard = (self.weight,)  # in a tuple, so that the module does not list the parameter twice
+        # Between forward and backward pass, and where FSDP2 does not reshard, it has put the gathered weight here.
+        if isinstance(self.weight, DTensor):
+            self._sharded = (self.weight,)  # in a tuple: the module must not list the parameter under a second name
         return super().train(mode)
 
-    def gather_in_bfloat16(self) -> None:
-        (shard,) = self._shard
-        local = shard.to_local()._tensor.bfloat16()
-        whole = DTensor.from_local(
-            local, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride()
-        ).full_tensor()
-        self.gathered = whole
+    def gather(self) -> None:
+        (weight,) = self._sharded
+        local = weight.to_local()._tensor.bfloat16()
+        mesh, placements = weight.device_mesh, weight.placements
+        self._whole = DTensor.from_local(local, mesh, placements).full_tensor()
+
+    def drop(self) -> None:
+        del self._whole
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.training:
             return super().forward(input)
-        return functional.linear(input, self.gathered, self.bias)
-
-
-# Outside of what is compiled, as FSDP2's own hooks are.
-@torch.compiler.disable
-def _gather_in_bfloat16(block: torch.nn.Module, *_) -> None:
-    if not block.training:
-        for module in block.modules():
-            if isinstance(module, _Linear):
-                module.gather_in_bfloat16()
-
-
-@torch.compiler.disable
-def _drop_gathered(block: torch.nn.Module, *_) -> None:
-    if not block.training:
-        for module in block.modules():
-            if isinstance(module, _Linear):
-                del module.gathered
+        return functional.linear(input, self._whole, self.bias)
 
 
 def convert_block(block: torch.nn.Module, device_type: str, compiled: bool) -> None:
@@ -85,11 +70,25 @@ def convert_block(block: torch.nn.Module, device_type: str, compiled: bool) -> N
         )
     config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=not on_gpu)
     convert_to_float8_training(block, config=config)
-    for module in block.modules():
-        if type(module) is Float8Linear:
-            module.__class__ = _Linear
-    block.register_forward_pre_hook(_gather_in_bfloat16)
-    block.register_forward_hook(_drop_gathered)
+    linears = [module for module in block.modules() if type(module) is Float8Linear]
+    for linear in linears:
+        linear.__class__ = _Linear
+
+    # Hooks run outside of what is compiled, as FSDP2's do.
+    @torch.compiler.disable
+    def gather(*_) -> None:
+        if not block.training:
+            for linear in linears:
+                linear.gather()
+
+    @torch.compiler.disable
+    def drop(*_) -> None:
+        if not block.training:
+            for linear in linears:
+                linear.drop()
+
+    block.register_forward_pre_hook(gather)
+    block.register_forward_hook(drop)
 
 
 update_scales = precompute_float8_dynamic_scale_for_fsdp
