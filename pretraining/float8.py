@@ -49,15 +49,18 @@ class _Linear(Float8Linear):
         return functional.linear(input, self._whole, self.bias)
 
 
-def convert_block(block: torch.nn.Module, device_type: str, compiled: bool) -> None:
+def convert_block(block: torch.nn.Module, num_shards: int, device_type: str, compiled: bool) -> None:
     """Make a block's linear layers compute in float8; before it is sharded.
 
     Args:
+        num_shards: processes that share a copy of the model.
         compiled: whether the block will be: uncompiled, each scaling is several passes over memory, and slower on a
             GPU than bfloat16.
 
     Raises:
-        UserError: the GPU has no products in float8, or the block is not compiled for it.
+        UserError: the GPU has no products in float8, the block is not compiled for it, or a weight cannot be shared out
+            evenly: torchao gathers shards as they are, FSDP2 wants them padded, and without a word processes would
+            wait for each other forever.
     """
     on_gpu = device_type == "cuda"
     if on_gpu and not compiled:
@@ -72,6 +75,12 @@ def convert_block(block: torch.nn.Module, device_type: str, compiled: bool) -> N
     convert_to_float8_training(block, config=config)
     linears = [module for module in block.modules() if type(module) is Float8Linear]
     for linear in linears:
+        if linear.out_features % num_shards:
+            raise UserError(
+                f"--precision=float8-mixed: {num_shards} processes share a copy of the model, and a weight has "
+                f"{linear.out_features} rows; all need equally many. Use another number of processes (or, with "
+                "--parallel.sharding=hybrid, another --parallel.shard_size), or bf16-mixed."
+            )
         linear.__class__ = _Linear
 
     # Hooks run outside of what is compiled, as FSDP2's do.

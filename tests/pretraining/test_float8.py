@@ -129,4 +129,11 @@ def test_sizes_that_16_does_not_divide_are_refused(tmp_path, dataset, changes, n
 
 def test_uncompiled_blocks_are_refused_on_gpus():
     with pytest.raises(UserError, match=r"--parallel\.compile=true"):
-        convert_block(torch.nn.Module(), "cuda", compiled=False)
+        convert_block(torch.nn.Module(), 1, "cuda", compiled=False)
+
+
+def test_weights_that_cannot_be_shared_out_evenly_are_refused_instead_of_hanging():
+    block = torch.nn.Sequential(torch.nn.Linear(32, 96, bias=False), torch.nn.Linear(96, 32, bias=False))
+    convert_block(block, 2, "cpu", compiled=False)
+    with pytest.raises(UserError, match=r"3 processes .* 32 rows"):
+        convert_block(torch.nn.Sequential(torch.nn.Linear(96, 32, bias=False)), 3, "cpu", compiled=False)
