@@ -5,7 +5,7 @@ bfloat16. Inputs and weights of a linear layer are scaled to e4m3, gradients to 
 value (Micikevicius et al., arXiv:2209.05433), and multiplied in float8; on a CPU the same values are multiplied in
 float32.
 
-Evaluation is in bfloat16 altogether: its losses are those of bf16-mixed with these weights, and of the exported model.
+Evaluation is in bfloat16 altogether, as of weights that were never rounded to float8: bit for bit that of bf16-mixed.
 FSDP2 knows one way to gather a weight, and keeps buffers of that type, so it gathers in float8 there too. Nobody reads
 that: before a block evaluates, its weights are gathered once more, in bfloat16.
 
