@@ -94,7 +94,7 @@ def shard_model(model: torch.nn.Module, mesh: DeviceMesh, settings: Settings) ->
         if settings.precision == "float8-mixed":
             from pretraining.float8 import convert_block  # torchao is an extra
 
-            convert_block(block, mesh.device_type, parallel.compile)
+            convert_block(block, mesh["shard"].size(), mesh.device_type, parallel.compile)
         if parallel.activation_checkpointing != "none":
             checkpoint_activations(block, parallel.activation_checkpointing)
         if parallel.compile:
