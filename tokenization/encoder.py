@@ -106,9 +106,7 @@ class Encoder:
         choice: EncoderChoice | None = None,
     ):
         self._json = fast_json or fast_tokenizer_json(tokenizer_json, parse_special_tokens)
-        if tokenizer_json not in _references:
-            load_reference(tokenizer_json)
-        self._reference = _references.pop(tokenizer_json)
+        self._reference = _references.get(tokenizer_json) or Tokenizer.from_str(tokenizer_json.decode())
         _references.clear()
         self._reference.encode_special_tokens = not parse_special_tokens
         self._reference.no_padding()
@@ -140,8 +138,9 @@ class Encoder:
         return self._reference
 
     def _load_fast(self) -> Any | None:
+        fast_encoder = import_gigatoken()  # that it is not installed is no property of the tokenizer
         try:
-            return import_gigatoken()(self._json)
+            return fast_encoder(self._json)
         except Exception as error:  # of whatever kind: a tokenizer.json that it was not made for
             self.load_error = (str(error).splitlines() or [type(error).__name__])[0]
             return None

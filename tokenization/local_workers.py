@@ -211,9 +211,9 @@ def serve(pipe: Connection, tokenizer_json: Path | None = None) -> None:
         tokenizer_json: a file to load before the tokenizer comes, which it is probably made from.
     """
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    import_gigatoken()
-    if tokenizer_json:
-        with contextlib.suppress(Exception):  # that it cannot be used is for the parent to find
+    with contextlib.suppress(Exception):  # whoever needs it hears of it
+        import_gigatoken()
+        if tokenizer_json:
             load_reference(tokenizer_json.read_bytes())
     try:
         tokenizer, job = pipe.recv(), None

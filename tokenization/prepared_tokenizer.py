@@ -51,8 +51,8 @@ def _for_both(
 ) -> tuple[bytes, bytes, dict[str, Any], list[str]]:
     """What either of them loads; the parts of it that the comparison needs; and what the user should know.
 
-    It is parsed once, and its vocabulary neither held nor written anew: a large one takes tenths of a second and tens
-    of MB.
+    The file is parsed once. The model's part keeps its text, because a large vocabulary takes 0.1 s to serialize, and
+    its parsed form is not kept.
     """
     text = tokenizer_json.decode()
     tokenizer, texts = members_of(text)
@@ -73,8 +73,8 @@ def _for_both(
 def members_of(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The members of a JSON object, which `json.loads` takes: their values and their texts."""
     decoder, values, texts = json.JSONDecoder(), {}, {}
-    at = text.index("{") + 1
-    while (at := _BETWEEN.match(text, at).end()) < text.rindex("}"):
+    at, end = text.index("{") + 1, text.rindex("}")
+    while (at := _BETWEEN.match(text, at).end()) < end:
         name, at = decoder.raw_decode(text, at)
         begin = _BETWEEN.match(text, at).end()
         values[name], at = decoder.raw_decode(text, begin)
