@@ -139,7 +139,7 @@ def test_tensorboard_shows_events_and_not_the_steps_that_are_undone(tmp_path):
 
 
 def test_wandb_keeps_events_and_says_which_steps_are_undone(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     logger = make_logger("wandb", tmp_path, [], {}, LogSettings(), None)
     for step in range(1, 6):
@@ -151,6 +151,7 @@ def test_wandb_keeps_events_and_says_which_steps_are_undone(tmp_path, monkeypatc
     assert logger._run.summary["loss"] == 1.0 and logger._run.summary["events/went back"] == 5
     logger.log({"step": 6, "loss": 3.0})
     logger.close()
+    wandb.teardown()  # as at a script's end: finish() does not wait for the process that writes the file
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"the text was bad" in file.read_bytes()
 
