@@ -15,16 +15,15 @@ import pyarrow.compute as pc
 from tokenization.encoder_choice import EncoderChoice
 from tokenization.text_arrays import arrow_text_buffers, as_mask, rows_of
 
-# Of a unit: up to 3% of a small one's time, less than 1% of a large one's.
-MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 2 << 10, 256 << 10
-SMALL_UNIT_SHARE, SMALL_UNIT_CHECKED_BYTES, LARGE_UNIT_SHARE = 1 / 4096, 16 << 10, 1 / 8192
+# Of a unit: about 1% of its time, and up to 3% of one of a few MB.
+CHECKED_SHARE, MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 1 / 8192, 2 << 10, 256 << 10
 FIRST_SHARE = 0.25
 """Of the unit's bytes to check, what its first batch may use however small it is."""
 LONGEST_CHECKED_BYTES = 1 << 20
 SPREAD_CANDIDATES, RARE_CANDIDATES = 12, 12
 MAX_LITERALS = 64
 # One byte in so many is looked at for its script: a prime, so that no layout of the text keeps in step with it.
-SCRIPT_STRIDE = 251
+SCRIPT_STRIDE = 509
 
 
 class CheckSample:
@@ -38,8 +37,7 @@ class CheckSample:
 
     def __init__(self, unit_bytes: int, choice: EncoderChoice, added_tokens: list[str]):
         self._unit_bytes = max(unit_bytes, 1)
-        share = max(min(unit_bytes * SMALL_UNIT_SHARE, SMALL_UNIT_CHECKED_BYTES), unit_bytes * LARGE_UNIT_SHARE)
-        self._budget = min(max(share, MIN_CHECKED_BYTES), MAX_CHECKED_BYTES)
+        self._budget = min(max(unit_bytes * CHECKED_SHARE, MIN_CHECKED_BYTES), MAX_CHECKED_BYTES)
         self._choice = choice
         words = sorted(text for text in added_tokens if text.strip())[:MAX_LITERALS]
         self._added_tokens = "|".join(map(re.escape, words))

@@ -21,7 +21,9 @@ from tokenization.text_arrays import (
     joined,
 )
 
-READ_BUFFER_BYTES = 4 << 20
+# Of what is encoded. A row group of a million rows must not be held as a whole; one that is small is read at once,
+# without the copies of a buffer.
+READ_BUFFER_BYTES, MAX_READ_AT_ONCE_BYTES = 4 << 20, 16 << 20
 # The footer says what is encoded. A row of a dictionary takes a few bits there and can be of any length here, so
 # batches start with a row, grow as fast as this, and end early where the text is longer than the footer suggests.
 BATCH_GROWTH = 8
@@ -144,25 +146,33 @@ def stream_texts(
     filesystem, full_path = open_member(url, path)
     group, rows, decoded = row_groups[0], 0, 0
     try:
-        # A read buffer instead of pre_buffer: a row group of a million rows must not be held as a whole.
-        with (
-            filesystem.open_input_file(full_path) as source,
-            pq.ParquetFile(
-                source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES, page_checksum_verification=True
-            ) as parquet,
-        ):
+        with filesystem.open_input_file(full_path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
             check_stamp(url, path, stamp, lambda: _fingerprint_of_readable(parquet, source, text_column))
             column = leaf_index(parquet.metadata, text_column)
+            reader = _reader(source, parquet.metadata, column, row_groups)
             for group in row_groups:
                 rows = parquet.metadata.row_group(group).num_rows
                 if rows:
-                    decoded = yield from _stream_row_group(parquet, group, column, text_column, decoded)
+                    decoded = yield from _stream_row_group(reader, group, column, text_column, decoded)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         check_stamp(url, path, stamp)
         if is_input_failure(error):
             raise
         raise CorruptRowGroup(file_index, group, rows, f"{type(error).__name__}: {error}") from error
     check_stamp(url, path, stamp)
+
+
+def _reader(source: Any, metadata: Any, column: int, row_groups: Sequence[int]) -> pq.ParquetFile:
+    encoded_bytes = max(
+        (metadata.row_group(group).column(column).total_compressed_size for group in row_groups), default=0
+    )
+    return pq.ParquetFile(
+        source,
+        metadata=metadata,
+        pre_buffer=False,
+        buffer_size=READ_BUFFER_BYTES if encoded_bytes > MAX_READ_AT_ONCE_BYTES else 0,
+        page_checksum_verification=True,
+    )
 
 
 def _fingerprint_of_readable(parquet: pq.ParquetFile, source: Any, text_column: str) -> str | None:
@@ -188,7 +198,8 @@ def _stream_row_group(
     metadata = parquet.metadata.row_group(group)
     chunk = metadata.column(column)
     row_bytes = max(1, chunk.total_uncompressed_size // metadata.num_rows)
-    batch_rows = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // row_bytes))
+    num_batches = max(1, round(metadata.num_rows * row_bytes / BATCH_BYTES))
+    batch_rows = min(MAX_BATCH_ROWS, -(-metadata.num_rows // num_batches))
     dictionary_bytes = chunk.data_page_offset - chunk.dictionary_page_offset if chunk.dictionary_page_offset else 0
     most_rows = min(batch_rows, max(1, MAX_DECODED_BYTES // max(dictionary_bytes, 1)))
     # A row group that is encoded like the last one, and was no longer when decoded, needs no careful start.
