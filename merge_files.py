@@ -28,7 +28,7 @@ from typing import Any, Literal
 from utils import cli, console  # first: it says how to install the packages if they are missing
 
 # isort: split
-from tokenization.chunk_writer import make_index
+from tokenization.chunk_index import make_index
 from tokenization.gather import gather_small
 from tokenization.merge_chunks import collect_chunks
 from tokenization.merge_packed import PACKED_PATTERN, Counts, Packing, count_packing, pack_chunks, packing_of

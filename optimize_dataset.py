@@ -40,11 +40,12 @@ from tokenization.output import (
     was_begun_with,
 )
 from tokenization.progress_bar import Progress
+from tokenization.worker_process import end_early, start_early
 from tokenization.workers import MAX_RETRIES, WorkerDied, Workers
 from utils.errors import UserError
 from utils.files import held_lock, remove_temporaries, temporary_sibling
 from utils.machine import available_cpus
-from utils.manifest import some
+from utils.manifest import MANIFEST_NAME, some
 from utils.ray_cluster import find_cluster, ray_session
 
 
@@ -157,7 +158,7 @@ def tokenize(plan: Plan, settings: Settings, progress_file: ProgressFile) -> dic
 @contextlib.contextmanager
 def start_workers(plan: Plan, settings: Settings) -> Iterator[Workers]:
     """Processes that tokenize: on the Ray cluster or, where there is none, on this machine."""
-    from tokenization.local_workers import LocalWorkers, end_early
+    from tokenization.local_workers import LocalWorkers
     from tokenization.prepared_tokenizer import load_tokenizer
 
     cluster = find_cluster(settings.address)
@@ -353,13 +354,13 @@ def say_next(settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-    from tokenization.local_workers import start_early
-    from tokenization.plan import check_disk_space, make_plan
-
     start = time.monotonic()
     output_dir = Path(settings.output_dir)
-    if not settings.dry_run:
+    if not settings.dry_run and not (output_dir / MANIFEST_NAME).exists():
         start_early(Path(settings.tokenizer_dir) / "tokenizer.json")
+
+    from tokenization.plan import check_disk_space, make_plan
+
     plan = make_plan(settings)
     describe_plan(plan, settings)
     if settings.dry_run:

@@ -209,7 +209,7 @@ def schedule(num_tasks: int) -> str:
 
 
 def make_index_file(directory: Path, num_chunks: int) -> None:
-    from tokenization.chunk_writer import make_index
+    from tokenization.chunk_index import make_index
     from utils.chunks import Chunk
 
     directory.mkdir(parents=True)

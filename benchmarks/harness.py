@@ -134,7 +134,8 @@ def write_token_folder(
     """
     import numpy as np
 
-    from tokenization.chunk_writer import chunk_header, dtype_for_vocabulary, make_index
+    from tokenization.chunk_index import make_index
+    from tokenization.chunk_writer import chunk_header, dtype_for_vocabulary
     from utils.chunks import Chunk
     from utils.files import write_json
     from utils.manifest import file_entry, write_manifest

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tokenization.chunk_index import make_index
 from tokenization.chunk_reader import read_document_offsets, read_documents
-from tokenization.chunk_writer import chunk_header, make_index
+from tokenization.chunk_writer import chunk_header
 from utils.chunks import Chunk, read_index
 from utils.errors import UserError
 from utils.manifest import damaged_files, read_manifest, safe_member, write_manifest

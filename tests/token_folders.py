@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenization.chunk_writer import chunk_header, make_index
+from tokenization.chunk_index import make_index
+from tokenization.chunk_writer import chunk_header
 from utils.chunks import Chunk
 from utils.files import checksum
 from utils.manifest import read_manifest, write_manifest

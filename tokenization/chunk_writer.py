@@ -1,21 +1,18 @@
-"""Writes litdata's TokensLoader chunks and their index.json; utils/chunks.py draws the format."""
+"""Writes litdata's TokensLoader chunks; utils/chunks.py draws the format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from tokenization.chunk_reader import header_bytes
-from utils.chunks import CODE_OF_DTYPE, Chunk
+from utils.chunks import Chunk
 from utils.files import atomic_write
 
 MAX_CHUNK_BYTES = 2**32 - 1
-# torch's pytree of a single leaf, as litdata stores it.
-_SINGLE_LEAF = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 
 def dtype_for_vocabulary(vocab_size: int) -> str:
@@ -41,38 +38,6 @@ def chunk_header(document_tokens: np.ndarray, dtype: str) -> np.ndarray:
     if n and ends[-1] > MAX_CHUNK_BYTES:
         raise ValueError(f"a chunk of {ends[-1]} bytes does not fit the format's 32-bit offsets")
     return np.concatenate(([n, header_bytes(n)], ends)).astype("<u4")
-
-
-def make_index(chunks: Sequence[Chunk], dtype: str, chunk_tokens: int | None, fingerprint: str) -> dict[str, Any]:
-    """The content of index.json.
-
-    Args:
-        chunks: in the order in which the dataset is read.
-        dtype: of the tokens.
-        chunk_tokens: the size at which chunks were cut.
-        fingerprint: hexadecimal, changes with the content. litdata uses `updated_at` to tell whether its cache of
-            a remote directory is stale; a clock there would make equal datasets differ.
-    """
-    return {
-        "chunks": [
-            {"chunk_bytes": chunk.bytes, "chunk_size": chunk.documents, "dim": chunk.tokens, "filename": chunk.name}
-            for chunk in chunks
-        ],
-        "config": {
-            "chunk_bytes": None,
-            "chunk_size": chunk_tokens,
-            "compression": None,
-            "compression_batch_size": None,
-            "compression_level": None,
-            "data_format": [f"no_header_tensor:{CODE_OF_DTYPE[dtype]}"],
-            "data_spec": _SINGLE_LEAF,
-            "encryption": None,
-            "ipc_compression": None,
-            "item_loader": "TokensLoader",
-            "types": "tensor",
-        },
-        "updated_at": str(int(fingerprint[:12], 16)),
-    }
 
 
 class ChunkWriter:

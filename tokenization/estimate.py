@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from tokenization.encoder import DocumentTooLarge, Encoder
-from tokenization.input_files import DamagedInput, is_jsonl
+from tokenization.input_files import DamagedInput
 from tokenization.input_formats import stream_range
+from tokenization.input_names import is_jsonl
 from tokenization.job import Plan, SplitRecord, Unit, UnitRecord
 from tokenization.prepared_tokenizer import load_tokenizer
 from tokenization.text_arrays import arrow_text_buffers

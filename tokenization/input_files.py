@@ -17,14 +17,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
+from tokenization.input_names import is_arrow, is_input
 from tokenization.job import FileEntry, InputStamp
 from tokenization.saved_datasets import only_datasets_own
 from utils import console
 from utils.errors import UserError
 
-PARQUET_ENDINGS = (".parquet",)
-JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-ARROW_ENDINGS = (".arrow",)
 END_BYTES = 64 << 10  # of each end of a file, for its fingerprint
 MAX_LINKS_NAMED = 5
 
@@ -107,23 +105,6 @@ def _is_hidden(name: str) -> bool:
     return name.startswith((".", "_"))
 
 
-def is_arrow(path: str) -> bool:
-    return path.lower().endswith(ARROW_ENDINGS)
-
-
-def is_jsonl(path: str) -> bool:
-    return path.lower().endswith(JSONL_ENDINGS)
-
-
-def compression_of(path: str) -> str | None:
-    """Arrow's name of the compression of a JSON lines file; None: it has none."""
-    return {"gz": "gzip", "zst": "zstd"}.get(path.lower().rpartition(".")[2])
-
-
-def _is_input(name: str) -> bool:
-    return name.lower().endswith(PARQUET_ENDINGS) or is_arrow(name) or is_jsonl(name)
-
-
 def _list_remote(filesystem: Any, base: str) -> tuple[list[FileEntry], bool]:
     info = filesystem.get_file_info(base)
     if info.type == pafs.FileType.File:
@@ -132,7 +113,7 @@ def _list_remote(filesystem: Any, base: str) -> tuple[list[FileEntry], bool]:
     entries = []
     for file in found:
         path = file.path[len(base) :].lstrip("/")
-        if file.type == pafs.FileType.File and _is_input(path) and not any(map(_is_hidden, path.split("/"))):
+        if file.type == pafs.FileType.File and is_input(path) and not any(map(_is_hidden, path.split("/"))):
             entries.append(FileEntry(path, file.size))
     return entries, info.type != pafs.FileType.NotFound or bool(found)
 
@@ -216,7 +197,7 @@ def _list_local(base: str) -> list[FileEntry]:
         with os.scandir(full_path) as found:
             for item in found:
                 is_directory = item.is_dir()
-                if not _is_hidden(item.name) and (is_directory or _is_input(item.name)):
+                if not _is_hidden(item.name) and (is_directory or is_input(item.name)):
                     heapq.heappush(queue, (num_links + item.is_symlink(), f"{path}/{item.name}".lstrip("/")))
     if again:
         named = ", ".join(map(console.printable, again[:MAX_LINKS_NAMED])) + ", ..." * (len(again) > MAX_LINKS_NAMED)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence, Set
 import pyarrow as pa
 
 from tokenization.arrow_files import read_batches_summary, stream_batches
-from tokenization.input_files import FileEntry, is_arrow, is_jsonl
+from tokenization.input_files import FileEntry
+from tokenization.input_names import is_arrow, is_jsonl
 from tokenization.job import InputRange, Job, UnitRecord
 from tokenization.jsonl import read_summary, stream_jsonl
 from tokenization.parquet import read_footer, stream_texts

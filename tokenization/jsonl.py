@@ -23,13 +23,13 @@ from tokenization.input_files import (
     DamagedInput,
     FileEntry,
     check_stamp,
-    compression_of,
     ends_of,
     fingerprint_of_ends,
     is_input_failure,
     open_member,
     reading_failed,
 )
+from tokenization.input_names import compression_of
 from tokenization.job import InputRange, Job, Piece, UnitRecord
 from tokenization.json_text import BLANKS, read_row, text_of_row, texts_of_lines
 from tokenization.line_ranges import count_lines_before, lines_of_range

@@ -8,29 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import multiprocessing.connection
-import multiprocessing.resource_tracker
-import os
-import pickle
-import signal
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from tokenization.encoder import PreparedTokenizer, import_gigatoken, load_reference
+from tokenization.encoder import PreparedTokenizer
 from tokenization.job import Job, Unit, UnitRecord
-from tokenization.tokenize_unit import process_encoder, tokenize_unit
+from tokenization.worker_process import start_process
 from tokenization.workers import MAX_RETRIES, WorkerDied, Workers
 from utils.errors import UserError
 from utils.machine import raise_open_file_limit
-
-FOLDER = "0"
-"""Sub-folder of train/ and val/: this machine is the only node."""
 
 
 @dataclasses.dataclass
@@ -40,41 +28,6 @@ class _Worker:
     unit: Unit | None = None
     job: Job | None = None
     """The last one that it got."""
-
-
-_early: list[_Worker] = []
-
-
-def start_early(tokenizer_json: Path) -> None:
-    """Start the first process of the next `LocalWorkers`, which imports and loads while its work is being planned.
-
-    Where there turns out to be no work, `end_early` ends it, or this process's own end.
-
-    Args:
-        tokenizer_json: the file, as far as it is known by now.
-    """
-    with contextlib.suppress(OSError):  # LocalWorkers will say it
-        _early.append(_start_process(tokenizer_json))
-
-
-def end_early() -> None:
-    while _early:
-        worker = _early.pop()
-        worker.process.kill()
-        worker.process.join()
-        worker.pipe.close()
-
-
-def _start_process(tokenizer_json: Path | None = None) -> _Worker:
-    # The helper process of multiprocessing. Its start unblocks SIGINT, so it must not happen in _deaf.
-    multiprocessing.resource_tracker.ensure_running()
-    context = multiprocessing.get_context("spawn")  # not fork: Arrow's threads would not survive it
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, tokenizer_json), name="tokenize", daemon=True)
-    with _deaf(), _without_main():
-        process.start()
-    theirs.close()  # so that the pipe ends with the process
-    return _Worker(process, ours)
 
 
 class LocalWorkers(Workers):
@@ -110,7 +63,7 @@ class LocalWorkers(Workers):
             self._send(worker, self._tokenizer)
 
     def _start(self) -> _Worker:
-        worker = _early.pop() if _early else _start_process()
+        worker = _Worker(*start_process())
         if self._tokenizer is not None:
             self._send(worker, self._tokenizer)
         return worker
@@ -166,83 +119,3 @@ class LocalWorkers(Workers):
         for worker in self._workers:
             worker.process.join()
             worker.pipe.close()
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Start a child in here that does not import the script, as multiprocessing would have it: it needs nothing of it,
-    and the command line's parser alone takes 0.2 s of each process."""
-    main = sys.modules["__main__"]
-    file = main.__dict__.pop("__file__", None)
-    try:
-        yield
-    finally:
-        if file is not None:
-            main.__file__ = file
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Start a child in here: Ctrl-C and SIGTERM would leave the parent between the child's start and its first message,
-    which the child would miss. They are raised at the end of the block instead.
-
-    Ctrl-C reaches the whole process group, but it is the parent that ends its children, so the child inherits the
-    blocked signal; the parent's other threads take it all the same.
-    """
-    caught: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if caught:
-        signal.raise_signal(caught[0])
-
-
-def serve(pipe: Connection, tokenizer_json: Path | None = None) -> None:
-    """The process: the tokenizer first, then units until the pipe ends.
-
-    Args:
-        tokenizer_json: a file to load before the tokenizer comes, which it is probably made from.
-    """
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    with contextlib.suppress(Exception):  # whoever needs it hears of it
-        import_gigatoken()
-        if tokenizer_json:
-            load_reference(tokenizer_json.read_bytes())
-    try:
-        tokenizer, job = pipe.recv(), None
-        while True:
-            new_job, unit = pipe.recv()
-            job = new_job or job
-            try:
-                encoder = process_encoder(job, lambda: tokenizer)
-                answer = tokenize_unit(job, unit, FOLDER, encoder)
-            except BaseException as error:  # a panic in Rust code is not an Exception
-                answer = _as_message(error)
-            pipe.send(answer)
-    except (EOFError, OSError):  # the parent is gone or has closed
-        return
-
-
-def _as_message(error: BaseException) -> Exception:
-    """The error as the parent gets it: itself if it survives the pipe, else its text."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        error.add_note(text)
-        if isinstance(pickle.loads(pickle.dumps(error)), Exception):
-            return error
-    except Exception:
-        pass
-    return RuntimeError(text)
-
-
-def _die_with_parent() -> None:
-    """Do not even finish the current unit: whoever takes over the work may be writing the same files already."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

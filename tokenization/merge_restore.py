@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenization.chunk_writer import make_index
+from tokenization.chunk_index import make_index
 from tokenization.merge_chunks import THREADS, for_each_part, how_to_get_back, place_part, try_link, verify_sources
 from tokenization.merge_packed import restore_packed
 from tokenization.merge_plan import Plan

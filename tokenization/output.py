@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokenization.chunk_writer import make_index
-from tokenization.input_files import compression_of, is_jsonl
+from tokenization.chunk_index import make_index
+from tokenization.input_names import compression_of, is_jsonl
 from tokenization.job import CHUNK_PATTERN, SPLITS, Plan, UnitRecord
 from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME, manifest_or_none
 from utils import console

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
-from tokenization.input_files import FileEntry, is_arrow, is_jsonl, list_input_files
+from tokenization.input_files import FileEntry, list_input_files
 from tokenization.input_formats import read_summaries
+from tokenization.input_names import is_arrow, is_jsonl
 from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit, fingerprint_of_identity
 from tokenization.output import check_output_dir
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes

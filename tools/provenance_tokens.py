@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.chunk_reader import counted_in, verify
-from tokenization.input_files import compression_of, is_jsonl
+from tokenization.input_names import compression_of, is_jsonl
 from tokenization.job import SPLITS, UnitRecord, fingerprint_of_identity
 from tokenization.merge_plan import fingerprint_of
 from tokenization.missing_chunks import MADE_FROM, MOVED_NAME, PLAN_NAME, chunk_of, moved_to, recorded_chunks

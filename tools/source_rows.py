@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenization.input_files import DamagedInput, FileEntry, is_arrow, is_jsonl, list_input_files
+from tokenization.input_files import DamagedInput, FileEntry, list_input_files
 from tokenization.input_formats import read_summaries, stream_range
+from tokenization.input_names import is_arrow, is_jsonl
 from tokenization.job import CHUNK_PATTERN, InputRange, SplitRecord, Unit, UnitRecord
 from tokenization.plan import make_job
 from tokenization.text_arrays import arrow_text_buffers

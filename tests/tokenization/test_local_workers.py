@@ -16,9 +16,11 @@ import pytest
 from conftest import ROOT
 
 from tokenization.job import HASH_RANGE, InputRange, Job, Unit
-from tokenization.local_workers import LocalWorkers, _as_message, _deaf, end_early, start_early
+from tokenization.local_workers import LocalWorkers
 from tokenization.parquet import CorruptRowGroup
 from tokenization.prepared_tokenizer import prepare_tokenizer
+from tokenization.unit_server import _as_message
+from tokenization.worker_process import _deaf, end_early, start_early
 
 
 class TakesTwo(Exception):

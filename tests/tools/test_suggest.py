@@ -12,7 +12,8 @@ import pytest
 import yaml
 from conftest import ROOT, run_a_script
 
-from tokenization.chunk_writer import chunk_header, make_index
+from tokenization.chunk_index import make_index
+from tokenization.chunk_writer import chunk_header
 from tools.scaling_laws import choose_shape, deepseek, step_law
 from tools.suggest import Settings, suggest
 from utils.chunks import Chunk
