@@ -198,7 +198,7 @@ def _stream_row_group(
     metadata = parquet.metadata.row_group(group)
     chunk = metadata.column(column)
     row_bytes = max(1, chunk.total_uncompressed_size // metadata.num_rows)
-    num_batches = max(1, round(metadata.num_rows * row_bytes / BATCH_BYTES))
+    num_batches = -(-metadata.num_rows * row_bytes // BATCH_BYTES)
     batch_rows = min(MAX_BATCH_ROWS, -(-metadata.num_rows // num_batches))
     dictionary_bytes = chunk.data_page_offset - chunk.dictionary_page_offset if chunk.dictionary_page_offset else 0
     most_rows = min(batch_rows, max(1, MAX_DECODED_BYTES // max(dictionary_bytes, 1)))
