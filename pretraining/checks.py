@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,31 @@ def check_float8(settings: Settings, config: Any) -> None:
             f"--precision=float8-mixed: {', '.join(odd)}; products in float8 need sizes that 16 divides. Change the "
             "model's sizes, or use bf16-mixed."
         )
+    if settings.num_devices:
+        world_size = settings.num_nodes * settings.num_devices
+        rows = (
+            config.n_embd,
+            (config.n_head + 2 * (config.n_query_groups or config.n_head)) * config.head_size,
+            config.intermediate_size,
+        )
+        check_even_rows(filter(None, rows), shard_size(settings, world_size, settings.num_devices))
+
+
+def check_even_rows(rows: Iterable[int], num_shards: int) -> None:
+    """Raises UserError where a weight for float8 cannot be shared out evenly: torchao gathers shards as they are, FSDP2
+    wants them padded, and without a word processes would wait for each other forever.
+
+    Args:
+        rows: of each weight.
+        num_shards: processes that share a copy of the model.
+    """
+    for number in rows:
+        if number % num_shards:
+            raise UserError(
+                f"--precision=float8-mixed: {num_shards} processes share a copy of the model, and a weight has "
+                f"{number} rows; all need equally many. Use another number of processes (or, with "
+                "--parallel.sharding=hybrid, another --parallel.shard_size), or bf16-mixed."
+            )
 
 
 def check_out_dir(settings: Settings, problems: Problems) -> None:

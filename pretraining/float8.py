@@ -20,6 +20,7 @@ from torch.nn import functional
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training, precompute_float8_dynamic_scale_for_fsdp
 from torchao.float8.float8_linear import Float8Linear
 
+from pretraining.checks import check_even_rows
 from utils.errors import UserError
 
 OLDEST_CAPABILITY = (8, 9)
@@ -59,8 +60,7 @@ def convert_block(block: torch.nn.Module, num_shards: int, device_type: str, com
 
     Raises:
         UserError: the GPU has no products in float8, the block is not compiled for it, or a weight cannot be shared out
-            evenly: torchao gathers shards as they are, FSDP2 wants them padded, and without a word processes would
-            wait for each other forever.
+            evenly.
     """
     on_gpu = device_type == "cuda"
     if on_gpu and not compiled:
@@ -74,13 +74,8 @@ def convert_block(block: torch.nn.Module, num_shards: int, device_type: str, com
     config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=not on_gpu)
     convert_to_float8_training(block, config=config)
     linears = [module for module in block.modules() if type(module) is Float8Linear]
+    check_even_rows((linear.out_features for linear in linears), num_shards)
     for linear in linears:
-        if linear.out_features % num_shards:
-            raise UserError(
-                f"--precision=float8-mixed: {num_shards} processes share a copy of the model, and a weight has "
-                f"{linear.out_features} rows; all need equally many. Use another number of processes (or, with "
-                "--parallel.sharding=hybrid, another --parallel.shard_size), or bf16-mixed."
-            )
         linear.__class__ = _Linear
 
     # Hooks run outside of what is compiled, as FSDP2's do.

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from tokenization.chunk_writer import chunk_header, make_index
+from tokenization.chunk_index import make_index
+from tokenization.chunk_writer import chunk_header
 from utils.chunks import Chunk
 from utils.files import write_json
 from utils.manifest import file_entry, write_manifest

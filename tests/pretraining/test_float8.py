@@ -127,6 +127,14 @@ def test_sizes_that_16_does_not_divide_are_refused(tmp_path, dataset, changes, n
         make_plan(settings)
 
 
+def test_weights_that_the_processes_cannot_share_evenly_are_seen_before_they_start(tmp_path, dataset):
+    config = write_config(tmp_path / "tiny.yaml", train={"global_batch_size": 18})
+    nine = {"num_nodes": 3, "num_devices": 3, "precision": "float8-mixed"}
+    with pytest.raises(UserError, match="9 processes share a copy of the model, and a weight has 32 rows"):
+        make_plan(settings_of(config, dataset, tmp_path / "run", **nine))
+    make_plan(settings_of(config, dataset, tmp_path / "run", **nine, parallel__sharding="replicate"))
+
+
 def test_uncompiled_blocks_are_refused_on_gpus():
     with pytest.raises(UserError, match=r"--parallel\.compile=true"):
         convert_block(torch.nn.Module(), 1, "cuda", compiled=False)
