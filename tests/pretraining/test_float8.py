@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from own_tasks import prepare, write_tasks
 from pretrain_ranks import digests_of, losses_of, metrics_of, run_ranks, settings_of, weights_of
 from tiny_runs import TINY_MODEL, write_config
 
@@ -15,6 +16,7 @@ from pretraining.float8 import convert_block
 from pretraining.plan import make_plan
 from utils.errors import UserError
 
+TASKS = ("ending", "document")
 LAYOUTS = {
     "sharded": {},
     "kept whole": {
@@ -29,7 +31,7 @@ ONLY_LAST = {"eval__interval": "null", "eval__initial_validation": "false"}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, dataset, tokenizer_dir) -> Path:
+def runs(tmp_path_factory, documents, dataset, tokenizer_dir) -> Path:
     """50 steps in bfloat16 and in float8, the latter once more in two parts, the first of which ends at step 20. And
     for each layout 3 steps in float8 with evaluations (NAME), 3 with the last one only (NAME, last), and a run in
     bfloat16 that starts from the final weights of the first, and evaluates them before its step (NAME in bf16)."""
@@ -41,10 +43,18 @@ def runs(tmp_path_factory, dataset, tokenizer_dir) -> Path:
     whole = [settings_of(config, dataset, directory / name, 2, precision=p) for name, p in precisions.items()]
     part = settings_of(config, dataset, directory / "parts", 2, precision="float8-mixed", train__max_steps=20)
 
+    tasks = write_tasks(directory / "tasks", documents[:10])
+    prepared = {name: prepare(name, tasks, directory / name, dataset, tokenizer_dir) for name in TASKS}
     short = write_config(
         directory / "short.yaml",
         train={"global_batch_size": 4, "max_steps": 3, "save_interval": None},
-        eval={"interval": 2, "prompts": ["What", "If"], "sample_tokens": 20, "sample_temperature": 1.0},
+        eval={
+            "interval": 2,
+            "prompts": ["What", "If"],
+            "sample_tokens": 20,
+            "sample_temperature": 1.0,
+            "tasks": {name: str(path) for name, path in prepared.items()},
+        },
         tokenizer_dir=str(tokenizer_dir),
     )
 
@@ -69,6 +79,11 @@ def runs(tmp_path_factory, dataset, tokenizer_dir) -> Path:
     run_ranks(in_float8(1), 1, directory / "job-3")
     run_ranks(in_bf16(1), 1, directory / "job-4")
     return directory
+
+
+def task_results_of(out_dir: Path) -> list[dict[str, float]]:
+    results = [{name: value for name, value in r.items() if name.startswith("task_")} for r in metrics_of(out_dir)]
+    return [result for result in results if result]
 
 
 def val_losses_of(out_dir: Path) -> list[float]:
@@ -107,6 +122,8 @@ def test_evaluation_is_that_of_bfloat16_bit_for_bit(runs, layout):
     float8, bf16 = runs / layout, runs / f"{layout} in bf16"
     assert len(val_losses_of(float8)) == 3  # at steps 0, 2 and 3
     assert val_losses_of(float8)[-1] == val_losses_of(bf16)[0]
+    assert task_results_of(float8)[-1] == task_results_of(bf16)[0]
+    assert {name.split("_")[1] for name in task_results_of(bf16)[0]} == set(TASKS)
     assert len(samples_of(bf16, 0)) == 4 and samples_of(float8, 3) == samples_of(bf16, 0)
 
 
