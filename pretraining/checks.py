@@ -74,6 +74,8 @@ def check_model(settings: Settings, config: Any, problems: Problems) -> None:
         config: litgpt's Config of the model.
     """
     problems.collect(check_float8, settings, config)
+    if settings.precision == "float8-mixed" and settings.num_devices and not problems.found:
+        problems.collect(check_float8_shards, settings, config)
     problems.collect(check_context_parallel, settings, config)
     problems.collect(check_experts, settings, config)
 
@@ -144,22 +146,28 @@ def check_float8(settings: Settings, config: Any) -> None:
             f"--precision=float8-mixed: {', '.join(odd)}; products in float8 need sizes that 16 divides. Change the "
             "model's sizes, or use bf16-mixed."
         )
-    if settings.num_devices:
-        world_size = settings.num_nodes * settings.num_devices
-        rows = (
-            config.n_embd,
-            (config.n_head + 2 * (config.n_query_groups or config.n_head)) * config.head_size,
-            config.intermediate_size,
-        )
-        check_even_rows(filter(None, rows), shard_size(settings, world_size, settings.num_devices))
+
+
+def check_float8_shards(settings: Settings, config: Any) -> None:
+    """As `check_even_rows`, of the model's weights, before it is made.
+
+    Args:
+        settings: num_devices is known, and numbers make sense.
+    """
+    rows = [config.n_embd]
+    if config.intermediate_size:
+        rows.append(config.intermediate_size)
+    if not config.latent_attention:
+        rows.append((config.n_head + 2 * (config.n_query_groups or config.n_head)) * config.head_size)
+    check_even_rows(rows, shard_size(settings, settings.num_nodes * settings.num_devices, settings.num_devices))
 
 
 def check_even_rows(rows: Iterable[int], num_shards: int) -> None:
     """Raises UserError where a weight for float8 cannot be shared out evenly: torchao gathers shards as they are, FSDP2
-    wants them padded, and without a word processes would wait for each other forever.
+    wants them padded, and without this check processes would wait for each other forever.
 
     Args:
-        rows: of each weight.
+        rows: number of rows of each weight.
         num_shards: processes that share a copy of the model.
     """
     for number in rows:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tokenization.encoder_choice import EncoderChoice
 from tokenization.text_arrays import arrow_text_buffers, as_mask, rows_of
 
-# Of a unit: about 1% of its time, and up to 3% of one of a few MB.
+# About 1% of a unit's time; up to 3% for a unit of a few MB.
 CHECKED_SHARE, MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 1 / 8192, 2 << 10, 256 << 10
 FIRST_SHARE = 0.25
 """Of the unit's bytes to check, what its first batch may use however small it is."""
@@ -23,7 +23,7 @@ LONGEST_CHECKED_BYTES = 1 << 20
 SPREAD_CANDIDATES, RARE_CANDIDATES = 12, 12
 MAX_LITERALS = 64
 # One byte in so many is looked at for its script: a prime, so that no layout of the text keeps in step with it.
-SCRIPT_STRIDE = 509
+SCRIPT_STRIDE = 251
 
 
 class CheckSample:

@@ -21,8 +21,8 @@ from tokenization.text_arrays import (
     joined,
 )
 
-# Of what is encoded. A row group of a million rows must not be held as a whole; one that is small is read at once,
-# without the copies of a buffer.
+# Sizes as encoded in the file. A row group of a million rows must not be held as a whole; one that is small is read at
+# once, without the copies of a buffer.
 READ_BUFFER_BYTES, MAX_READ_AT_ONCE_BYTES = 4 << 20, 16 << 20
 # The footer says what is encoded. A row of a dictionary takes a few bits there and can be of any length here, so
 # batches start with a row, grow as fast as this, and end early where the text is longer than the footer suggests.
@@ -72,7 +72,10 @@ def read_footer(url: str, entry: FileEntry, text_column: str) -> Footer:
         raise ValueError(entry.fault)
     filesystem, path = open_member(url, entry.path)
     try:
-        with filesystem.open_input_file(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
+        with (
+            filesystem.open_input_file(path) as file,
+            pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as parquet,
+        ):
             metadata, schema = parquet.metadata, parquet.schema_arrow
             if text_column in schema.names and _has_signed_footer(file, metadata):
                 _check_not_encrypted(parquet, text_column)
@@ -146,7 +149,10 @@ def stream_texts(
     filesystem, full_path = open_member(url, path)
     group, rows, decoded = row_groups[0], 0, 0
     try:
-        with filesystem.open_input_file(full_path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
+        with (
+            filesystem.open_input_file(full_path) as source,
+            pq.ParquetFile(source, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as parquet,
+        ):
             check_stamp(url, path, stamp, lambda: _fingerprint_of_readable(parquet, source, text_column))
             column = leaf_index(parquet.metadata, text_column)
             reader = _reader(source, parquet.metadata, column, row_groups)
@@ -198,8 +204,8 @@ def _stream_row_group(
     metadata = parquet.metadata.row_group(group)
     chunk = metadata.column(column)
     row_bytes = max(1, chunk.total_uncompressed_size // metadata.num_rows)
-    num_batches = -(-metadata.num_rows * row_bytes // BATCH_BYTES)
-    batch_rows = min(MAX_BATCH_ROWS, -(-metadata.num_rows // num_batches))
+    num_batches = max(-(-metadata.num_rows * row_bytes // BATCH_BYTES), -(-metadata.num_rows // MAX_BATCH_ROWS))
+    batch_rows = -(-metadata.num_rows // num_batches)
     dictionary_bytes = chunk.data_page_offset - chunk.dictionary_page_offset if chunk.dictionary_page_offset else 0
     most_rows = min(batch_rows, max(1, MAX_DECODED_BYTES // max(dictionary_bytes, 1)))
     # A row group that is encoded like the last one, and was no longer when decoded, needs no careful start.

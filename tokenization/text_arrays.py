@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# Text per batch. Large enough that the cost per batch vanishes, which is a twentieth of the time at 4 MB; small enough
-# for the processor's caches.
+# Text per batch. At 4 MB the cost per batch is a twentieth of the time; at much more the processor's caches are too
+# small.
 BATCH_BYTES = 7 << 20
 MAX_BATCH_ROWS = 1 << 16
 MAX_BATCH_BYTES = 8 << 20  # where rows are longer than was expected

@@ -21,7 +21,7 @@ def serve_units(pipe: Connection, tokenizer_json: Path | None) -> None:
     Args:
         tokenizer_json: a file to load before the tokenizer comes, which it is probably made from.
     """
-    with contextlib.suppress(Exception):  # whoever needs it hears of it
+    with contextlib.suppress(Exception):  # the unit that needs it will fail with the error
         import_gigatoken()
         if tokenizer_json:
             load_reference(tokenizer_json.read_bytes())

@@ -1,7 +1,7 @@
 """A process of this machine that tokenizes: its start, and its end with the process that started it.
 
-It is started before the modules that it needs are imported here: its own imports and its tokenizer take most of a short
-run's time.
+The first one is started before the modules that it needs are imported here: its own imports and its tokenizer take most
+of a short run's time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def start_early(tokenizer_json: Path) -> None:
     Args:
         tokenizer_json: the file, as far as it is known by now.
     """
-    with contextlib.suppress(OSError):  # the next start will say it
+    with contextlib.suppress(OSError):  # the next start reports it
         _early.append(_start(tokenizer_json))
 
 
@@ -111,7 +111,8 @@ def _deaf() -> Iterator[None]:
 def serve(pipe: Connection, tokenizer_json: Path | None) -> None:
     """The process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    from tokenization.unit_server import serve_units  # 0.2 s, which would come before the start on the other side
+    # At the top of the file the parent would import it too, for 0.2 s, before it starts the process.
+    from tokenization.unit_server import serve_units
 
     serve_units(pipe, tokenizer_json)
 

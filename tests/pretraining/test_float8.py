@@ -150,6 +150,9 @@ def test_weights_that_the_processes_cannot_share_evenly_are_seen_before_they_sta
     with pytest.raises(UserError, match="9 processes share a copy of the model, and a weight has 32 rows"):
         make_plan(settings_of(config, dataset, tmp_path / "run", **nine))
     make_plan(settings_of(config, dataset, tmp_path / "run", **nine, parallel__sharding="replicate"))
+    with pytest.raises(UserError, match="--num_nodes=0: must be above 0") as raised:
+        make_plan(settings_of(config, dataset, tmp_path / "run", **{**nine, "num_nodes": 0}))
+    assert "rows" not in str(raised.value)
 
 
 def test_uncompiled_blocks_are_refused_on_gpus():

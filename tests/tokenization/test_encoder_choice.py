@@ -91,14 +91,21 @@ def test_documents_of_the_whole_unit_are_checked_within_the_budget():
     num_bytes = sum(len(batches[i][row]) for i, chosen in enumerate(rows) for row in chosen)
     text_bytes = sum(len(text) for texts in batches for text in texts)
     assert num_bytes <= min(MAX_CHECKED_BYTES, text_bytes / 1000)
-    assert sum(map(len, rows[:100])) > 3 and sum(map(len, rows[100:])) > 3
+    first, second = (sum(map(len, half)) for half in (rows[:100], rows[100:]))
+    assert first + second > 10 and second / 2 <= first <= 2 * second
     assert rows == checked(batches)
 
 
-@pytest.mark.parametrize("row, text", [(2999, "a <|x|> b"), (1234, "ກຂຄງ" * 100), (1234, "\U00010330\n" * 100)])
+RARE = ("ກຂຄງ" * 83, "\U00010330" * 255)
+
+
+@pytest.mark.parametrize(
+    "row, text", [(2999, "a <|x|> b"), *((row, text) for text in RARE for row in (1, 700, 1234, 2223, 2998))]
+)
 def test_documents_at_risk_come_first(row, text):
     """With an added token, among those that lie evenly apart; in a script that is rare in this unit, wherever it is."""
     texts = ["some ordinary words, naïve ones " * 10 for _ in range(3000)]
+    texts[1500] = "the longest, which is taken for that. "[:31] * 33  # of 1,023 bytes
     texts[row] = text
     assert row in checked([texts])[0][:2]
 

@@ -152,3 +152,13 @@ def test_an_early_process_without_work_is_ended(tokenizer_dir):
     (early,) = {*multiprocessing.active_children()} - others
     end_early()
     assert early.exitcode == -signal.SIGKILL and not {*multiprocessing.active_children()} - others
+
+
+def test_where_nothing_is_left_to_do_no_process_starts(parquet_dir, tokenizer_dir, tmp_path, run_script):
+    import optimize_dataset
+
+    flags = {"input_dir": str(parquet_dir), "tokenizer_dir": str(tokenizer_dir), "output_dir": str(tmp_path / "out")}
+    run_script("optimize_dataset.py", *(f"--{name}={value}" for name, value in flags.items()), "--address=local")
+    others = {*multiprocessing.active_children()}
+    optimize_dataset.main(optimize_dataset.Settings(**flags))
+    assert {*multiprocessing.active_children()} == others

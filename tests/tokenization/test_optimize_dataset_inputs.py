@@ -17,9 +17,10 @@ import pytest
 from conftest import write_parquet
 from test_optimize_dataset import decoded, user_error
 
+from tokenization import parquet
 from tokenization.input_files import FileEntry, list_input_files
 from tokenization.job import InputStamp
-from tokenization.parquet import read_footer, stream_texts
+from tokenization.parquet import CorruptRowGroup, read_footer, stream_texts
 from utils.errors import UserError
 from utils.manifest import read_manifest
 
@@ -223,6 +224,38 @@ def test_text_that_grows_late_in_a_row_group_is_cut_into_batches_too(tmp_path):
             sizes.append(batch.nbytes)
             num_texts += len(batch)
         assert num_texts == 23_000 and max(sizes) < 32 << 20
+
+
+@pytest.mark.parametrize(("num_rows", "row_bytes"), [(1000, 10_000), (70_000, 3)])
+def test_row_groups_are_cut_into_even_batches(tmp_path, num_rows, row_bytes):
+    """By their bytes, and by their rows where these are short."""
+    rows = [f"{i:05d}"[:row_bytes] * (row_bytes // 5) for i in range(num_rows)]
+    write_parquet(tmp_path / "a.parquet", rows, row_group_size=num_rows)
+    texts = [batch.to_pylist() for batch in stream_texts(str(tmp_path), "a.parquet", 0, [0], "text")]
+    assert [text for batch in texts for text in batch] == rows
+    assert [len(batch) for batch in texts] == [num_rows // 2] * 2
+
+
+@pytest.mark.parametrize("most_at_once", [0, 1 << 30])
+def test_row_groups_read_at_once_or_through_a_buffer_give_the_same(tmp_path, monkeypatch, most_at_once):
+    """The same texts, and the same error from a damaged one: those before it have been read."""
+    monkeypatch.setattr(parquet, "MAX_READ_AT_ONCE_BYTES", most_at_once)
+    path, rows = tmp_path / "a.parquet", [f"{i:05d}" * 500 for i in range(6000)]
+    pq.write_table(pa.table({"text": rows}), path, row_group_size=2000, compression="none", use_dictionary=False,
+                   write_page_checksum=True)  # fmt: skip
+
+    def texts():
+        for batch in stream_texts(str(tmp_path), "a.parquet", 0, [0, 1, 2], "text"):
+            yield from batch.to_pylist()
+
+    assert list(texts()) == rows
+    content = path.read_bytes()
+    path.write_bytes(content.replace(rows[3000].encode(), rows[3001].encode(), 1))
+    read = []
+    with pytest.raises(CorruptRowGroup) as raised:
+        for text in texts():
+            read.append(text)
+    assert raised.value.row_group == 1 and 2000 <= len(read) <= 3000 and read == rows[: len(read)]
 
 
 def test_dictionary_columns_with_nulls_give_the_same_texts(tmp_path):
