@@ -351,6 +351,37 @@ def test_a_signal_ends_the_work_once_however_often_it_comes(tmp_path, name, code
     assert len(process.stderr.splitlines()) == 2 and "small.py --size=3" in process.stderr
 
 
+IMPORTS_LATE = """
+import dataclasses, time
+from utils import cli
+
+@dataclasses.dataclass
+class Settings: pass
+
+def main(settings):
+    import pressed
+    time.sleep(60)
+
+cli.run(main, Settings, "")
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_that_comes_inside_an_import_ends_the_work_after_it(tmp_path, name, code):
+    """Python's import calls back from where an exception is printed and swallowed: rarely, so here it is made so."""
+    (tmp_path / "script.py").write_text(IMPORTS_LATE)
+    (tmp_path / "pressed.py").write_text(
+        f"import signal, sys\nnumber = signal.{name}\nsignal.getsignal(number)(number, sys._getframe(1))\n"
+        "print('imported')\n"
+    )
+    process = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=30,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (process.returncode, process.stdout) == (code, "imported\n")
+    assert "Traceback" not in process.stderr and process.stderr.count("The same command goes on") == 1
+
+
 def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     (tmp_path / "early.py").write_text("from utils import cli, console\nimport slow\n")

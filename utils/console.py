@@ -10,9 +10,7 @@ VERBOSITY = 1  # 0: errors, warnings and results only (-q); 1: the story; 2: det
 
 
 def _paint(text: str, code: str, stream) -> str:
-    if stream.isatty() and "NO_COLOR" not in os.environ:
-        return f"\033[{code}m{text}\033[0m"
-    return text
+    return f"\033[{code}m{text}\033[0m" if stream.isatty() and "NO_COLOR" not in os.environ else text
 
 
 def say(text: str = "", verbosity: int = 1) -> None:

@@ -34,7 +34,6 @@ class Problems:
             return check(*args, **kwargs)
         except UserError as error:
             self.found.extend(error.problems)
-            return None
 
     def raise_if_any(self) -> None:
         if self.found:
