@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 import os
@@ -503,6 +504,35 @@ def test_no_pickle_runs_code(checkpoint, tmp_path):
     torch.save({"model": Bomb(str(trace))}, copy / "lit_model.pth")
     assert "could run code" in in_process_refusal(copy, tmp_path)
     assert not trace.exists()
+
+
+class OlderPickler(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.2 does."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_pickled_by_an_older_python_is_read(checkpoint, tmp_path):
+    copy = copy_checkpoint(checkpoint, tmp_path)
+    path = copy / "lit_model.pth" / ".metadata"
+    content = path.read_bytes()
+    with open(path, "wb") as file:
+        OlderPickler(file).dump(pickle.loads(content))
+    assert b"getattr" in path.read_bytes()
+    ours, theirs = find_weights(copy), find_weights(checkpoint)
+    assert ours.keys() == theirs.keys() and all(ours[name].shape == theirs[name].shape for name in theirs)
+
+
+def test_an_attribute_in_metadata_is_not_looked_up(checkpoint, tmp_path):
+    copy = copy_checkpoint(checkpoint, tmp_path)
+
+    class Attribute:
+        def __reduce__(self):
+            return getattr, (torch.Size, "mro")
+
+    (copy / "lit_model.pth" / ".metadata").write_bytes(pickle.dumps(Attribute()))
+    assert "has no place in a checkpoint's metadata" in in_process_refusal(copy, tmp_path)
 
 
 def test_names_in_metadata_cannot_lead_out(checkpoint, tmp_path):
