@@ -222,7 +222,7 @@ def test_more_text_than_there_is_is_refused(tmp_path, run_script):
     python = small_environment(tmp_path / "env")
     process = run_in(python, f"--output_dir={tmp_path / 'x'}", "--size=1GB", check=False)
     assert process.returncode == 2
-    assert re.search(r"--size=1GB: this environment holds only \d+\.\d MB .* --source=code", process.stderr)
+    assert re.search(r"--size=1GB: this environment holds only \d+\.\d [kM]B .* --source=code", process.stderr)
     assert os.listdir(tmp_path) == ["env"]
 
 

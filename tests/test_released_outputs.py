@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,7 @@ def bring(directory: Path, *names: str) -> Path:
     """Copies of released directories and files, below `directory`."""
     for name in names:
         if name == "run":
-            with tarfile.open(RELEASED / "run.tar.xz") as archive:
-                archive.extractall(directory, filter="data")
+            shutil.unpack_archive(RELEASED / "run.tar.xz", directory)
         elif (RELEASED / name).is_dir():
             shutil.copytree(RELEASED / name, directory / name)
         else:

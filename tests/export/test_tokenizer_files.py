@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -173,8 +172,7 @@ def test_context_spaces_and_padding(tmp_path, tokenizer_dir):
 @pytest.fixture
 def released_run(tmp_path) -> Path:
     """Trained on documents with BOS before and EOS after them."""
-    with tarfile.open(ROOT / "tests" / "released" / "run.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(ROOT / "tests" / "released" / "run.tar.xz", tmp_path)
     return tmp_path / "run" / "step-00000006"
 
 
