@@ -36,7 +36,7 @@ class Work:
         return self.script(
             "optimize_dataset.py",
             *(f"--input_dir={self.directory / 'in'}", f"--tokenizer_dir={self.tokenizer}", f"--output_dir={self.out}"),
-            *("--val_fraction=0.2", "--unit_bytes=30000", "--chunk_tokens=6000", "--address=local", "--num_workers=1"),
+            *("--val_fraction=0.1", "--unit_bytes=30000", "--chunk_tokens=6000", "--address=local", "--num_workers=1"),
             *more,
             code=code,
         )
@@ -232,7 +232,7 @@ def test_a_source_that_is_gone_altogether_is_made_again_too(work):
     next((work.directory / "DATA" / "val").glob("*.bin")).unlink()
     shutil.rmtree(work.out)
     said = work.merge("val", code=2).stderr
-    assert "--input_dir=PARQUET" in said and "--val_fraction=0.2" in said and "--chunk_tokens=6000" in said
+    assert "--input_dir=PARQUET" in said and "--val_fraction=0.1" in said and "--chunk_tokens=6000" in said
     work.advised(said.replace("PARQUET", str(work.directory / "in")).replace("CKPT", str(work.tokenizer)))
     work.merge("val")
     assert work.data("val") == before
