@@ -218,20 +218,20 @@ def test_all_wrong_settings_are_named_at_once(tmp_path, run_script):
 
 
 def test_more_text_than_there_is_is_refused(tmp_path, run_script):
-    """In an environment with three small packages, so that it is told in seconds."""
-    python = small_environment(tmp_path / "env")
+    """In an environment with four small packages, so that it is told in seconds."""
+    python = small_environment(tmp_path / "env", "jsonargparse")  # with it, more than 1 MB under every Python
     process = run_in(python, f"--output_dir={tmp_path / 'x'}", "--size=1GB", check=False)
     assert process.returncode == 2
-    assert re.search(r"--size=1GB: this environment holds only \d+\.\d [kM]B .* --source=code", process.stderr)
+    assert re.search(r"--size=1GB: this environment holds only \d+\.\d MB .* --source=code", process.stderr)
     assert os.listdir(tmp_path) == ["env"]
 
 
-def small_environment(directory: Path) -> Path:
-    """A separate virtual environment with three packages; it imports everything else from this one."""
+def small_environment(directory: Path, *more: str) -> Path:
+    """A separate virtual environment with three packages and `more`; it imports everything else from this one."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
     source = Path(sysconfig.get_path("purelib"))
     target = next(directory.glob("lib*/python*/site-packages"))
-    for package in ("jinja2", "click", "networkx"):
+    for package in ("jinja2", "click", "networkx", *more):
         shutil.copytree(source / package, target / package)
         (info,) = source.glob(f"{package}-*.dist-info")
         shutil.copytree(info, target / info.name)

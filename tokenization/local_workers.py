@@ -1,4 +1,4 @@
-"""Tokenization on this machine alone: a few processes, ready in two seconds, without a cluster around them.
+"""Tokenization on this machine alone: a few processes, without a cluster around them.
 
 A process holds one end of a pipe: it reads a unit, and answers with the unit's record or with the exception that was
 raised. A process that dies closes its end; its unit goes to a new process.

@@ -112,13 +112,14 @@ def test_a_crash_and_a_stopped_process_are_told_and_change_nothing(tmp_path, fla
     assert f"pid {crashed}) died of SIGSEGV (Segmentation fault)" in crash["message"]
     assert "Fatal Python error: Segmentation fault. Its log is in" in crash["message"]
     # The signals come a little later, or more on a busy machine.
-    assert crash["from_step"] >= 5 and crash["from_step"] + crash["lost_steps"] >= 7 and crash["restarts_left"] == 0
+    assert crash["from_step"] in (5, 10) and crash["from_step"] + crash["lost_steps"] >= 7
+    assert crash["restarts_left"] == 0
     (log,) = (out_dir / "failures").iterdir()
     assert "SIGSEGV received" in log.read_text()
     assert hang["ranks"] == [1] and f"pid {stopped}) is stopped by a signal" in hang["message"]
     assert "pretraining/trainer.py" in (Path(hang["stacks"]) / "rank-0.txt").read_text()
     assert "pretraining/trainer.py" in (Path(hang["stacks"]) / "rank-1.txt").read_text()
-    assert restart["from_step"] >= 15 and restart["restarts_left"] == 0
+    assert restart["from_step"] in (15, 20, 25) and restart["restarts_left"] == 0
     # The user reads two paragraphs per failure at most, and no report of a crash.
     assert "Traceback" not in output and "SIGSEGV received" not in output and "Extension modules" not in output
     assert output.count("warning:") == 3 + output.count("documents begin with BOS and do not end with EOS")
