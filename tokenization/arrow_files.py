@@ -29,7 +29,7 @@ from tokenization.input_files import (
 )
 from tokenization.job import InputStamp
 from tokenization.parquet import Footer
-from tokenization.text_arrays import BATCH_BYTES, MAX_BATCH_ROWS, as_plain_text, check_text_column, joined
+from tokenization.text_arrays import as_plain_text, check_text_column, gathered
 
 MAGIC = b"ARROW1"
 CONTINUATION, END_OF_STREAM = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
@@ -136,9 +136,13 @@ def stream_batches(
 ) -> Iterator[pa.Array]:
     """The text column of some record batches, a few MB at a time. Arguments, what is yielded, and errors are those of
     `parquet.stream_texts`, with CorruptRecordBatch."""
+    return gathered(_stream_batches(url, path, file_index, record_batches, text_column, stamp))
+
+
+def _stream_batches(
+    url: str, path: str, file_index: int, record_batches: Sequence[int], text_column: str, stamp: InputStamp | None
+) -> Iterator[pa.Array]:
     number, rows = record_batches[0], 0
-    held: list[pa.Array] = []
-    held_rows = held_bytes = 0
     try:
         with _open(url, path) as source:
             check_stamp(url, path, stamp, lambda: fingerprint_of_ends(*ends_of(source)))
@@ -151,14 +155,7 @@ def stream_batches(
                 column.validate(full=not is_plain)  # what is plain is looked at piece by piece
                 for texts in as_plain_text(column) if rows else ():
                     texts.validate(full=True)
-                    held.append(texts)
-                    held_rows += len(texts)
-                    held_bytes += texts.nbytes
-                    if held_rows >= MAX_BATCH_ROWS or held_bytes >= BATCH_BYTES:
-                        yield joined(held)
-                        held_rows = held_bytes = 0
-            if held:
-                yield joined(held)
+                    yield texts
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         check_stamp(url, path, stamp)
         if is_input_failure(error):

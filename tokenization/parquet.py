@@ -18,6 +18,7 @@ from tokenization.text_arrays import (
     MAX_BATCH_ROWS,
     as_plain_text,
     check_text_column,
+    gathered,
     joined,
 )
 
@@ -146,6 +147,12 @@ def stream_texts(
         OSError: the file could not be read.
         UserError: the file is not the one that was planned, or was replaced meanwhile.
     """
+    return gathered(_stream_texts(url, path, file_index, row_groups, text_column, stamp))
+
+
+def _stream_texts(
+    url: str, path: str, file_index: int, row_groups: Sequence[int], text_column: str, stamp: InputStamp | None
+) -> Iterator[pa.Array]:
     filesystem, full_path = open_member(url, path)
     group, rows, decoded = row_groups[0], 0, 0
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,31 @@ def joined(held: list[pa.Array]) -> pa.Array:
     texts = held[0] if len(held) == 1 else pa.concat_arrays(held)
     held.clear()
     return texts
+
+
+def gathered(arrays: Iterable[pa.Array]) -> Iterator[pa.Array]:
+    """The same rows in fewer arrays: small ones that follow one another are joined, to half a batch at least.
+
+    An encoder's call takes milliseconds however little text it gets, and row groups of 1,000 documents, as FineWeb has
+    them, are less than that.
+
+    Args:
+        arrays: all of one type.
+    """
+    held: list[pa.Array] = []
+    held_rows = held_bytes = 0
+    for texts in arrays:
+        if held and (held_bytes + texts.nbytes > BATCH_BYTES or held_rows + len(texts) > MAX_BATCH_ROWS):
+            yield joined(held)
+            held_rows = held_bytes = 0
+        held.append(texts)
+        held_rows += len(texts)
+        held_bytes += texts.nbytes
+        if 2 * held_bytes > BATCH_BYTES or 2 * held_rows > MAX_BATCH_ROWS:
+            yield joined(held)
+            held_rows = held_bytes = 0
+    if held:
+        yield joined(held)
 
 
 def as_plain_text(column: pa.Array) -> Iterator[pa.Array]:

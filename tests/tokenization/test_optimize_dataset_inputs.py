@@ -17,7 +17,7 @@ import pytest
 from conftest import write_parquet
 from test_optimize_dataset import decoded, user_error
 
-from tokenization import parquet
+from tokenization import parquet, text_arrays
 from tokenization.input_files import FileEntry, list_input_files
 from tokenization.job import InputStamp
 from tokenization.parquet import CorruptRowGroup, read_footer, stream_texts
@@ -125,9 +125,10 @@ def stamp_of(directory: Path, name: str) -> InputStamp:
 
 @pytest.mark.parametrize("when", ["before", "during"])
 @pytest.mark.parametrize("change", ["fewer_row_groups", "same_size_and_time", "in_place", "encrypted"])
-def test_a_replaced_input_is_never_taken_for_the_planned_one(documents, tmp_path, when, change):
+def test_a_replaced_input_is_never_taken_for_the_planned_one(documents, tmp_path, monkeypatch, when, change):
     if (when, change) == ("during", "same_size_and_time"):
         pytest.skip("the open file is still the old one, and is read to its end")
+    monkeypatch.setattr(text_arrays, "BATCH_BYTES", 1)  # so that each row group is a batch
     path = tmp_path / "a.parquet"
     write_parquet(path, documents[:60], row_group_size=20)
     stamp = stamp_of(tmp_path, "a.parquet")
@@ -240,6 +241,7 @@ def test_row_groups_are_cut_into_even_batches(tmp_path, num_rows, row_bytes):
 def test_row_groups_read_at_once_or_through_a_buffer_give_the_same(tmp_path, monkeypatch, most_at_once):
     """The same texts, and the same error from a damaged one: those before it have been read."""
     monkeypatch.setattr(parquet, "MAX_READ_AT_ONCE_BYTES", most_at_once)
+    monkeypatch.setattr(text_arrays, "BATCH_BYTES", 1)  # so that row groups are not joined
     path, rows = tmp_path / "a.parquet", [f"{i:05d}" * 500 for i in range(6000)]
     pq.write_table(pa.table({"text": rows}), path, row_group_size=2000, compression="none", use_dictionary=False,
                    write_page_checksum=True)  # fmt: skip
