@@ -43,6 +43,8 @@ def test_tokenization_is_measured_beside_what_people_use_now(tmp_path, run_scrip
         assert all(re.fullmatch(r"\d+\.\d\d M|\d+\.\d x", cell.strip()) for cell in rows[name][2:6]), rows[name]
     assert re.search(r"On the baseline's files alone \([\d,]+ tokens\), both measured: [\d.]+ s against [\d.]+ s", text)
     assert re.search(r"Largest worker: [\d.]+ MB; on 4MB of random words [\d.]+ MB\.", text)
+    again_s, first_s = map(float, re.search(r"Start-up.*: ([\d.]+) s \(.*; ([\d.]+) s in the first run", text).groups())
+    assert 0 < again_s < first_s
 
 
 @pytest.mark.slow
@@ -61,6 +63,7 @@ def test_a_short_night_of_faults_ends_like_a_quiet_one(run_script):
 @pytest.mark.parametrize(
     "command",
     [
+        ["input_kinds.py", "--size=1MB", "--vocab_size=1000", "--num_repeats=1"],
         ["data_at_scale.py", "--small_files=20", "--many_files=40", "--chunks=20"],
         ["pretrain_speed.py", "--cases", "small", "--steps", "8", "--rounds", "1"],
         ["pretrain_speed.py", "--cases", "watching", "--steps", "8"],
