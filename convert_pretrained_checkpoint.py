@@ -62,7 +62,8 @@ class Settings:
     and litgpt and transformers give the same logits, layer by layer in bounded memory; off: nothing is checked."""
 
     pad_token: str | None = None
-    """Token that fills up the shorter texts of a batch, by name; best one that no text holds. null: none is chosen."""
+    """Token that fills up the shorter texts of a batch, by name; best one that no text holds. null: the tokenizer's own
+    pad token, if it names one."""
 
     dry_run: bool = False
     """Check everything, print what would be written, and stop."""

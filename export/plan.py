@@ -29,6 +29,7 @@ class ExportPlan:
     tokenizer: TokenizerInfo | None
     """With BOS and EOS as training had them."""
     pad_token: str | None
+    """The user's choice, or else the one that the tokenizer names; None: none."""
     pad_id: int | None
     weights: dict[str, StoredTensor]
     """By litgpt name, in the model's order; their dtype is that of the export."""
