@@ -111,7 +111,7 @@ def main(settings: Settings) -> None:
         )
     if plan.gguf:
         console.next_command(f"llama-cli -m {quote(f'{settings.export_dir}/model.gguf')}", "talk to it in llama.cpp")
-    if plan.layout and "low_freq_factor" in (plan.config.rope_adjustments or {}):
+    if plan.is_wrong_in_ctranslate2:
         console.say(
             "\nnot for ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong"
         )
@@ -316,6 +316,7 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
         "architecture": FAMILIES[model_type].architecture if model_type else None,
         "for_litgpt": plan.for_litgpt,
         "for_llama_cpp": plan.gguf is not None,
+        "is_wrong_in_ctranslate2": plan.is_wrong_in_ctranslate2,
         "parameters": plan.num_parameters,
         "tied": plan.tied,
         "dtype": plan.dtype_name,

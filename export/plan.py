@@ -46,6 +46,11 @@ class ExportPlan:
         return self.layout is not None or self.gguf is not None
 
     @property
+    def is_wrong_in_ctranslate2(self) -> bool:
+        """Whether it scales positions as Llama 3.1 does, which ctranslate2 4.8.5 ignores without a word."""
+        return self.layout is not None and "low_freq_factor" in (self.config.rope_adjustments or {})
+
+    @property
     def num_parameters(self) -> int:
         """Counts a tied lm_head once."""
         return sum(math.prod(t.shape) for name, t in self.weights.items() if not (self.tied and name == HEAD))

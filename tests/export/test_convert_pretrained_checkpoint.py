@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from cyclonedx_schema import components, problems_of, reached_from
-from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
+from export_checkpoints import TINY, write_checkpoint_manifest, write_random_weights, write_sharded_checkpoint
 
 from export.checkpoint_weights import find_in_torch_file, find_weights
 
@@ -170,6 +170,19 @@ def test_model_card_lists_some_of_many_files_and_leaves_out_what_is_unknown(chec
     assert "| train\\|1 | 5 tokens |" in card
     assert "| Optimizer | adamw |\n| Optimizer: lr | 3e-05 |\n\n## Verification\n" in card
     assert not any(word in card for word in ("Seed", "Validation", "from_pretrained", "lm_eval", "Tokenizer", "None"))
+
+
+@pytest.mark.parametrize(("model", "formats", "warns"), [
+    ("Llama-3.2-1B", "all", True), ("Llama-3.2-1B", "litgpt", False), ("Llama-3-8B", "all", False),
+])  # fmt: skip
+def test_a_model_that_ctranslate2_gets_wrong_says_so(tmp_path, capsys, model, formats, warns):
+    """It reads Hugging Face's format, and ignores the scaling of positions of Llama 3.1 and later."""
+    (tmp_path / "checkpoint").mkdir()
+    write_random_weights(tmp_path / "checkpoint", model, {"n_query_groups": 2})
+    export_in_process(tmp_path / "checkpoint", tmp_path / "model", formats=formats, verify="off")
+    sentence = "ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong"
+    assert (f"\nnot for {sentence}\n" in capsys.readouterr().out) == warns
+    assert (f"\nIt is not for {sentence}.\n" in (tmp_path / "model" / "README.md").read_text()) == warns
 
 
 def test_same_command_again_does_nothing_and_is_quick(checkpoint, exported):
