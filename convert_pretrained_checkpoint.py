@@ -307,6 +307,7 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
     from export.hf_config import family_of
     from export.hf_families import FAMILIES
     from export.model_card import write_model_card
+    from tokenization.input_names import describe_inputs
 
     model_type = family_of(plan.config) if plan.layout else None
     exported = {
@@ -325,7 +326,7 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
         "proof": proof,
         "made_by": made_by(SCRIPT, *PACKAGES),
     }
-    write_model_card(directory, exported, plan.checkpoint_dir, plan.checkpoint)
+    write_model_card(directory, exported, plan.checkpoint_dir, plan.checkpoint, describe_inputs)
 
 
 def write_bill_and_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:
