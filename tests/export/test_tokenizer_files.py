@@ -59,6 +59,24 @@ def tokenizer_with(directory: Path, source: Path, post_processor: dict | None, *
     return directory
 
 
+SPLIT_OTHERWISE = "helloWorld 2024 ABCdef"
+"""Text that the expression of `large_tokenizer` splits in other places than that of `fix_mistral_regex`."""
+
+
+def large_tokenizer(directory: Path, source: Path) -> Path:
+    """A copy of the tokenizer in `source` with 101,024 entries, which splits text by a regular expression first, as
+    Llama 3's and Mistral's: transformers suspects such a one of a mistake in Mistral's."""
+    shutil.copytree(source, directory)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    pattern = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}| |[^\p{L}\p{N} ]+"}, "behavior": "Isolated"}
+    byte_level = {**content["pre_tokenizer"], "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{**pattern, "invert": False}, byte_level]}
+    content["model"]["vocab"] |= {f"unused {i}": 1024 + i for i in range(100_000)}
+    path.write_text(json.dumps(content))
+    return directory
+
+
 def trained_with(*ids: tuple[int | None, int | None]) -> dict:
     """The manifest of a checkpoint that was trained on datasets with these ids of BOS and EOS."""
     return {"inputs": [{"manifest": {"settings": {"bos_id": bos_id, "eos_id": eos_id}}} for bos_id, eos_id in ids]}
@@ -312,17 +330,8 @@ def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(
     """Without `transformers_version` transformers advises a flag that changes ids."""
     from litgpt import Config
 
-    shutil.copytree(tokenizer_dir, tmp_path / "large")
-    path = tmp_path / "large" / "tokenizer.json"
-    content = json.loads(path.read_bytes())
-    # Split by a regular expression first, as Llama 3's and Mistral's are.
-    pattern = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}| |[^\p{L}\p{N} ]+"}, "behavior": "Isolated"}
-    byte_level = {**content["pre_tokenizer"], "use_regex": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{**pattern, "invert": False}, byte_level]}
-    content["model"]["vocab"] |= {f"unused {i}": 1024 + i for i in range(100_000)}
-    path.write_text(json.dumps(content))
+    path = large_tokenizer(tmp_path / "large", tokenizer_dir) / "tokenizer.json"
     config = hf_config(Config.from_name(model), False, "float32", 0, 1)
-    text = "helloWorld 2024 ABCdef"
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="transformers")  # another test may have silenced it
     for version, warns in ((config.pop("transformers_version"), False), (None, True)):
@@ -331,4 +340,4 @@ def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(
         caplog.clear()
         loaded = AutoTokenizer.from_pretrained(tmp_path / "large")
         assert ("fix_mistral_regex" in caplog.text) == warns
-        assert loaded(text)["input_ids"] == Tokenizer.from_file(str(path)).encode(text).ids
+        assert loaded(SPLIT_OTHERWISE)["input_ids"] == Tokenizer.from_file(str(path)).encode(SPLIT_OTHERWISE).ids
