@@ -62,7 +62,8 @@ class Settings:
     and litgpt and transformers give the same logits, layer by layer in bounded memory; off: nothing is checked."""
 
     pad_token: str | None = None
-    """Token that fills up the shorter texts of a batch, by name; best one that no text holds. null: none is chosen."""
+    """Token that fills up the shorter texts of a batch, by name; best one that no text holds. null: the tokenizer's own
+    pad token, if it names one."""
 
     dry_run: bool = False
     """Check everything, print what would be written, and stop."""
@@ -110,7 +111,7 @@ def main(settings: Settings) -> None:
         )
     if plan.gguf:
         console.next_command(f"llama-cli -m {quote(f'{settings.export_dir}/model.gguf')}", "talk to it in llama.cpp")
-    if plan.layout and "low_freq_factor" in (plan.config.rope_adjustments or {}):
+    if plan.is_wrong_in_ctranslate2:
         console.say(
             "\nnot for ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong"
         )
@@ -306,6 +307,7 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
     from export.hf_config import family_of
     from export.hf_families import FAMILIES
     from export.model_card import write_model_card
+    from tokenization.input_names import describe_inputs
 
     model_type = family_of(plan.config) if plan.layout else None
     exported = {
@@ -315,6 +317,7 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
         "architecture": FAMILIES[model_type].architecture if model_type else None,
         "for_litgpt": plan.for_litgpt,
         "for_llama_cpp": plan.gguf is not None,
+        "is_wrong_in_ctranslate2": plan.is_wrong_in_ctranslate2,
         "parameters": plan.num_parameters,
         "tied": plan.tied,
         "dtype": plan.dtype_name,
@@ -323,7 +326,7 @@ def write_card(plan: ExportPlan, settings: Settings, directory: Path, proof: dic
         "proof": proof,
         "made_by": made_by(SCRIPT, *PACKAGES),
     }
-    write_model_card(directory, exported, plan.checkpoint_dir, plan.checkpoint)
+    write_model_card(directory, exported, plan.checkpoint_dir, plan.checkpoint, describe_inputs)
 
 
 def write_bill_and_manifest(plan: ExportPlan, settings: Settings, directory: Path, proof: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from export.hf_config import export_problems, family_of
 from export.hf_layout import hf_layout
 from export.plan import ExportPlan
 from export.stored_tensor import StoredTensor
-from export.tokenizer_files import id_of_token, tokenizer_of_training
+from export.tokenizer_files import id_of_token, stated_pad_token, tokenizer_of_training
 from utils import console
 from utils.errors import Problems, UserError
 from utils.tokenizer import TokenizerInfo, read_tokenizer_info
@@ -31,14 +31,15 @@ def make_plan(
         checkpoint: its manifest.
         formats: as in the script's settings.
         dtype: of the exported weights, as "bfloat16"; "same" keeps the checkpoint's.
-        pad_token: of the exported tokenizer; None: no choice.
+        pad_token: of the exported tokenizer; None: the one that the tokenizer names, if any.
     """
     problems = Problems()
     config = problems.collect(read_model_config, checkpoint_dir, formats)
     found = problems.collect(find_weights, checkpoint_dir)
     tokenizer = problems.collect(find_tokenizer, checkpoint_dir, config, checkpoint)
-    pad_id = problems.collect(find_pad_id, checkpoint_dir, tokenizer, pad_token)
+    pad = problems.collect(find_pad_token, checkpoint_dir, tokenizer, pad_token)
     problems.raise_if_any()
+    pad_token, pad_id = pad or (None, None)
 
     weights = fit_weights(found, config, checkpoint_dir)
     tied = is_tied(weights)
@@ -100,19 +101,29 @@ def find_tokenizer(
     return tokenizer
 
 
-def find_pad_id(checkpoint_dir: Path, tokenizer: TokenizerInfo | None, pad_token: str | None) -> int | None:
-    """The id of `pad_token`, a choice of the user's."""
-    if pad_token is None:
-        return None
-    if tokenizer is None:
+def find_pad_token(
+    checkpoint_dir: Path, tokenizer: TokenizerInfo | None, pad_token: str | None
+) -> tuple[str, int] | None:
+    """Name and id of `pad_token`, the user's choice, or else of the one that the tokenizer's files name."""
+    if tokenizer is None and pad_token is not None:
         raise UserError(f"--pad_token={pad_token}: {checkpoint_dir} has no tokenizer.json. Leave the flag out.")
-    pad_id = id_of_token(checkpoint_dir, pad_token, "--pad_token")
-    if pad_id in (tokenizer.bos_id, tokenizer.eos_id):
-        console.warn(
-            f"--pad_token={pad_token}: texts begin or end with it. Trainers that leave padding out of the loss leave "
-            "it out there too, so that the model forgets where a text ends. A token that no text holds is better."
+    if tokenizer is None:
+        return None
+    if pad_token is not None:
+        chosen_by, found = (
+            f"--pad_token={pad_token}",
+            (pad_token, id_of_token(checkpoint_dir, pad_token, "--pad_token")),
         )
-    return pad_id
+    else:
+        found = stated_pad_token(checkpoint_dir)
+        chosen_by = f"{checkpoint_dir}: the tokenizer's pad token is {found[0]}" if found else ""
+    if found and found[1] in (tokenizer.bos_id, tokenizer.eos_id):
+        console.warn(
+            f"{chosen_by}: texts begin or end with it. Trainers that leave padding out of the loss leave it out there "
+            "too, so that the model forgets where a text ends. A token that no text holds is better"
+            f"{': choose one with --pad_token' if pad_token is None else ''}."
+        )
+    return found
 
 
 def fit_weights(found: dict[str, StoredTensor], config: Config, checkpoint_dir: Path) -> dict[str, StoredTensor]:

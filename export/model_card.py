@@ -1,11 +1,12 @@
 """README.md of an export: the model card, made from the manifests by a template, with the training curves as a picture.
 
-Everything it says comes from the checkpoint's manifest, which leads back to the parquet files, and from the run's
+Everything it says comes from the checkpoint's manifest, which leads back to the files of text, and from the run's
 metrics.jsonl. What these do not say is left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,19 @@ CARD_NAME = "README.md"
 CURVES_NAME = "loss.png"
 
 
-def write_model_card(directory: Path, export: dict[str, Any], checkpoint_dir: Path, checkpoint: dict[str, Any] | None):
+def write_model_card(
+    directory: Path,
+    export: dict[str, Any],
+    checkpoint_dir: Path,
+    checkpoint: dict[str, Any] | None,
+    describe_inputs: Callable[[list[dict[str, Any]]], str],
+) -> None:
     """Write README.md, and the picture when there are losses to show.
 
     Args:
         export: the template's names for the exported model: config, parameters, dtype, model_type, proof, ...
         checkpoint: the manifest of `checkpoint_dir`; None where it has none.
+        describe_inputs: says how many files of each kind step 1 read, which only that step's code can tell.
     """
     manifest = checkpoint or {"settings": {}, "content": {}, "inputs": []}
     settings = manifest["settings"]
@@ -50,6 +58,7 @@ def write_model_card(directory: Path, export: dict[str, Any], checkpoint_dir: Pa
             "content": manifest["content"],
             "datasets": datasets,
             "files": [files[path] for path in sorted(files)],
+            "inputs": describe_inputs(list(files.values())) if files else "",
             "curves": CURVES_NAME if has_curves else None,
             "made_by": [(what, tool) for what, tool in made_by if tool],
         }

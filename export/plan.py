@@ -29,6 +29,7 @@ class ExportPlan:
     tokenizer: TokenizerInfo | None
     """With BOS and EOS as training had them."""
     pad_token: str | None
+    """The user's choice, or else the one that the tokenizer names; None: none."""
     pad_id: int | None
     weights: dict[str, StoredTensor]
     """By litgpt name, in the model's order; their dtype is that of the export."""
@@ -43,6 +44,11 @@ class ExportPlan:
     def has_hf_config(self) -> bool:
         """Whether config.json is made, which transformers loads the tokenizer by."""
         return self.layout is not None or self.gguf is not None
+
+    @property
+    def is_wrong_in_ctranslate2(self) -> bool:
+        """Whether it scales positions as Llama 3.1 does, which ctranslate2 4.8.5 ignores without a word."""
+        return self.layout is not None and "low_freq_factor" in (self.config.rope_adjustments or {})
 
     @property
     def num_parameters(self) -> int:

@@ -83,6 +83,35 @@ def id_of_token(directory: Path, token: str, flag: str) -> int:
     return token_id
 
 
+def stated_pad_token(directory: Path) -> tuple[str, int] | None:
+    """Name and id of the pad token that the tokenizer's files name.
+
+    None where they name none; one that tokenizer.json does not have is warned of and counts as none, since clients
+    would add it with an id beyond the embedding.
+    """
+    stated = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second decides, as for BOS and EOS
+        if (directory / name).is_file():
+            stated |= json.loads((directory / name).read_bytes())
+    pad_token = _name(stated.get("pad_token"))
+    if pad_token is None:
+        return None
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    pad_id = tokenizer.token_to_id(pad_token) if isinstance(pad_token, str) else None
+    if pad_id is None:
+        console.warn(
+            f"{directory}: the tokenizer's pad token is {pad_token!r}, which tokenizer.json does not have. The export "
+            "names none; to choose one: --pad_token."
+        )
+        return None
+    return pad_token, pad_id
+
+
+def _name(entry: Any) -> Any:
+    """The token that an entry of tokenizer_config.json names, as text or as a dictionary of its properties."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
 def write_tokenizer(
     tokenizer: TokenizerInfo, directory: Path, context_tokens: int, pad_token: str | None, check: bool
 ) -> None:
@@ -94,7 +123,7 @@ def write_tokenizer(
     Args:
         tokenizer: as `tokenizer_of_training` returns it.
         context_tokens: the longest text that the model reads.
-        pad_token: the token that fills up the shorter texts of a batch; None: as the files say, mostly none.
+        pad_token: the token that fills up the shorter texts of a batch; None: none is named, whatever the files say.
         check: whether transformers loads it and must give the ids that training used; needs config.json in place.
 
     Raises:
@@ -108,12 +137,11 @@ def write_tokenizer(
     path = directory / "tokenizer_config.json"
     completed = json.loads(path.read_bytes()) if path.is_file() else {}
     for kind, token_id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        name = completed.get(f"{kind}_token")
-        content = name["content"] if isinstance(name, dict) else name
+        content = _name(completed.get(f"{kind}_token"))
         if token_id is not None and (content is None or tokens.token_to_id(content) != token_id):
             completed[f"{kind}_token"] = tokens.id_to_token(token_id)
     completed |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False, "model_max_length": context_tokens}
-    if pad_token is not None:
+    if _name(completed.get("pad_token")) != pad_token:
         completed["pad_token"] = pad_token
     completed.setdefault("tokenizer_class", _GENERIC_CLASS)
     # transformers.js takes its absence for true, and then drops spaces before punctuation where it decodes.
@@ -135,6 +163,8 @@ def _repeat_names(names: dict[str, Any], path: Path) -> None:
         stated = json.loads(path.read_bytes())
         kinds = [f"{kind}_token" for kind in ("bos", "eos", "pad") if f"{kind}_token" in names]
         repeated = {**stated, **{kind: names[kind] for kind in kinds}}
+        if "pad_token" in stated:
+            repeated["pad_token"] = names.get("pad_token")
         if repeated != stated:
             write_json(path, repeated)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from utils import console
+
 PARQUET_ENDINGS = (".parquet",)
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARROW_ENDINGS = (".arrow",)
@@ -22,3 +26,21 @@ def compression_of(path: str) -> str | None:
 
 def is_input(name: str) -> bool:
     return name.lower().endswith(PARQUET_ENDINGS) or is_arrow(name) or is_jsonl(name)
+
+
+def describe_inputs(inputs: list[dict[str, Any]]) -> str:
+    """How many files of each kind, with the number of their rows where it is known.
+
+    Args:
+        inputs: as in the manifest of step 1.
+    """
+    of_kind = {"parquet file": [], "Arrow file": [], "JSON lines file": []}
+    for entry in inputs:
+        kind = "JSON lines" if is_jsonl(entry["path"]) else "Arrow" if is_arrow(entry["path"]) else "parquet"
+        of_kind[f"{kind} file"].append(entry.get("rows"))
+    kinds = []
+    for kind, rows in of_kind.items():
+        if rows or (kind == "parquet file" and not inputs):
+            known = "" if None in rows else f", {sum(rows):,} rows"
+            kinds.append(f"{console.counted(len(rows), kind)}{known}")
+    return ", and ".join(kinds)

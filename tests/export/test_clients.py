@@ -5,12 +5,14 @@ The table in docs/export.md comes from a run of this file with `-s`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ import pytest
 import torch
 from conftest import ROOT
 from export_checkpoints import write_random_weights
+from test_tokenizer_files import SPLIT_OTHERWISE, large_tokenizer
+from tokenizers import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -59,11 +63,23 @@ def exports(tmp_path_factory, tokenizer_dir) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture(scope="module")
+def python_of(tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the Python of a client, whose environment is made once."""
+
+    @functools.cache
+    def python(client: str) -> Path:
+        _, packages = CLIENTS[client]
+        return environment_with(packages, tmp_path_factory.mktemp("environment")) if packages else Path(sys.executable)
+
+    return python
+
+
 @pytest.fixture(scope="module", params=CLIENTS)
-def by_client(request, exports, tmp_path_factory) -> dict[str, dict]:
+def by_client(request, exports, python_of, tmp_path_factory) -> dict[str, dict]:
     """What the client makes of each export."""
-    name, packages = CLIENTS[request.param]
-    python = environment_with(packages, tmp_path_factory.mktemp("environment")) if packages else sys.executable
+    name, _ = CLIENTS[request.param]
+    python = python_of(request.param)
     scratch = tmp_path_factory.mktemp("scratch")
     script = ROOT / "tests" / "export" / "client_of_an_export.py"
     process = subprocess.run(
@@ -131,3 +147,32 @@ def test_a_client_gives_the_ids_logits_and_text_of_litgpt(by_client, by_litgpt, 
         return
     assert difference <= TOLERANCE
     assert found["continuation"] == expected["continuation"] and found["text"] == expected["text"]
+
+
+@pytest.mark.parametrize("client", ["transformers 4", "newest transformers"])
+def test_transformers_does_not_suspect_the_export_of_a_large_tokenizer(tmp_path, tokenizer_dir, python_of, client):
+    """It would advise a flag that changes ids. test_tokenizer_files.py asks the version that the tests run with."""
+    import convert_pretrained_checkpoint
+
+    checkpoint = large_tokenizer(tmp_path / "checkpoint", tokenizer_dir)
+    write_random_weights(checkpoint, "Mistral-7B-v0.1", {"n_query_groups": 2, "padded_vocab_size": 101_024})
+    settings = convert_pretrained_checkpoint.Settings(str(checkpoint), str(tmp_path / "model"), "hf", verify="off")
+    convert_pretrained_checkpoint.main(settings)
+    # The same without the entry, to see that the export has what matters.
+    shutil.copytree(tmp_path / "model", tmp_path / "without", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((tmp_path / "model" / "config.json").read_bytes())
+    del config["transformers_version"]
+    (tmp_path / "without" / "config.json").write_text(json.dumps(config))
+
+    script = ROOT / "tests" / "export" / "ids_with_fix_mistral_regex.py"
+    process = subprocess.run(
+        [python_of(client), script, SPLIT_OTHERWISE, tmp_path / "model", tmp_path / "without"],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    answer = json.loads(process.stdout.splitlines()[-1])
+    print(f"\ntransformers {answer['version']}: {answer['answers']}")
+    of_export, without = answer["answers"]
+    expected = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(SPLIT_OTHERWISE).ids
+    assert of_export == {"advises": False, "ids": expected, "fixed": expected}
+    assert without["advises"] and without["fixed"] != expected

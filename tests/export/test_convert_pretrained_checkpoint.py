@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from cyclonedx_schema import components, problems_of, reached_from
-from export_checkpoints import TINY, write_checkpoint_manifest, write_sharded_checkpoint
+from export_checkpoints import TINY, write_checkpoint_manifest, write_random_weights, write_sharded_checkpoint
 
 from export.checkpoint_weights import find_in_torch_file, find_weights
 
@@ -141,6 +141,7 @@ def test_model_card_lists_some_of_many_files_and_leaves_out_what_is_unknown(chec
     from litgpt import Config
 
     from export.model_card import write_model_card
+    from tokenization.input_names import describe_inputs
 
     files = [{"path": f"web|text/{i:03}.parquet", "rows": 10, "bytes": 1000} for i in range(1100)]
     dataset = {"split": "train|1", "content": {"tokens": 5}, "inputs": files}
@@ -162,14 +163,46 @@ def test_model_card_lists_some_of_many_files_and_leaves_out_what_is_unknown(chec
         "proof": {"mode": "off"},
         "made_by": {"script": "x.py", "versions": {}},
     }
-    write_model_card(tmp_path, exported, tmp_path / "run" / "final", manifest)
+    write_model_card(tmp_path, exported, tmp_path / "run" / "final", manifest, describe_inputs)
     card = (tmp_path / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]  # no picture of a run that logged nothing
-    assert "Made from 1,100 parquet files (11,000 rows, 1.1 MB): `000.parquet`, `001.parquet`," in card
+    assert "Made from 1,100 parquet files, 11,000 rows (1.1 MB): `000.parquet`, `001.parquet`," in card
     assert "`019.parquet` and 1,080 more. manifest.json names all.\n" in card and "020.parquet" not in card
     assert "| train\\|1 | 5 tokens |" in card
     assert "| Optimizer | adamw |\n| Optimizer: lr | 3e-05 |\n\n## Verification\n" in card
     assert not any(word in card for word in ("Seed", "Validation", "from_pretrained", "lm_eval", "Tokenizer", "None"))
+
+
+@pytest.mark.parametrize(("model", "formats", "warns"), [
+    ("Llama-3.2-1B", "all", True), ("Llama-3.2-1B", "litgpt", False), ("Llama-3-8B", "all", False),
+])  # fmt: skip
+def test_a_model_that_ctranslate2_gets_wrong_says_so(tmp_path, capsys, model, formats, warns):
+    """It reads Hugging Face's format, and ignores the scaling of positions of Llama 3.1 and later."""
+    (tmp_path / "checkpoint").mkdir()
+    write_random_weights(tmp_path / "checkpoint", model, {"n_query_groups": 2})
+    export_in_process(tmp_path / "checkpoint", tmp_path / "model", formats=formats, verify="off")
+    sentence = "ctranslate2 4.8.5, which ignores this model's scaling of positions: its logits are wrong"
+    assert (f"\nnot for {sentence}\n" in capsys.readouterr().out) == warns
+    assert (f"\nIt is not for {sentence}.\n" in (tmp_path / "model" / "README.md").read_text()) == warns
+
+
+def test_model_card_names_the_kinds_of_the_files_of_text(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (of_step_1,) = {json.dumps(dataset["manifest"]["inputs"]) for dataset in manifest["inputs"]}
+    arrow = json.loads(of_step_1)[0] | {"path": "train/data-00000-of-00002.arrow", "rows": 70}
+    lines = {"path": "more/text.jsonl.zst", "bytes": 55, "fingerprint": "0"}
+    for inputs, expected in (
+        ([arrow, arrow | {"path": "train/data-00001-of-00002.arrow"}], "2 Arrow files, 140 rows (24.7 kB)"),
+        ([arrow, lines], "1 Arrow file, 70 rows, and 1 JSON lines file (12.4 kB)"),
+    ):
+        for dataset in manifest["inputs"]:
+            dataset["manifest"]["inputs"] = inputs
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        target = tmp_path / expected[:13]
+        export_in_process(copy, target, verify="off")
+        assert f"\nMade from {expected}: `" in (target / "README.md").read_text()
 
 
 def test_same_command_again_does_nothing_and_is_quick(checkpoint, exported):

@@ -52,13 +52,18 @@ PRE_TOKENIZERS = {
 }
 
 
-def write_checkpoint(directory: Path, tokenizer_dir: Path, model: str, sizes: dict, tokenizer: dict | None = None):
-    """A random model with the tests' tokenizer; `tokenizer` changes how that splits text."""
+def write_checkpoint(
+    directory: Path, tokenizer_dir: Path, model: str, sizes: dict, tokenizer: dict | None = None, adds_bos: bool = True
+) -> Path:
+    """A random model with the tests' tokenizer; `tokenizer` changes how that splits text, `adds_bos` what is put
+    before it."""
     shutil.copytree(tokenizer_dir, directory)
     content = json.loads((directory / "tokenizer.json").read_bytes())
     for key, value in (tokenizer or {}).items():
         (content["model"] if key in content["model"] else content)[key] = value
     (directory / "tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((directory / "tokenizer_config.json").read_bytes()) | {"add_bos_token": adds_bos}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     write_random_weights(directory, model, sizes)
     return directory
 
@@ -86,6 +91,15 @@ def test_the_file_says_what_the_model_is(tmp_path, tokenizer_dir, capsys):
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.0.attn_q.weight"] == "BF16" and kinds["blk.0.attn_norm.weight"] == "F32"
     assert kinds["rope_freqs.weight"] == "F32"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_llama_cpp_is_told_whether_training_put_bos_before_a_text(tmp_path, tokenizer_dir, adds_bos):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_dir, *MODELS["Llama 3"], adds_bos=adds_bos)
+    reader = gguf.GGUFReader(export(checkpoint, tmp_path / "model", formats="gguf") / "model.gguf")
+    found = {name: field.contents() for name, field in reader.fields.items()}
+    assert found["tokenizer.ggml.add_bos_token"] is adds_bos and found["tokenizer.ggml.add_eos_token"] is False
+    assert found["tokenizer.ggml.bos_token_id"] == 0, "it is named all the same"
 
 
 def test_low_frequencies_are_divided_by_the_factor_and_high_ones_stay(tmp_path, tokenizer_dir):
@@ -155,16 +169,20 @@ def llama_cpp(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "pre_tokenizer"),
-    [*((model, "gpt-2") for model in MODELS), *(("Llama 3", name) for name in PRE_TOKENIZERS)],
+    ("model", "pre_tokenizer", "adds_bos"),
+    [
+        *((model, "gpt-2", True) for model in MODELS),
+        *(("Llama 3", name, True) for name in PRE_TOKENIZERS if name != "gpt-2"),
+        ("Llama 3", "gpt-2", False),
+    ],
 )
 def test_llama_cpp_gives_ids_probabilities_and_text_of_transformers(
-    tmp_path, tokenizer_dir, llama_cpp, model, pre_tokenizer
+    tmp_path, tokenizer_dir, llama_cpp, model, pre_tokenizer, adds_bos
 ):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     changes = PRE_TOKENIZERS[pre_tokenizer]
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_dir, *MODELS[model], changes)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_dir, *MODELS[model], changes, adds_bos)
     expected_by, tested = export(checkpoint, tmp_path / "hf"), export(checkpoint, tmp_path / "gguf", formats="gguf")
     tokenizer = AutoTokenizer.from_pretrained(expected_by)
     reference = AutoModelForCausalLM.from_pretrained(expected_by, dtype=torch.float32).eval()
@@ -175,7 +193,7 @@ def test_llama_cpp_gives_ids_probabilities_and_text_of_transformers(
     assert process.returncode == 0, process.stderr
     for text, found in zip(TEXTS, json.loads(process.stdout.splitlines()[-1]), strict=True):
         ids = tokenizer(text)["input_ids"]
-        assert found["ids"] == ids
+        assert found["ids"] == ids and (ids[0] == 0) == adds_bos
         prompt = torch.tensor([ids])
         with torch.no_grad():
             expected = reference(prompt, use_cache=False).logits[0, -1].log_softmax(-1)

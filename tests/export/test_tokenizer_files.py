@@ -7,6 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 from conftest import ROOT
 from tokenizers import Tokenizer
@@ -55,6 +56,24 @@ def tokenizer_with(directory: Path, source: Path, post_processor: dict | None, *
     (directory / "tokenizer.json").write_text(json.dumps(content))
     config = json.loads((directory / "tokenizer_config.json").read_bytes()) | settings
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+SPLIT_OTHERWISE = "helloWorld 2024 ABCdef"
+"""Text that the expression of `large_tokenizer` splits in other places than that of `fix_mistral_regex`."""
+
+
+def large_tokenizer(directory: Path, source: Path) -> Path:
+    """A copy of the tokenizer in `source` with 101,024 entries, which splits text by a regular expression first, as
+    Llama 3's and Mistral's: transformers suspects such a one of a mistake in Mistral's."""
+    shutil.copytree(source, directory)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    pattern = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}| |[^\p{L}\p{N} ]+"}, "behavior": "Isolated"}
+    byte_level = {**content["pre_tokenizer"], "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{**pattern, "invert": False}, byte_level]}
+    content["model"]["vocab"] |= {f"unused {i}": 1024 + i for i in range(100_000)}
+    path.write_text(json.dumps(content))
     return directory
 
 
@@ -228,6 +247,82 @@ def test_a_pad_token_is_named_in_every_file_and_one_of_training_is_warned_of(rel
         export(released_run, tmp_path / "model")
 
 
+def state_pad_token(run: Path, pad_token, of_map=None) -> None:
+    """Let the tokenizer of a checkpoint name a pad token in tokenizer_config.json; `of_map`: in the other file."""
+    config = json.loads((run / "tokenizer_config.json").read_bytes())
+    if pad_token is not None:
+        config["pad_token"] = pad_token
+    (run / "tokenizer_config.json").write_text(json.dumps(config))
+    if of_map is not None:
+        (run / "special_tokens_map.json").write_text(json.dumps({"eos_token": EOS, "pad_token": of_map}))
+    manifest = json.loads((run / "manifest.json").read_bytes())
+    manifest["files"] = [entry for entry in manifest["files"] if not entry["name"].startswith("tokenizer_config")]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("pad_token", "of_map"), [("!", None), ({"content": "!", "lstrip": False}, "#"), (None, "!")], ids=str
+)
+def test_a_pad_token_that_the_tokenizer_names_is_named_in_every_file(released_run, tmp_path, capsys, pad_token, of_map):
+    state_pad_token(released_run, pad_token, of_map)
+    directory = export(released_run, tmp_path / "model")
+    assert "pad" not in capsys.readouterr().err
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((directory / name).read_bytes())["pad_token_id"] == 2, name
+    assert AutoTokenizer.from_pretrained(directory).pad_token_id == 2
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).is_file():
+            named = json.loads((directory / name).read_bytes())["pad_token"]
+            assert (named["content"] if isinstance(named, dict) else named) == "!", name
+    reader = gguf.GGUFReader(export(released_run, tmp_path / "gguf", formats="gguf") / "model.gguf")
+    assert reader.fields["tokenizer.ggml.padding_token_id"].contents() == 2
+    chosen = export(released_run, tmp_path / "chosen", pad_token="#")
+    assert json.loads((chosen / "config.json").read_bytes())["pad_token_id"] == 4
+    assert AutoTokenizer.from_pretrained(chosen).pad_token_id == 4, "the flag decides"
+
+
+@pytest.mark.parametrize("pad_token", [EOS, BOS])
+def test_a_pad_token_of_the_tokenizer_that_texts_begin_or_end_with_is_warned_of(
+    released_run, tmp_path, capsys, pad_token
+):
+    state_pad_token(released_run, pad_token)
+    directory = export(released_run, tmp_path / "model")
+    warning = f"the tokenizer's pad token is {pad_token}: texts begin or end with it"
+    assert warning in capsys.readouterr().err
+    number = [BOS, EOS].index(pad_token)
+    assert json.loads((directory / "config.json").read_bytes())["pad_token_id"] == number
+    assert json.loads((directory / "generation_config.json").read_bytes())["pad_token_id"] == number
+    export(released_run, tmp_path / "chosen", pad_token="!")
+    assert "texts begin or end with it" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", ["!"]], ids=str)
+def test_a_pad_token_of_the_tokenizer_that_is_no_token_is_left_out(released_run, tmp_path, capsys, pad_token):
+    state_pad_token(released_run, pad_token, of_map="<pad>")
+    directory = export(released_run, tmp_path / "model")
+    assert f"pad token is {pad_token!r}, which tokenizer.json does not have" in capsys.readouterr().err
+    loaded = AutoTokenizer.from_pretrained(directory)
+    assert loaded.pad_token is None and len(loaded) == 280, "a client would add it beyond the embedding"
+    assert json.loads((directory / "config.json").read_bytes())["pad_token_id"] is None
+    assert json.loads((directory / "generation_config.json").read_bytes())["pad_token_id"] == 1, "EOS"
+
+
+def test_verify_takes_an_export_of_before_the_tokenizers_pad_token_was_looked_for(released_run, tmp_path):
+    from tools.provenance import CHANGED, Node
+    from tools.provenance_deep import check_values
+
+    state_pad_token(released_run, "!")
+    directory = export(released_run, tmp_path / "model")
+    manifest = json.loads((directory / "manifest.json").read_bytes())
+    made = json.loads((released_run / "manifest.json").read_bytes())
+    config = json.loads((directory / "config.json").read_bytes())
+    for pad_id, wrong in ((2, 0), (None, 0), (5, 1)):
+        (directory / "config.json").write_text(json.dumps(config | {"pad_token_id": pad_id}))
+        node = Node("export")
+        check_values(node, directory, manifest, released_run, made)
+        assert [status for status, _ in node.lines].count(CHANGED) == wrong, node.lines
+
+
 @pytest.mark.parametrize("model", ["Llama-3-8B", "Mistral-7B-v0.1"])
 def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(
     tmp_path, tokenizer_dir, model, caplog, monkeypatch
@@ -235,17 +330,8 @@ def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(
     """Without `transformers_version` transformers advises a flag that changes ids."""
     from litgpt import Config
 
-    shutil.copytree(tokenizer_dir, tmp_path / "large")
-    path = tmp_path / "large" / "tokenizer.json"
-    content = json.loads(path.read_bytes())
-    # Split by a regular expression first, as Llama 3's and Mistral's are.
-    pattern = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}| |[^\p{L}\p{N} ]+"}, "behavior": "Isolated"}
-    byte_level = {**content["pre_tokenizer"], "use_regex": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{**pattern, "invert": False}, byte_level]}
-    content["model"]["vocab"] |= {f"unused {i}": 1024 + i for i in range(100_000)}
-    path.write_text(json.dumps(content))
+    path = large_tokenizer(tmp_path / "large", tokenizer_dir) / "tokenizer.json"
     config = hf_config(Config.from_name(model), False, "float32", 0, 1)
-    text = "helloWorld 2024 ABCdef"
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="transformers")  # another test may have silenced it
     for version, warns in ((config.pop("transformers_version"), False), (None, True)):
@@ -254,4 +340,4 @@ def test_a_large_tokenizer_is_not_taken_for_a_broken_one_of_mistral(
         caplog.clear()
         loaded = AutoTokenizer.from_pretrained(tmp_path / "large")
         assert ("fix_mistral_regex" in caplog.text) == warns
-        assert loaded(text)["input_ids"] == Tokenizer.from_file(str(path)).encode(text).ids
+        assert loaded(SPLIT_OTHERWISE)["input_ids"] == Tokenizer.from_file(str(path)).encode(SPLIT_OTHERWISE).ids
