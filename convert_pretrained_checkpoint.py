@@ -231,7 +231,7 @@ def write_small_files(plan: ExportPlan, directory: Path) -> None:
     bos_id, eos_id = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
     write_json(directory / "generation_config.json", generation_config(bos_id, eos_id, plan.pad_id))
     if plan.has_hf_config:
-        config = hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id, plan.pad_id)
+        config = hf_config(plan.config, plan.tied, plan.dtype_name, bos_id, eos_id, plan.config_pad_id)
         write_json(directory / "config.json", config)
     if plan.tokenizer:
         check = plan.has_hf_config

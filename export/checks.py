@@ -39,7 +39,10 @@ def make_plan(
     tokenizer = problems.collect(find_tokenizer, checkpoint_dir, config, checkpoint)
     pad = problems.collect(find_pad_token, checkpoint_dir, tokenizer, pad_token)
     problems.raise_if_any()
+    is_chosen = pad_token is not None
     pad_token, pad_id = pad or (None, None)
+    is_trained = tokenizer is not None and pad_id in (tokenizer.bos_id, tokenizer.eos_id)
+    config_pad_id = None if is_trained and not is_chosen else pad_id
 
     weights = fit_weights(found, config, checkpoint_dir)
     tied = is_tied(weights)
@@ -55,7 +58,18 @@ def make_plan(
         raise UserError("--formats=gguf: needs the tokenizer, which is a part of model.gguf.")
     for_litgpt = formats in ("all", "litgpt")
     return ExportPlan(
-        checkpoint_dir, checkpoint, config, tokenizer, pad_token, pad_id, weights, tied, for_litgpt, layout, gguf
+        checkpoint_dir,
+        checkpoint,
+        config,
+        tokenizer,
+        pad_token,
+        pad_id,
+        config_pad_id,
+        weights,
+        tied,
+        for_litgpt,
+        layout,
+        gguf,
     )
 
 

@@ -31,6 +31,9 @@ class ExportPlan:
     pad_token: str | None
     """The user's choice, or else the one that the tokenizer names; None: none."""
     pad_id: int | None
+    config_pad_id: int | None
+    """For config.json, by which transformers keeps the token's embedding from being trained: not BOS or EOS, unless the
+    user chose it."""
     weights: dict[str, StoredTensor]
     """By litgpt name, in the model's order; their dtype is that of the export."""
     tied: bool

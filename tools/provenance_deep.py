@@ -161,7 +161,7 @@ def check_values(node: Node, export_dir: Path, manifest: dict[str, Any], checkpo
     path = export_dir / "config.json"
     if settings["formats"] != "litgpt" and path.is_file():
         ids = (plan.tokenizer.bos_id, plan.tokenizer.eos_id) if plan.tokenizer else (None, None)
-        wanted = json.loads(json.dumps(hf_config(plan.config, plan.tied, plan.dtype_name, *ids, plan.pad_id)))
+        wanted = json.loads(json.dumps(hf_config(plan.config, plan.tied, plan.dtype_name, *ids, plan.config_pad_id)))
         found = json.loads(path.read_bytes())
         if "transformers_version" not in found:  # of an earlier version
             del wanted["transformers_version"]
