@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -230,3 +231,26 @@ def test_a_dataset_that_was_packed_before_this_was_counted_says_the_rest(dataset
     )
     (line,) = (line for line in said.stdout.splitlines() if line.startswith("tokens that"))
     assert line.endswith(f"at the dataset's end ({manifest['packing']['rest_tokens']:,})")
+
+
+def test_memory_does_not_grow_with_the_dataset_nor_beyond_some_bytes_per_short_document(tmp_path):
+    """Of documents of four tokens there are 131,072 in a window: as Python objects, 15 MB and more."""
+    window, peaks = 1 << 19, {}
+    for num_windows in (1, 4, 16):
+        source, target = tmp_path / str(num_windows) / "train", tmp_path / str(num_windows) / "DATA"
+        chunks = {f"chunk-{unit:07d}-0.bin": [4] * (window // 4) for unit in range(num_windows)}
+        make_folder(source / "0", chunks, chunk_tokens=window, settings={"bos_id": 0, "eos_id": None})
+        make_split_manifest(source)
+        flags = (
+            f"--source_dir={source}",
+            f"--target_dir={target}",
+            "--pack_tokens=1025",
+            f"--pack_window_tokens={window}",
+        )
+        process = subprocess.Popen([sys.executable, ROOT / "merge_files.py", *flags], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0 and len(list(target.glob("packed-*.bin"))) == num_windows
+        peaks[num_windows] = usage.ru_maxrss / 1024
+    assert peaks[16] < 1.15 * peaks[4], peaks
+    assert peaks[4] - peaks[1] < 40, peaks  # MiB, for the two windows more that are in memory at once
