@@ -2,7 +2,7 @@
 
 Which tokens stand in which block follows from the lengths of the documents, which the chunks' headers have, in the
 order of the units: the same whichever nodes made the chunks, and the same when a killed merge is run again. Memory is
-bounded by what is in a few windows, however large the dataset is.
+bounded by what is in three windows, however large the dataset is.
 
 A file's name, packed-0000012.bin, says its window. Its header counts pieces of documents.
 """
