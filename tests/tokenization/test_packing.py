@@ -122,10 +122,10 @@ def test_document_masking_finds_each_piece(lengths, block, has_bos):
             assert [o for o in offsets if o < block - 1] == [b for b in begins.tolist() if b < block - 1]
 
 
-@pytest.mark.parametrize(("cut_at_end", "digest"), [(True, "779e525f1f3d093e"), (False, "80a0a7b2de5f255d")])
+@pytest.mark.parametrize(("cut_at_end", "digest"), [(True, "412ffa6751a44358"), (False, "c0f5d0002d00e8cc")])
 def test_the_blocks_are_those_of_earlier_versions(cut_at_end, digest):
     """So that a merge that one of them began is finished, and a chunk that a dataset has lost made again."""
-    lengths = np.clip(np.random.default_rng(7).lognormal(3, 1.2, 3000), 1, None).astype(int).tolist()
+    lengths = [1 + number**3 % 151 for number in range(3000)]
     windows = packed(lengths, 64, 5000, cut_at_end)
     pieces = [tuple(piece) for window in windows for block in [*window.blocks, window.rest] for piece in block]
     assert hashlib.sha256(str(pieces).encode()).hexdigest()[:16] == digest
