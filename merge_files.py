@@ -82,7 +82,9 @@ def plan_layout(settings: Settings) -> Plan:
             "Give the output of step 1, or copy the directory."
         )
     if settings.pack_tokens is not None:  # the layout with which its cuts are compared
-        return dataclasses.replace(plan, parts=gather_small(plan.parts, plan.chunk_tokens or 0))
+        return dataclasses.replace(
+            plan, parts=gather_small(plan.parts, plan.chunk_tokens or 0 if settings.gather else 0)
+        )
     if plan.manifest is None or plan.chunk_tokens is None or settings.mode == "index":
         return plan
     published = read_manifest(target)

@@ -12,6 +12,7 @@ CONFIG=${CONFIG:-config_hub/llama3-8b.yaml}           # model, batch, learning r
 TASKS=${TASKS:-}                                      # lm_eval's tasks to answer while it trains: "hellaswag arc_easy"
 TASK_FLAGS=${TASK_FLAGS:-}                            # for these, flags of tools.prepare_task: --context_tokens=8192
 OPTIMIZE_FLAGS=${OPTIMIZE_FLAGS:-}                    # more flags for optimize_dataset.py
+MERGE_FLAGS=${MERGE_FLAGS:-}                          # more flags for merge_files.py, both splits: --pack_tokens=8193
 TRAIN_FLAGS=${TRAIN_FLAGS:-}                          # more flags for distributed_pretrain.py
 EXPORT_FLAGS=${EXPORT_FLAGS:-}                        # more flags for convert_pretrained_checkpoint.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,8 +28,8 @@ run() {
 # shellcheck disable=SC2086
 {
     run optimize_dataset.py "--input_dir=$PARQUET" "--tokenizer_dir=$TOKENIZER" "--output_dir=$WORK/tokens" $OPTIMIZE_FLAGS
-    run merge_files.py "--source_dir=$WORK/tokens/train" "--target_dir=$WORK/dataset/train"
-    run merge_files.py "--source_dir=$WORK/tokens/val" "--target_dir=$WORK/dataset/val"
+    run merge_files.py "--source_dir=$WORK/tokens/train" "--target_dir=$WORK/dataset/train" $MERGE_FLAGS
+    run merge_files.py "--source_dir=$WORK/tokens/val" "--target_dir=$WORK/dataset/val" $MERGE_FLAGS
     for task in $TASKS; do
         printf '\n$ python -m tools.prepare_task --task=%s %s\n' "$task" "$TASK_FLAGS"
         PYTHONPATH=$here python -m tools.prepare_task "--task=$task" "--output_dir=$WORK/tasks/$task" \

@@ -121,12 +121,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def write_token_folder(
-    folder: Path, chunk_documents: dict[str, int], document_tokens: int, vocab_size: int, **manifest: Any
+    folder: Path, chunk_documents: dict[str, Any], document_tokens: int | None, vocab_size: int, **manifest: Any
 ) -> dict[str, Any]:
     """A directory of token chunks with index and manifest; small ids are frequent, as in text.
 
     Args:
-        chunk_documents: file name -> how many documents the chunk holds, all of `document_tokens` tokens.
+        chunk_documents: file name -> how many documents the chunk holds, all of `document_tokens` tokens; or, where
+            that is None, the tokens of each of its documents, an array of shape (n,).
         manifest: keys that differ from the manifest of a merged dataset.
 
     Returns:
@@ -145,11 +146,12 @@ def write_token_folder(
     dtype = dtype_for_vocabulary(vocab_size)
     chunks = []
     for name, documents in chunk_documents.items():
-        ids = (vocab_size * random.random(documents * document_tokens) ** 4).astype(dtype)
+        lengths = documents if document_tokens is None else np.full(documents, document_tokens)
+        ids = (vocab_size * random.random(int(lengths.sum())) ** 4).astype(dtype)
         with open(folder / name, "wb") as file:
-            file.write(chunk_header(np.full(documents, document_tokens), dtype).tobytes())
+            file.write(chunk_header(lengths, dtype).tobytes())
             file.write(ids.tobytes())
-        chunks.append(Chunk(name, documents, len(ids), (folder / name).stat().st_size))
+        chunks.append(Chunk(name, len(lengths), len(ids), (folder / name).stat().st_size))
     write_json(folder / "index.json", make_index(chunks, dtype, None, "0" * 12))
     tokens = sum(chunk.tokens for chunk in chunks)
     whole = {
@@ -158,7 +160,7 @@ def write_token_folder(
         "settings": {},
         "tokenizer": None,
         "content": {
-            "documents": sum(chunk_documents.values()),
+            "documents": sum(chunk.documents for chunk in chunks),
             "tokens": tokens,
             "text_bytes": 4 * tokens,
             "chunks": len(chunks),

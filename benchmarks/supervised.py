@@ -94,7 +94,8 @@ def _run_once(command: list[str], stage: Stage, kill: Kill | None, log: Path) ->
         while process.poll() is None:
             if kill is not None and kill.reached():
                 _kill_all(process)
-                return None
+                ended_by_itself = process.returncode != -signal.SIGKILL
+                return process.returncode if ended_by_itself else None
             time.sleep(0.002 if kill is not None else 0.05)
         return process.returncode
     except BaseException:

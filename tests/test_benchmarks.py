@@ -65,6 +65,7 @@ def test_a_short_night_of_faults_ends_like_a_quiet_one(run_script):
     [
         ["input_kinds.py", "--size=1MB", "--vocab_size=1000", "--num_repeats=1"],
         ["data_at_scale.py", "--small_files=20", "--many_files=40", "--chunks=20"],
+        ["packing.py", "--tokens=2e6"],
         ["pretrain_speed.py", "--cases", "small", "--steps", "8", "--rounds", "1"],
         ["pretrain_speed.py", "--cases", "watching", "--steps", "8"],
         ["pretrain_checkpoint.py"],

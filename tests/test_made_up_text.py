@@ -3,6 +3,7 @@ commands that are killed on the way."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -109,6 +110,23 @@ def test_a_command_is_killed_with_all_that_it_started_and_given_again(tmp_path):
     assert not is_running(int(child.read_text()))
 
 
+def test_a_command_that_ends_before_its_kill_was_not_killed(tmp_path, capsys):
+    """It has ended, unnoticed, when the kill is due."""
+    script = tmp_path / "script.py"
+    script.write_text("import pathlib, sys\npathlib.Path(sys.argv[1], 'begun').touch()")
+
+    def begun_and_ended() -> bool:
+        if not (tmp_path / "begun").exists():
+            return False
+        time.sleep(1)
+        return True
+
+    kill = supervised.Kill(begun_and_ended, "too late")
+    stage = supervised.run_stage("a command", str(script), tmp_path, kills=[kill], log=tmp_path / "log")
+    assert stage.killed == [] and len(stage.tries_s) == 1
+    assert "ended before it could be killed too late" in "".join(capsys.readouterr())
+
+
 def is_running(pid):
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return bool(state) and not state.startswith("Z")
@@ -127,10 +145,15 @@ def test_what_the_ends_counted_is_compared():
 @pytest.mark.timeout(1200)
 def test_nothing_is_lost_between_text_and_training(tmp_path, run_script):
     report = tmp_path / "report.md"
-    flags = ("--tokens=2e6", "--real_size=4MB", "--vocab_size=8000", "--steps=3", f"--output={report}")
+    # Step 2 makes three chunks of them, so that it goes on for a tenth of a second and more after the first one.
+    flags = ("--tokens=40e6", "--real_size=4MB", "--vocab_size=8000", "--steps=3", f"--output={report}")
     run_script("benchmarks/ten_billion_tokens.py", f"--work_dir={tmp_path / 'work'}", *flags, timeout=1100)
     said = report.read_text()
-    assert "with two fifths of the units done" in said
+    stages = json.loads((tmp_path / "work" / "stages.json").read_text())
+    for stage, killed in (
+        (stages["step 1"], "with two fifths of the units done"),
+        (stages["step 2"]["train"], "with the first chunks in the target"),
+    ):
+        assert stage["killed"] == [killed] and len(stage["tries_s"]) == 2 and killed in said
     assert "The first batch of training is what" in said
-    assert (tmp_path / "work" / "stages.json").exists()  # the reports stay
     assert not (tmp_path / "work" / "text").exists()

@@ -71,7 +71,7 @@ def made(work, settings) -> None:
     run_pipeline(work, **settings)
 
 
-def run_pipeline(cwd: Path, **settings) -> subprocess.CompletedProcess:
+def run_pipeline(cwd: Path, code: int = 0, **settings) -> subprocess.CompletedProcess:
     """pipeline.sh with these settings in its environment, on single-threaded processes."""
     settings |= {
         "OMP_NUM_THREADS": "1",
@@ -85,7 +85,7 @@ def run_pipeline(cwd: Path, **settings) -> subprocess.CompletedProcess:
         cwd=cwd,
         env={**os.environ, **{name: str(value) for name, value in settings.items()}},
     )
-    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.returncode == code, process.stdout + process.stderr
     return process
 
 
@@ -137,6 +137,14 @@ def test_again_has_nothing_to_do(work, settings):
     said = run_pipeline(work, **settings).stdout
     assert said.count("nothing to do") == 5
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == before
+
+
+def test_flags_for_the_merge_reach_both_splits(work, settings, tmp_path):
+    shutil.copytree(work / "tokens", tmp_path / "tokens")
+    settings = settings | {"WORK": tmp_path, "MERGE_FLAGS": "--pack_tokens=33", "CONFIG": tmp_path / "missing.yaml"}
+    assert "missing.yaml" in run_pipeline(tmp_path, code=2, **settings).stderr
+    for split in ("train", "val"):
+        assert read_manifest(tmp_path / "dataset" / split)["pack_tokens"] == 33
 
 
 def test_consolidation_with_its_renames_then_conversion_gives_the_same_model(work, tmp_path, run_script):

@@ -2,7 +2,7 @@
 
 Which tokens stand in which block follows from the lengths of the documents, which the chunks' headers have, in the
 order of the units: the same whichever nodes made the chunks, and the same when a killed merge is run again. Memory is
-bounded by what is in a few windows, however large the dataset is.
+bounded by what is in three windows, however large the dataset is.
 
 A file's name, packed-0000012.bin, says its window. Its header counts pieces of documents.
 """
@@ -25,7 +25,7 @@ from tokenization.chunk_reader import read_document_offsets, verify
 from tokenization.chunk_writer import chunk_header
 from tokenization.merge_chunks import LostSources, how_to_get_back, verify_sources
 from tokenization.merge_plan import Part, Plan
-from tokenization.packing import Window, pack
+from tokenization.packing import Window, pack, tokens_of
 from tokenization.progress_bar import Progress
 from tokenization.threads import submit_ahead
 from utils import console
@@ -38,6 +38,7 @@ PACKED_PATTERN = re.compile(r"packed-\d{7,}\.bin")
 MIN_BLOCKS_PER_WINDOW = 16  # with fewer, many rooms are left that only a cut document fills
 # Each holds the tokens of a window; one is filled while the other is written.
 WRITERS = 2
+COPIED_PIECES = 1 << 14
 
 
 class _InManifest:
@@ -45,7 +46,8 @@ class _InManifest:
 
     @classmethod
     def of_manifest(cls, manifest: dict[str, Any]) -> Self:
-        return cls(**{field.name: manifest["packing"][field.name] for field in dataclasses.fields(cls)})
+        recorded = manifest["packing"]
+        return cls(**{field.name: recorded.get(field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +76,24 @@ class Counts(_InManifest):
     """Of these, those that are longer than a block."""
     plain_documents_cut: int = 0
     plain_pieces: int = 0
+    plain_unread_tokens: int | None = 0
+    """At the ends of the chunks, in no block; None: not recorded, by a version before December 2026."""
 
     def say(self, block_tokens: int) -> None:
         total = max(self.documents, 1)
+        tokens = max(self.blocks * block_tokens + self.rest_tokens, 1)
         longer = f", {self.documents_too_long:,} of them longer than a block" if self.documents_too_long else ""
+        plain_unread = ""
+        if (unread := self.plain_unread_tokens) is not None:
+            plain_unread = f"; without packing 0.00% padding, {unread / tokens:.2%} at the ends of chunks ({unread:,})"
         console.say(
-            f"packing: {console.counted(self.blocks, 'block')} of {block_tokens:,} tokens without padding; "
-            f"{self.rest_tokens:,} tokens at the end fill none\n"
+            f"packing: {console.counted(self.blocks, 'block')} of {block_tokens:,} tokens\n"
             f"documents cut: {self.documents_cut / total:.2%} ({self.documents_cut:,} of {self.documents:,}{longer}), "
             f"in {self.pieces - self.documents:,} places; without packing "
             f"{self.plain_documents_cut / total:.2%} ({self.plain_documents_cut:,}), "
-            f"in {self.plain_pieces - self.documents:,} places"
+            f"in {self.plain_pieces - self.documents:,} places\n"
+            "tokens that are padding, and those that fill no block, which training does not read: 0.00% padding, "
+            f"{self.rest_tokens / tokens:.2%} at the dataset's end ({self.rest_tokens:,}){plain_unread}"
         )
 
 
@@ -202,19 +211,18 @@ def stream_packed(parts: list[Part], dtype: str, packing: Packing, counts: Count
     sources = _Sources([source for part in parts for source in part.sources], dtype)
 
     def work(number: int, window: Window) -> Chunk:
-        pieces = [piece for pieces in (*window.blocks, window.rest) for piece in pieces]
-        lengths = np.array([piece.tokens for piece in pieces], np.int64)
-        content = [chunk_header(lengths, dtype), sources.tokens(pieces)]
+        lengths = tokens_of(window.pieces)
+        content = [chunk_header(lengths, dtype), sources.tokens(window.pieces)]
         digest = xxhash.xxh3_128()
         for block in content:
             digest.update(block)
         size = sum(block.nbytes for block in content)
         name = f"packed-{number:07d}.bin"
-        return place(name, content, Chunk(name, len(pieces), int(lengths.sum()), size, digest.hexdigest()))
+        return place(name, content, Chunk(name, len(lengths), int(lengths.sum()), size, digest.hexdigest()))
 
     windows = _windows(parts, dtype, packing, counts, "checksum")
-    filled = (window for window in windows if window.blocks or window.rest)
-    for future in submit_ahead(work, itertools.count(), filled, num_threads=WRITERS):
+    filled = (window for window in windows if len(window.pieces))
+    for future in submit_ahead(work, itertools.count(), filled, num_threads=WRITERS, num_ahead=WRITERS):
         yield future.result()
 
 
@@ -222,9 +230,9 @@ def _windows(parts: list[Part], dtype: str, packing: Packing, counts: Counts, de
     """The documents of these parts, packed; what is in a window has been added to `counts` when it comes."""
     lengths = _lengths(parts, dtype, packing, counts, depth)
     for window in pack(lengths, packing.pack_tokens, packing.window_tokens, packing.cut_at_end):
-        counts.blocks += len(window.blocks)
-        counts.pieces += sum(map(len, window.blocks)) + len(window.rest)
-        counts.rest_tokens += sum(piece.tokens for piece in window.rest)
+        counts.blocks += window.num_blocks
+        counts.pieces += len(window.pieces)
+        counts.rest_tokens += window.rest_tokens
         counts.documents_cut += window.documents_cut
         counts.documents_too_long += window.documents_too_long
         yield window
@@ -251,6 +259,7 @@ def _lengths(parts: list[Part], dtype: str, packing: Packing, counts: Counts, de
             counts.plain_documents_cut += int((pieces > 1).sum())
             at = int(ends[-1]) if len(ends) else at
             yield lengths
+        counts.plain_unread_tokens += at % packing.pack_tokens
 
 
 class _Sources:
@@ -260,22 +269,25 @@ class _Sources:
         self._sources, self._dtype = sources, np.dtype(dtype).newbyteorder("<")
         self._begins = np.cumsum([0, *(chunk.documents for _, chunk in sources)])
 
-    def tokens(self, pieces: list[Any]) -> np.ndarray:
-        """Those of the pieces, back to back."""
-        found = np.empty(sum(piece.tokens for piece in pieces), self._dtype)
-        files = np.searchsorted(self._begins, [piece.document for piece in pieces], side="right") - 1
-        opened = {int(file): self._open(int(file)) for file in np.unique(files)}
-        end = 0
-        for piece, file in zip(pieces, files.tolist()):
-            begins, tokens = opened[file]
-            begin = begins[piece.document - int(self._begins[file])]
-            found[end : end + piece.tokens] = tokens[begin + piece.first : begin + piece.end]
-            end += piece.tokens
+    def tokens(self, pieces: np.ndarray) -> np.ndarray:
+        """Those of the pieces, an array of PIECE, back to back."""
+        lengths = tokens_of(pieces)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        found = np.empty(int(lengths.sum()), self._dtype)
+        files = np.searchsorted(self._begins, pieces["document"], side="right") - 1
+        for file in np.unique(files).tolist():
+            begins, tokens = self._open(file)
+            mine = np.flatnonzero(files == file)
+            # Slice by slice, since as Python integers the numbers take several times the memory.
+            for chosen in np.array_split(mine, len(mine) // COPIED_PIECES + 1):
+                firsts = begins[pieces["document"][chosen] - self._begins[file]] + pieces["first"][chosen]
+                for first, length, end in zip(firsts.tolist(), lengths[chosen].tolist(), ends[chosen].tolist()):
+                    found[end - length : end] = tokens[first : first + length]
         return found
 
-    def _open(self, file: int) -> tuple[list[int], np.ndarray]:
+    def _open(self, file: int) -> tuple[np.ndarray, np.ndarray]:
         """Where its documents begin, and its tokens."""
         path = self._sources[file][0]
         offsets = read_document_offsets(path)
         begins = (offsets - offsets[0]) // self._dtype.itemsize
-        return begins.tolist(), np.memmap(path, mode="r", offset=0)[offsets[0] :].view(self._dtype)
+        return begins, np.memmap(path, mode="r", offset=0)[offsets[0] :].view(self._dtype)

@@ -25,9 +25,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Of a piece, tokens first .. end - 1 of a document. In arrays, because a window of short documents has millions, and
+# as Python objects each would take more than a hundred bytes. A document of 2^31 tokens does not fit a chunk file.
+PIECE = np.dtype([("document", "<i8"), ("first", "<i4"), ("end", "<i4"), ("document_tokens", "<i4")])
+
 
 class Piece(NamedTuple):
-    """Tokens first .. end - 1 of a document."""
+    """One item of an array of PIECE."""
 
     document: int
     """Its number in the dataset, from 0."""
@@ -48,9 +52,11 @@ class Piece(NamedTuple):
 class Window:
     """Documents that follow one another, packed together."""
 
-    blocks: list[list[Piece]]
-    """Each has exactly the tokens of a block. Ordered by the first of their documents."""
-    rest: list[Piece]
+    pieces: np.ndarray
+    """Of PIECE, shape (n,): those of the first block, of the second, and so on, then the rest. Each block has exactly
+    its tokens. Blocks are ordered by the first of their documents."""
+    num_blocks: int
+    rest_tokens: int
     """In the last window: what fills no block, less than one."""
     documents_cut: int
     """That are cut here for the first time."""
@@ -69,110 +75,188 @@ def pack(lengths: Iterable[np.ndarray], block_tokens: int, window_tokens: int, c
         cut_at_end: cut pieces off the ends of documents, so that what is left has the BOS; False: off their
             beginnings, so that it has the EOS.
     """
-    window = _Window(block_tokens, cut_at_end)
-    for document, length in enumerate(int(length) for array in lengths for length in array.tolist()):
-        if window.new_tokens and window.new_tokens + length > window_tokens:
-            blocks, left = window.close()
-            yield Window(blocks, [], window.documents_cut, window.documents_too_long)
-            window = _Window(block_tokens, cut_at_end, left)
-        window.add(document, length)
-    blocks, left = window.close()
-    yield Window(blocks, sorted(left, key=window.order_in_block), window.documents_cut, window.documents_too_long)
+    carried = np.empty(0, PIECE)
+    first_document = 0
+    for new, is_last in _windows(lengths, window_tokens):
+        whole, pieces = _cut_too_long(new, first_document, block_tokens, cut_at_end)
+        first_document += len(new)
+        too_long = int((new > block_tokens).sum())
+        pieces, blocks, carried, cut = _best_fit(np.concatenate([carried, pieces]), block_tokens, cut_at_end)
+        num_blocks = len(whole) + int(tokens_of(pieces).sum()) // block_tokens
+        blocks = np.concatenate([np.arange(len(whole)), len(whole) + blocks])
+        pieces, rest_tokens = _in_order(np.concatenate([whole, pieces]), blocks, cut_at_end), 0
+        if is_last:
+            rest_tokens = int(tokens_of(carried).sum())
+            pieces = np.concatenate([pieces, _in_order(carried, np.zeros(len(carried), np.int64), cut_at_end)])
+        yield Window(pieces, num_blocks, rest_tokens, too_long + cut, too_long)
 
 
-class _Window:
-    def __init__(self, block_tokens: int, cut_at_end: bool, carried: Iterable[Piece] = ()):
-        self._block_tokens, self._cut_at_end = block_tokens, cut_at_end
-        self._pieces = list(carried)
-        """Each begins with its document's BOS or ends with its EOS, as `cut_at_end` says."""
-        self._blocks: list[list[Piece]] = []
-        self.new_tokens = self.documents_cut = self.documents_too_long = 0
+def tokens_of(pieces: np.ndarray) -> np.ndarray:
+    """Of each piece; shape (n,)."""
+    return pieces["end"] - pieces["first"]
 
-    def add(self, document: int, length: int) -> None:
-        self.new_tokens += length
-        remainder = length % self._block_tokens if length > self._block_tokens else length
-        begin = remainder if self._cut_at_end else 0
-        if length > self._block_tokens:
-            self.documents_cut += 1
-            self.documents_too_long += 1
-            for first in range(begin, begin + length - remainder, self._block_tokens):
-                self._blocks.append([Piece(document, first, first + self._block_tokens, length)])
-        if remainder:
-            first = 0 if self._cut_at_end else length - remainder
-            self._pieces.append(Piece(document, first, first + remainder, length))
 
-    def close(self) -> tuple[list[list[Piece]], list[Piece]]:
-        """The blocks, and the pieces that are left, which together have less than one."""
-        longest_first = sorted(self._pieces, key=lambda piece: (-piece.tokens, piece))
-        num_blocks = sum(piece.tokens for piece in longest_first) // self._block_tokens
-        bins = _Bins(self._block_tokens)
-        for piece in longest_first:
-            bins.place(piece)
-        fullest_first = sorted(range(len(bins.contents)), key=lambda number: (bins.room[number], number))
-        kept = _Bins(self._block_tokens)
-        for number in fullest_first[:num_blocks]:
-            kept.open(bins.contents[number], bins.room[number])
-        others = [piece for number in fullest_first[num_blocks:] for piece in bins.contents[number]]
-        others.sort(key=lambda piece: (-piece.tokens, piece))
-        left = [piece for piece in others if not kept.place(piece, may_open=False)]
-        left = self._fill(kept, left)
-        blocks = self._blocks + [sorted(content, key=self.order_in_block) for content in kept.contents]
-        return sorted(blocks, key=min), left
+def _windows(lengths: Iterable[np.ndarray], window_tokens: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """The lengths of each window's documents, and whether it is the last window."""
+    held, held_tokens = [np.empty(0, np.int64)], 0
+    for array in lengths:
+        ends = np.cumsum(array, dtype=np.int64)
+        begin = 0
+        while begin < len(array):
+            before = int(ends[begin - 1]) if begin else 0
+            end = max(begin, int(np.searchsorted(ends, before + window_tokens - held_tokens, side="right")))
+            if end == begin and held_tokens:
+                yield np.concatenate(held), False
+                held, held_tokens = [], 0
+                continue
+            end = max(end, begin + 1)  # a document that is longer than a window
+            held.append(array[begin:end])
+            held_tokens += int(ends[end - 1]) - before
+            begin = end
+    yield np.concatenate(held), True
 
-    def _fill(self, bins: _Bins, pieces: list[Piece]) -> list[Piece]:
-        """Cut up pieces until no bin has room left; returns what is left of them. They have enough tokens for that."""
-        pieces = sorted(pieces, key=lambda piece: (not piece.is_whole, piece.tokens, piece))  # taken from the end
-        for content, room in zip(bins.contents, bins.room):
-            while room:
-                piece = pieces.pop()
-                taken = min(room, piece.tokens)
-                room -= taken
-                if taken < piece.tokens:
-                    self.documents_cut += piece.is_whole
-                    middle = piece.end - taken if self._cut_at_end else piece.first + taken
-                    parts = piece._replace(end=middle), piece._replace(first=middle)
-                    piece, left = reversed(parts) if self._cut_at_end else parts
-                    pieces.append(left)
-                content.append(piece)
-        return pieces
 
-    def order_in_block(self, piece: Piece) -> tuple[bool, Piece]:
-        """See the drawing above."""
-        return (piece.first == 0 if self._cut_at_end else piece.end < piece.document_tokens), piece
+def _cut_too_long(
+    lengths: np.ndarray, first_document: int, block_tokens: int, cut_at_end: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The whole blocks of the documents that are longer than a block; their remainders and the other documents."""
+    num_whole = np.where(lengths > block_tokens, lengths // block_tokens, 0)
+    remainders = lengths - num_whole * block_tokens
+    of = np.repeat(np.arange(len(lengths)), num_whole)
+    nth = np.arange(len(of)) - np.repeat(np.cumsum(num_whole) - num_whole, num_whole)
+    firsts = nth * block_tokens + (remainders[of] if cut_at_end else 0)
+    whole = _pieces(first_document + of, firsts, firsts + block_tokens, lengths[of])
+    of = np.flatnonzero(remainders)  # documents without a token have no piece
+    lengths, remainders = lengths[of], remainders[of]
+    firsts = np.zeros_like(lengths) if cut_at_end else lengths - remainders
+    return whole, _pieces(first_document + of, firsts, firsts + remainders, lengths)
+
+
+def _pieces(*columns: np.ndarray) -> np.ndarray:
+    pieces = np.empty(len(columns[0]), PIECE)
+    for name, column in zip(PIECE.names, columns):
+        pieces[name] = column
+    return pieces
+
+
+def _best_fit(
+    pieces: np.ndarray, block_tokens: int, cut_at_end: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Fill blocks with pieces of at most a block, each of another document.
+
+    Args:
+        pieces: each begins with its document's BOS or ends with its EOS, as `cut_at_end` says.
+
+    Returns:
+        The pieces in blocks; the number of each one's block; the pieces that are left, which together have less than a
+        block; how many whole documents were cut.
+    """
+    pieces = pieces[np.lexsort((pieces["document"], -tokens_of(pieces)))]
+    tokens = tokens_of(pieces)
+    num_blocks = int(tokens.sum()) // block_tokens
+    bins = _Bins(block_tokens)
+    bin_of = bins.place(tokens)
+    kept = np.argsort(np.array(bins.room, np.int64), kind="stable")[:num_blocks]  # the fullest
+    block_of_bin = np.full(len(bins.room), -1)
+    block_of_bin[kept] = np.arange(num_blocks)
+    blocks = block_of_bin[bin_of]
+    bins = _Bins(block_tokens, [bins.room[number] for number in kept.tolist()])
+    others = np.flatnonzero(blocks < 0)
+    blocks[others] = bins.place(tokens[others], may_open=False)
+    placed = blocks >= 0
+    # Each of these is longer than every room, so they are few: fewer than there are blocks and tokens of a block.
+    fill, fill_blocks, left, cut = _fill(bins.room, map(Piece._make, pieces[~placed].tolist()), cut_at_end)
+    return np.concatenate([pieces[placed], fill]), np.concatenate([blocks[placed], fill_blocks]), left, cut
+
+
+def _fill(
+    rooms: list[int], pieces: Iterable[Piece], cut_at_end: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Cut up pieces until no block has room left; returns what `_best_fit` does. They have enough tokens for that."""
+    pieces = sorted(pieces, key=lambda piece: (not piece.is_whole, piece.tokens, piece))  # taken from the end
+    taken_pieces, blocks, documents_cut = [], [], 0
+    for block, room in enumerate(rooms):
+        while room:
+            piece = pieces.pop()
+            taken = min(room, piece.tokens)
+            room -= taken
+            if taken < piece.tokens:
+                documents_cut += piece.is_whole
+                middle = piece.end - taken if cut_at_end else piece.first + taken
+                parts = piece._replace(end=middle), piece._replace(first=middle)
+                piece, left = reversed(parts) if cut_at_end else parts
+                pieces.append(left)
+            taken_pieces.append(piece)
+            blocks.append(block)
+    return np.array(taken_pieces, PIECE), np.array(blocks, np.int64), np.array(pieces, PIECE), documents_cut
+
+
+def _in_order(pieces: np.ndarray, blocks: np.ndarray, cut_at_end: bool) -> np.ndarray:
+    """The pieces block by block, the blocks by their first document; in a block as in the drawing above.
+
+    Args:
+        blocks: the number of each piece's block; each number from 0 has a piece.
+    """
+    document, first = pieces["document"], pieces["first"]
+    by_document = np.lexsort((first, document, blocks))
+    leads = by_document[np.unique(blocks[by_document], return_index=True)[1]]
+    rank = np.empty(len(leads), np.int64)
+    rank[np.lexsort((first[leads], document[leads]))] = np.arange(len(leads))
+    goes_last = first == 0 if cut_at_end else pieces["end"] < pieces["document_tokens"]
+    return pieces[np.lexsort((first, document, goes_last, rank[blocks]))]
 
 
 class _Bins:
     """Blocks that are being filled, found by the room that is left in them."""
 
-    def __init__(self, block_tokens: int):
+    def __init__(self, block_tokens: int, rooms: Iterable[int] = ()):
         self._block_tokens = block_tokens
-        self.contents: list[list[Piece]] = []
         self.room: list[int] = []
         """Of each."""
         self._rooms: list[int] = []
         """The different values above 0, ascending: at most as many as a block has tokens."""
         self._with_room: dict[int, list[int]] = {}
+        for number, room in enumerate(rooms):
+            self.room.append(room)
+            self._list(number)
 
-    def open(self, content: list[Piece], room: int) -> None:
-        self.contents.append(content)
-        self.room.append(room)
-        self._list(len(self.room) - 1)
+    def place(self, tokens: np.ndarray, may_open: bool = True) -> np.ndarray:
+        """Each piece into the bin with the least room that holds it, else into a new one.
 
-    def place(self, piece: Piece, may_open: bool = True) -> bool:
-        """Into the bin with the least room that holds it, else into a new one; False where there is neither."""
-        at = bisect.bisect_left(self._rooms, piece.tokens)
+        Args:
+            tokens: of the pieces, the longest first; shape (n,).
+
+        Returns:
+            The number of each one's bin, -1 where there is neither.
+        """
+        numbers, times = [], []
+        lengths, counts = np.unique(tokens, return_counts=True)
+        for length, count in zip(lengths[::-1].tolist(), counts[::-1].tolist()):
+            while count:
+                number = self._take(length, may_open)
+                # The bin that took one has the least room that holds another, if any: all that fit go there at once.
+                fit = count if number < 0 else min(count, self.room[number] // length)
+                if number >= 0:
+                    self.room[number] -= fit * length
+                    self._list(number)
+                numbers.append(number)
+                times.append(fit)
+                count -= fit
+        return np.repeat(np.array(numbers, np.int64), times)
+
+    def _take(self, tokens: int, may_open: bool) -> int:
+        """A bin that is listed no more; -1 where there is none."""
+        at = bisect.bisect_left(self._rooms, tokens)
         if at == len(self._rooms):
-            if may_open:
-                self.open([piece], self._block_tokens - piece.tokens)
-            return may_open
+            if not may_open:
+                return -1
+            self.room.append(self._block_tokens)
+            return len(self.room) - 1
         alike = self._with_room[self._rooms[at]]
         number = alike.pop()
         if not alike:
             del self._with_room[self._rooms.pop(at)]
-        self.contents[number].append(piece)
-        self.room[number] -= piece.tokens
-        self._list(number)
-        return True
+        return number
 
     def _list(self, number: int) -> None:
         if room := self.room[number]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from test_merge_files import merge
+from test_packing import packed
 from token_folders import make_folder, make_split_manifest
 
 from tokenization.chunk_reader import read_documents
-from tokenization.packing import pack
 from utils.chunks import read_index
 from utils.manifest import damaged_files, read_manifest, write_manifest
 
@@ -25,13 +27,14 @@ LENGTHS = np.random.default_rng(0).integers(1, 100, 600).tolist()
 PACKED = (f"--pack_tokens={BLOCK}", f"--pack_window_tokens={WINDOW}")
 
 
-def make_source(source: Path, num_nodes: int = 2, seed: int = 0) -> Path:
+def make_source(source: Path, num_nodes: int = 2, seed: int = 0, chunk_tokens: int = 10) -> Path:
     """Thirty units of twenty documents each, done by several nodes."""
     units = {f"chunk-{unit:07d}-0.bin": LENGTHS[20 * unit : 20 * unit + 20] for unit in range(30)}
     for node in range(num_nodes):
-        settings = {"bos_id": 0, "eos_id": None, "chunk_tokens": 10}
+        settings = {"bos_id": 0, "eos_id": None, "chunk_tokens": chunk_tokens}
         mine = list(units)[node::num_nodes]
-        make_folder(source / str(node), {name: units[name] for name in mine}, seed=seed, settings=settings)
+        chunks = {name: units[name] for name in mine}
+        make_folder(source / str(node), chunks, seed=seed, chunk_tokens=chunk_tokens, settings=settings)
     make_split_manifest(source)
     return source
 
@@ -61,7 +64,7 @@ def documents_of(source: Path) -> list[np.ndarray]:
 
 def test_the_chunks_hold_the_blocks_that_were_planned(source, dataset):
     documents = documents_of(source)
-    windows = list(pack([np.array(LENGTHS)], BLOCK, WINDOW, cut_at_end=True))
+    windows = packed(LENGTHS, BLOCK, WINDOW)
     index, manifest = read_index(dataset, "test"), read_manifest(dataset, "dataset")
     assert len(windows) == len(index.chunks) > 5
     for window, chunk in zip(windows, index.chunks):
@@ -173,5 +176,89 @@ def test_what_cannot_be_packed_says_why(source, run_script, tmp_path):
 
 def test_a_dry_run_counts_and_writes_nothing(source, dataset, run_script, tmp_path):
     said = merge(run_script, source, tmp_path / "t", *PACKED, "--dry_run").stdout
-    (line,) = (line for line in said.splitlines() if line.startswith("documents cut"))
-    assert line in merge(run_script, source, dataset, *PACKED).stdout and not (tmp_path / "t").exists()
+    lines = [line for line in said.splitlines() if line.startswith(("documents cut", "tokens that"))]
+    said = merge(run_script, source, dataset, *PACKED).stdout
+    assert len(lines) == 2 and all(line in said for line in lines) and not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_cuts_padding_and_what_is_not_read_are_said_beside_those_of_the_plain_merge(gather, run_script, tmp_path):
+    """Counted token by token in what the two merges write, and by litdata's own count of blocks."""
+    source = make_source(tmp_path / "OUT" / "train", chunk_tokens=3000)
+    flags = () if gather else ("--gather=false",)
+    said = merge(run_script, source, tmp_path / "packed", *PACKED, *flags).stdout
+    merge(run_script, source, tmp_path / "plain", *flags)
+    documents, tokens = documents_of(source), sum(LENGTHS)
+    chunks = sorted((tmp_path / "plain").glob("*.bin"), key=lambda path: path.name)
+    assert (len(chunks) < 30) == gather
+    plain_cut = plain_unread = 0
+    for path in chunks:
+        lengths = [len(document) for document in read_documents(path, "uint16")]
+        numbers = np.repeat(np.arange(len(lengths)), lengths)
+        num_read = len(numbers) // BLOCK * BLOCK
+        plain_unread += len(numbers) - num_read
+        touched = [set(numbers[begin : begin + BLOCK].tolist()) for begin in range(0, len(numbers), BLOCK)]
+        plain_cut += sum(sum(number in block for block in touched) > 1 for number in range(len(lengths)))
+    pieces = [each.tobytes() for path in (tmp_path / "packed").glob("*.bin") for each in read_documents(path, "uint16")]
+    cut = sum((Counter(document.tobytes() for document in documents) - Counter(pieces)).values())
+    unread = tokens - BLOCK * num_blocks(tmp_path / "packed")
+    assert plain_unread == tokens - BLOCK * num_blocks(tmp_path / "plain")
+    assert 0 < cut < plain_cut and 0 < unread < plain_unread
+    line_of = {line.split(":")[0]: line for line in said.splitlines()}
+    assert f": {cut / 600:.2%} ({cut} of 600" in line_of["documents cut"]
+    assert f"without packing {plain_cut / 600:.2%} ({plain_cut})" in line_of["documents cut"]
+    (line,) = (line for name, line in line_of.items() if name.startswith("tokens that are padding"))
+    padding = sum(len(piece) // 2 for piece in pieces) - tokens
+    assert f": {padding / tokens:.2%} padding, {unread / tokens:.2%} at the dataset's end ({unread:,}); " in line
+    assert line.endswith(
+        f"without packing 0.00% padding, {plain_unread / tokens:.2%} at the ends of chunks ({plain_unread:,})"
+    )
+
+
+def num_blocks(dataset: Path) -> int:
+    from litdata import StreamingDataset, TokensLoader
+
+    return len(StreamingDataset(str(dataset), item_loader=TokensLoader(block_size=BLOCK)))
+
+
+def test_a_dataset_that_was_packed_before_this_was_counted_says_the_rest(dataset, run_script, tmp_path):
+    shutil.copytree(dataset, tmp_path / "DATA")
+    manifest = read_manifest(dataset)
+    del manifest["packing"]["plain_unread_tokens"]
+    write_manifest(tmp_path / "DATA", manifest)
+    said = run_script(
+        "merge_files.py", f"--source_dir={tmp_path / 'gone'}", f"--target_dir={tmp_path / 'DATA'}", *PACKED
+    )
+    (line,) = (line for line in said.stdout.splitlines() if line.startswith("tokens that"))
+    assert line.endswith(f"at the dataset's end ({manifest['packing']['rest_tokens']:,})")
+
+
+# VmHWM is the command's own peak; what wait4 says of a child counts the peak of this process too.
+WITH_OWN_PEAK = (
+    "import atexit, runpy, sys; sys.argv = sys.argv[1:]; "
+    "atexit.register(lambda: print(open('/proc/self/status').read())); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def test_memory_does_not_grow_with_the_dataset_and_little_with_short_documents(tmp_path):
+    """Of documents of four tokens there are 131,072 in a window: as Python objects, 15 MB and more."""
+    window, peak_mib = 1 << 19, {}
+    for num_windows in (1, 4, 16):
+        source, target = tmp_path / str(num_windows) / "train", tmp_path / str(num_windows) / "DATA"
+        chunks = {f"chunk-{unit:07d}-0.bin": [4] * (window // 4) for unit in range(num_windows)}
+        make_folder(source / "0", chunks, chunk_tokens=window, settings={"bos_id": 0, "eos_id": None})
+        make_split_manifest(source)
+        flags = (f"--source_dir={source}", f"--target_dir={target}", "--pack_tokens=1025")
+        command = [
+            sys.executable,
+            "-c",
+            WITH_OWN_PEAK,
+            ROOT / "merge_files.py",
+            *flags,
+            f"--pack_window_tokens={window}",
+        ]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+        assert len(list(target.glob("packed-*.bin"))) == num_windows
+        peak_mib[num_windows] = int(re.search(r"VmHWM:\s+(\d+) kB", said)[1]) / 1024
+    assert peak_mib[16] < 1.15 * peak_mib[4], peak_mib
+    assert peak_mib[4] - peak_mib[1] < 40, peak_mib  # for three windows more that are in memory at once

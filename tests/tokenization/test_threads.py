@@ -24,3 +24,12 @@ def test_what_is_queued_is_not_begun_after_the_consumer_has_left():
     results.close()
     release.join()
     assert len(begun) <= 2
+
+
+def test_no_more_arguments_are_taken_than_may_be_ahead():
+    taken = []
+    results = submit_ahead(lambda number: number, (taken.append(n) or n for n in range(20)), num_threads=2, num_ahead=2)
+    for number, future in enumerate(results):
+        assert future.result() == number
+        assert len(taken) == min(20, number + 3)
+    assert number == 19
