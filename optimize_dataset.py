@@ -91,7 +91,7 @@ class Settings:
 
 
 def describe_plan(plan: Plan, settings: Settings) -> None:
-    from tokenization.plan import describe_inputs
+    from tokenization.input_names import describe_inputs
 
     console.say(
         f"input: {describe_inputs(plan.inputs)}, "

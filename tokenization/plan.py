@@ -12,7 +12,6 @@ import numpy as np
 from tokenization.chunk_writer import dtype_for_vocabulary, largest_chunk_tokens
 from tokenization.input_files import FileEntry, list_input_files
 from tokenization.input_formats import read_summaries
-from tokenization.input_names import is_arrow, is_jsonl
 from tokenization.job import HASH_RANGE, InputStamp, Job, Plan, Unit, fingerprint_of_identity
 from tokenization.output import check_output_dir
 from tokenization.units import UnitPacker, default_chunk_tokens, default_unit_bytes
@@ -124,20 +123,6 @@ def read_inputs(
         rows = {} if summary.num_rows is None else {"rows": summary.num_rows}
         inputs.append({"path": entry.path, "bytes": entry.bytes, **rows, "fingerprint": summary.fingerprint})
     return inputs, bad_files, packer.finish()
-
-
-def describe_inputs(inputs: list[dict[str, Any]]) -> str:
-    """How many files of each kind."""
-    of_kind = {"parquet file": [], "Arrow file": [], "JSON lines file": []}
-    for entry in inputs:
-        kind = "JSON lines" if is_jsonl(entry["path"]) else "Arrow" if is_arrow(entry["path"]) else "parquet"
-        of_kind[f"{kind} file"].append(entry.get("rows"))
-    kinds = []
-    for kind, rows in of_kind.items():
-        if rows or (kind == "parquet file" and not inputs):
-            known = "" if None in rows else f", {sum(rows):,} rows"
-            kinds.append(f"{console.counted(len(rows), kind)}{known}")
-    return ", and ".join(kinds)
 
 
 def add_bad_files(bad_files: list[dict[str, Any]], num_files: int, input_dir: str, problems: Problems) -> None:

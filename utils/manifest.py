@@ -11,11 +11,11 @@ for the next step. Its shape:
       "tokenizer": {"sha256": ..., "vocab_size": ..., "bos_id": ..., "eos_id": ...},
       "content": {...},             counts with units: documents, tokens, text_bytes and so on
       "files": [{"name": ..., "bytes": ..., "xxh3_128": ...}, ...],    of exports "sha256" too
-      "inputs": [{...}, ...]        what it was made from: parquet files, or manifests of directories
+      "inputs": [{...}, ...]        what it was made from: input files, or manifests of directories
     }
 
 An input that is itself a published directory is embedded with its whole manifest except the list of files
-(`as_input`). So the manifest of an exported model leads back to the parquet files by itself, wherever
+(`as_input`). So the manifest of an exported model leads back to the files of text by itself, wherever
 it has been copied to. Nothing that changes from run to run (time, host, number of workers) goes in.
 """
 

@@ -172,6 +172,7 @@ def test_documents_of_arrow_files_and_a_saved_dataset_are_those_of_parquet(
     """Token for token; then the tools find each document's row again."""
     from tokenizers import Tokenizer
 
+    from tools import inspect_dataset
     from tools.source_rows import Source
     from tools.verify import Settings, main
 
@@ -206,7 +207,12 @@ def test_documents_of_arrow_files_and_a_saved_dataset_are_those_of_parquet(
         named += map(str, rows)
     assert "d/a.ARROW, record batch 2, row 3" in named and "e.parquet, row group 0, row 0" in named
     said = said_by(capsys, lambda: main(Settings(str(tmp_path / "out"), deep=True, num_units=2)), 0)
-    assert "CHANGED" not in said and "183 rows: size, rows and footer" in said and "units tokenized again" in said
+    files = "1 parquet file, 20 rows, and 5 Arrow files, 163 rows"
+    assert "CHANGED" not in said and f"{files}: size, rows and fingerprint" in said and "units tokenized again" in said
+    assert f"input files  {tmp_path / 'in'}" in said and "parquet files" not in said
+    run_script("merge_files.py", f"--source_dir={tmp_path / 'out' / 'val'}", f"--target_dir={tmp_path / 'DATA'}")
+    said = said_by(capsys, lambda: inspect_dataset.main(inspect_dataset.Settings(str(tmp_path / "DATA"))))
+    assert f"made from: {files}\n" in said
 
 
 # Runs

@@ -13,6 +13,7 @@ from input_kinds import write_jsonl
 from test_optimize_dataset import decoded, user_error
 from test_optimize_dataset_inputs import arguments, inputs_of, num_documents, paths_in
 
+from tokenization.input_names import describe_inputs
 from utils.manifest import read_manifest
 
 
@@ -148,6 +149,21 @@ def test_files_are_found_by_their_endings(documents, tmp_path):
     assert paths_in(tmp_path) == ["a.JSONL", "c.jsonl.zst", "d.parquet", "sub/b.jsonl.GZ"]
 
 
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"a.parquet": 5, "b/c.PARQUET": 1234}, "2 parquet files, 1,239 rows"),
+        ({"a.arrow": 7}, "1 Arrow file, 7 rows"),
+        ({"a.jsonl": None, "b.jsonl.gz": None}, "2 JSON lines files"),
+        ({"a.JSONL.zst": None, "b.parquet": 5}, "1 parquet file, 5 rows, and 1 JSON lines file"),
+        ({}, "no file"),
+    ],
+)
+def test_input_files_are_called_what_they_are(named, expected):
+    inputs = [{"path": path, **({} if rows is None else {"rows": rows})} for path, rows in named.items()]
+    assert describe_inputs(inputs) == expected
+
+
 def test_remote_files_give_the_same_chunks(documents, tokenizer_dir, tmp_path, run_script):
     """`simplecache::file://` stands for what fsspec reads."""
     write_jsonl(tmp_path / "in" / "a.jsonl", documents[:60])
@@ -191,7 +207,7 @@ def test_what_reads_the_input_again_finds_each_documents_line(documents, tokeniz
         assert found == decoded(tmp_path / "out", split) and found
     said = said_by(capsys, lambda: main(Settings(str(tmp_path / "out"), deep=True, num_units=2)), 0)
     assert "CHANGED" not in said and "2 of " in said and "units tokenized again" in said
-    assert "3 files: size and fingerprint" in said
+    assert "1 parquet file, 20 rows, and 2 JSON lines files: size and fingerprint" in said
 
     content = (tmp_path / "in" / "a.jsonl").read_bytes()
     (tmp_path / "in" / "a.jsonl").write_bytes(content.replace(b"the last one", b"the next one"))
