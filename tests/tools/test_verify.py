@@ -432,26 +432,30 @@ DAMAGES = {
         "tokens",
         "rows that became documents",
     ),
-    # parquet files and tokenizer
+    # input files and tokenizer
     "parquet: row replaced": (
         lambda w: replace_row(w / "corpus/000_00000.parquet"),
-        "parquet",
+        "input files",
         "another file than was",
     ),
     "parquet: file replaced": (
         lambda w: shutil.copy(w / "corpus/001_00000.parquet", w / "corpus/000_00000.parquet"),
-        "parquet",
+        "input files",
         "000_00000.parquet: another file than was tokenized: bytes was",
     ),
-    "parquet: file gone": (lambda w: (w / "corpus/001_00000.parquet").unlink(), "parquet", "MISSING 001_00000.parquet"),
+    "parquet: file gone": (
+        lambda w: (w / "corpus/001_00000.parquet").unlink(),
+        "input files",
+        "MISSING 001_00000.parquet",
+    ),
     "parquet: not parquet": (
         lambda w: truncate(w / "corpus/001_00000.parquet"),
-        "parquet",
+        "input files",
         "not a readable parquet file",
     ),
     "parquet: page flipped": (
         lambda w: flip(w / "corpus/001_00000.parquet", 400),
-        "parquet",
+        "input files",
         "001_00000.parquet: its content is not",
     ),
     "tokenizer: changed": (
