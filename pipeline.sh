@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From parquet text to a model that litgpt, transformers and lm-eval load. Copy this file, edit the settings, run it.
+# From text to a model that litgpt, transformers and lm-eval load. Copy this file, edit the settings, run it.
 #
 # Every step can be killed at any moment: run this file again and it goes on from what is finished.
 set -euo pipefail
 
 # ---- settings: edit here, or give them in the environment -----------------------------------------------------------
-PARQUET=${PARQUET:-data/fineweb-10bt/sample/10BT}     # parquet files: a directory, or s3://, gs://, hf://datasets/..
+PARQUET=${PARQUET:-data/fineweb-10bt/sample/10BT}     # files of text: a directory, or s3://, gs://, hf://datasets/..
 TOKENIZER=${TOKENIZER:-checkpoints/meta-llama/Meta-Llama-3-8B}   # directory with tokenizer.json
 WORK=${WORK:-data/llama3-8b}                          # everything is made below this; all nodes must see it
 CONFIG=${CONFIG:-config_hub/llama3-8b.yaml}           # model, batch, learning rate, number of nodes

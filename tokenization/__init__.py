@@ -1,4 +1,4 @@
-"""Steps 1 and 2: parquet text to token chunks, and chunks to one dataset."""
+"""Steps 1 and 2: text to token chunks, and chunks to one dataset."""
 
 import os
 

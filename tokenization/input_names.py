@@ -11,6 +11,10 @@ JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARROW_ENDINGS = (".arrow",)
 
 
+def is_parquet(path: str) -> bool:
+    return path.lower().endswith(PARQUET_ENDINGS)
+
+
 def is_arrow(path: str) -> bool:
     return path.lower().endswith(ARROW_ENDINGS)
 
@@ -25,14 +29,14 @@ def compression_of(path: str) -> str | None:
 
 
 def is_input(name: str) -> bool:
-    return name.lower().endswith(PARQUET_ENDINGS) or is_arrow(name) or is_jsonl(name)
+    return is_parquet(name) or is_arrow(name) or is_jsonl(name)
 
 
 def describe_inputs(inputs: list[dict[str, Any]]) -> str:
-    """How many files of each kind, with the number of their rows where it is known.
+    """How many files of each kind, and of how many rows where that is known.
 
     Args:
-        inputs: as in the manifest of step 1.
+        inputs: a dict per file with its `path` and, but for JSON lines, its number of `rows`.
     """
     of_kind = {"parquet file": [], "Arrow file": [], "JSON lines file": []}
     for entry in inputs:
@@ -40,7 +44,7 @@ def describe_inputs(inputs: list[dict[str, Any]]) -> str:
         of_kind[f"{kind} file"].append(entry.get("rows"))
     kinds = []
     for kind, rows in of_kind.items():
-        if rows or (kind == "parquet file" and not inputs):
+        if rows:
             known = "" if None in rows else f", {sum(rows):,} rows"
             kinds.append(f"{console.counted(len(rows), kind)}{known}")
-    return ", and ".join(kinds)
+    return ", and ".join(kinds) or "no file"

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from tokenizers import Tokenizer
 
-from tools.provenance_places import find_parquet
+from tools.provenance_places import find_inputs
 from tools.read_documents import Blocks, Part, occurrences
 from tools.run_data import Run, RunData
 from tools.source_rows import DatasetRows, NotTold, Row, Source
@@ -120,12 +120,12 @@ class View:
     def _open_rows(self, dataset: int) -> DatasetRows | str:
         manifest = self._manifests[dataset]
         if manifest is None or not manifest["inputs"] or not manifest.get("split"):
-            return "the dataset's manifest names no parquet files"
+            return "the dataset's manifest names no input files"
         if "packing" in manifest:
             return "the dataset is packed, and which document a piece was follows from the tokens of step 1 alone"
-        near = self._settings.parquet_dir or find_parquet(manifest["inputs"], self.directories[dataset])
+        near = self._settings.parquet_dir or find_inputs(manifest["inputs"], self.directories[dataset])
         if near is None:
-            return "the parquet files are not near the dataset (--parquet_dir)"
+            return "the input files of step 1 are not near the dataset (--parquet_dir)"
         source = self._sources[dataset] = Source(str(near), manifest)
         if not source.is_whole:
             first = [*source.changed, *(f"{path}: missing" for path in source.missing)][0]

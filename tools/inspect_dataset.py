@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenization.chunk_reader import counted_in, read_document_offsets, read_documents, verify
+from tokenization.input_names import describe_inputs
 from utils import cli, console
 from utils.chunks import Index, read_index
 from utils.errors import Problems, UserError
@@ -176,10 +177,7 @@ def main(settings: Settings) -> None:
         + (", every checksum" if manifest and settings.checksums else "")
     )
     if manifest and manifest["inputs"]:
-        inputs = manifest["inputs"]
-        rows = [entry["rows"] for entry in inputs if "rows" in entry]  # of JSON lines they are not known
-        files = f"parquet files with {sum(rows):,} rows" if len(rows) == len(inputs) else "files"
-        console.result(f"made from: {len(inputs):,} {files}")
+        console.result(f"made from: {describe_inputs(manifest['inputs'])}")
     show_lengths(lengths, what)
     if settings.num_samples:
         show_samples(index, lengths, what, settings)

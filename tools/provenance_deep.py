@@ -32,7 +32,7 @@ def check_retokenized(node: Node, source: Source, tokenizer_json: Path, stored: 
         num_units: how many, spread over all of them.
     """
     if not source.is_whole:
-        node.add(UNKNOWN, "--deep: the parquet files are not those that were tokenized, so nothing was tokenized again")
+        node.add(UNKNOWN, "--deep: the input files are not those that were tokenized, so nothing was tokenized again")
         return
     flag = f"--tokenizer_dir={tokenizer_json.parent}"
     prepared = prepare_tokenizer(tokenizer_json.read_bytes(), source.job.parse_special_tokens, flag)

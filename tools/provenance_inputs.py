@@ -1,4 +1,4 @@
-"""Checks what step 1 reads, parquet files and a tokenizer, against what was recorded of them."""
+"""Checks what step 1 reads, files of text and a tokenizer, against what was recorded of them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenization.input_names import describe_inputs, is_parquet
 from tools.provenance import AGREES, CHANGED, MISSING, UNKNOWN, Node, check_files
 from tools.source_rows import Source
-from utils import console
 from utils.manifest import MANIFEST_NAME, read_manifest
 from utils.tokenizer import read_tokenizer_info
 
 
-def check_parquet(node: Node, parquet_dir: str, manifest: dict[str, Any]) -> Source | None:
-    """The parquet files against the inputs of a tokens' or dataset's manifest: size, rows, footer; and by their own
+def check_inputs(node: Node, input_dir: str, manifest: dict[str, Any]) -> Source | None:
+    """The input files against the inputs of a tokens' or dataset's manifest: size, rows, fingerprint; and by their own
     manifest, where they have one."""
-    source = node.collect(Source, parquet_dir, manifest)
+    source = node.collect(Source, input_dir, manifest)
     if source is None:
         return None
     for path in source.missing:
@@ -27,12 +27,13 @@ def check_parquet(node: Node, parquet_dir: str, manifest: dict[str, Any]) -> Sou
     for path in source.unlisted:
         node.add(UNKNOWN, f"{path}: not among the files that were tokenized")
     if source.is_whole:
-        files, rows = console.counted(len(manifest["inputs"]), "file"), [e.get("rows") for e in manifest["inputs"]]
-        what = "size and fingerprint" if None in rows else "size, rows and footer"  # JSON lines have no footer
-        node.add(AGREES, f"{files}: {what}" if None in rows else f"{files}, {sum(rows):,} rows: {what}")
-    own = node.collect(read_manifest, parquet_dir) if "://" not in parquet_dir else None
+        inputs = manifest["inputs"]
+        last = "footer" if all(is_parquet(entry["path"]) for entry in inputs) else "fingerprint"
+        of_all = f"size, rows and {last}" if all("rows" in entry for entry in inputs) else f"size and {last}"
+        node.add(AGREES, f"{describe_inputs(inputs)}: {of_all}")
+    own = node.collect(read_manifest, input_dir) if "://" not in input_dir else None
     if own is not None:
-        check_files(node, Path(parquet_dir), own["files"], source.unlisted)
+        check_files(node, Path(input_dir), own["files"], source.unlisted)
         recorded = {entry["path"] for entry in manifest["inputs"]}
         if recorded != {entry["name"] for entry in own["files"]}:
             node.add(CHANGED, "the files of its own manifest are not those that were tokenized")

@@ -23,9 +23,7 @@ def check_merge(node: Node, manifest: dict[str, Any], tokens_dir: Path, tokens: 
     split = manifest.get("split")
     sound = True
     if not manifest["inputs"]:
-        node.add(
-            UNKNOWN, "inputs: a folder was merged by itself, and only the tokens' own manifest names parquet files"
-        )
+        node.add(UNKNOWN, "inputs: a folder was merged by itself, and only the tokens' own manifest names input files")
     for key in ("settings", "tokenizer", *["inputs"] * bool(manifest["inputs"])):
         sound &= node.expect(key, manifest.get(key), tokens.get(key), f"{tokens_dir.name}/{MANIFEST_NAME}")
     sound &= node.expect("tokenized_by", manifest.get("tokenized_by"), tokens.get("made_by"), "the tokens' made_by")

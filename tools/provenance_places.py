@@ -1,7 +1,7 @@
 """Finds the directories that something was made from: where a manifest says, or near what was made from them.
 
 A checkpoint's manifest names its datasets' directories, an export's the checkpoint. Where the tokens of a dataset and
-the parquet files of tokens lie is not recorded, for it does not shape them: they are looked for by content among the
+the input files of tokens lie is not recorded, for it does not shape them: they are looked for by content among the
 neighbours, up to three directories above.
 """
 
@@ -75,8 +75,8 @@ def find_tokens(dataset: dict[str, Any], near: Path) -> Path | None:
     return best
 
 
-def find_parquet(inputs: list[dict[str, Any]], near: Path) -> Path | None:
-    """The directory that holds most of the first parquet files that a manifest names, in the right size; where none
+def find_inputs(inputs: list[dict[str, Any]], near: Path) -> Path | None:
+    """The directory that holds most of the first input files that a manifest names, in the right size; where none
     does, the only one close by that holds files of all these names."""
     best, most = None, 0
     for directory in _neighbours(near):

@@ -1,4 +1,4 @@
-"""The walk of `tools.verify`: export -> checkpoint -> datasets -> tokens -> parquet files, as far as they are here."""
+"""The walk of `tools.verify`: export -> checkpoint -> datasets -> tokens -> input files, as far as they are here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from tokenization.job import SPLITS
 from tokenization.missing_chunks import MADE_FROM, PLAN_NAME, recorded_chunks
 from tools.provenance import ABSENT, UNKNOWN, Node, check_embedded, check_files
-from tools.provenance_inputs import check_parquet, check_tokenizer
+from tools.provenance_inputs import check_inputs, check_tokenizer
 from tools.provenance_merge import check_merge
-from tools.provenance_places import find_parquet, find_recorded, find_tokenizer, find_tokens, manifest_or_none
+from tools.provenance_places import find_inputs, find_recorded, find_tokenizer, find_tokens, manifest_or_none
 from tools.provenance_tokens import check_dataset, check_tokens
 from utils.errors import UserError
 from utils.manifest import MANIFEST_NAME, read_manifest
@@ -196,19 +196,19 @@ class Walk:
         return node
 
     def _inputs(self, near: Path, manifest: dict[str, Any], stored: dict[str, Any] | None) -> list[Node]:
-        """Parquet files and tokenizer; with --deep the text is tokenized again, and compared with `stored`."""
+        """Input files and tokenizer; with --deep the text is tokenized again, and compared with `stored`."""
         if manifest.get("tokenizer") is None or not manifest["inputs"]:
-            node = Node("parquet files")
+            node = Node("input files")
             node.add(UNKNOWN, "the manifest names none")
             return [node]
         nodes, source = [], None
         named = _made_from(near)
-        parquet_dir = self._settings.parquet_dir or find_parquet(manifest["inputs"], near) or named.get("input_dir")
+        parquet_dir = self._settings.parquet_dir or find_inputs(manifest["inputs"], near) or named.get("input_dir")
         if parquet_dir is None:
-            nodes.append(_absent(f"parquet files  ({len(manifest['inputs']):,})", "--parquet_dir"))
+            nodes.append(_absent(f"input files  ({len(manifest['inputs']):,})", "--parquet_dir"))
         else:
-            nodes.append(Node(f"parquet files  {parquet_dir}"))
-            source = nodes[0].collect(check_parquet, nodes[0], str(parquet_dir), manifest)
+            nodes.append(Node(f"input files  {parquet_dir}"))
+            source = nodes[0].collect(check_inputs, nodes[0], str(parquet_dir), manifest)
         corpus = Path(parquet_dir) if parquet_dir is not None and "://" not in str(parquet_dir) else None
         recorded = manifest["tokenizer"]
         given = self._settings.tokenizer_dir

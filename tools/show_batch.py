@@ -6,7 +6,7 @@
     python -m tools.show_batch RUN --search='a sentence of the corpus'
 
 A step has the number that metrics.jsonl gives it, from 1. Each document is shown with its dataset, chunk and number
-and, where the parquet files are at hand, with file, row group and row. The order of the data is a function of seed and
+and, where the input files of step 1 are at hand, with file and row. The order of the data is a function of seed and
 position, so this holds across resumes, mixtures and epochs; the digest of each batch is compared with the logged one.
 
 Exit code 1: a batch is not the one whose digest was logged.

@@ -1,8 +1,9 @@
 """Which row of which input file each document of a dataset was.
 
-Nothing records it, and nothing has to: a unit is a list of row groups, or of lines, that follows from the files and the
-settings; its documents are the rows of these in order, without null and empty texts; a hash of the text says which are
-validation data; and a shuffle inside the unit follows from its seed. So a unit is read again as it was read then.
+Nothing records it, and nothing has to: a unit is a list of row groups, of record batches, or of lines, that
+follows from the files and the settings; its documents are the rows of these in order, without null and empty texts; a
+hash of the text says which are validation data; and a shuffle inside the unit follows from its seed. So a unit is read
+again as it was read then.
 """
 
 from __future__ import annotations
@@ -59,26 +60,26 @@ class _Rows:
 
 
 class Source:
-    """The parquet files of a tokenization, cut into its units again from their footers.
+    """The input files of a tokenization, cut into its units again from what planning reads of them.
 
     Args:
-        parquet_dir: the input directory, a local path or a URL.
+        input_dir: the input directory, a local path or a URL.
         manifest: of the tokens, or of the dataset that was merged from them.
 
     Raises:
-        UserError: there is no such directory, or no parquet file in it.
+        UserError: there is no such directory, or no input file in it.
     """
 
-    def __init__(self, parquet_dir: str, manifest: dict[str, Any]):
+    def __init__(self, input_dir: str, manifest: dict[str, Any]):
         settings, inputs = manifest["settings"], manifest["inputs"]
-        entries = {entry.path: entry for entry in list_input_files(parquet_dir)}
+        entries = {entry.path: entry for entry in list_input_files(input_dir)}
         self.missing = [entry["path"] for entry in inputs if entry["path"] not in entries]
         self.unlisted = sorted(set(entries) - {entry["path"] for entry in inputs})
         self.changed: list[str] = []
         """What differs from the recorded inputs, a line per file."""
         packer = UnitPacker(settings["unit_bytes"], settings["limit_documents"])
         here = [entries.get(entry["path"], FileEntry(entry["path"], 0, fault="missing")) for entry in inputs]
-        summaries = read_summaries(parquet_dir, here, settings["text_column"])
+        summaries = read_summaries(input_dir, here, settings["text_column"])
         for i, (recorded, (entry, summary, reason)) in enumerate(zip(inputs, summaries)):
             if recorded["path"] in self.missing:
                 continue
@@ -94,7 +95,7 @@ class Source:
         self.units: list[Unit] = packer.finish()
         self.is_whole = not self.missing and not self.changed
         mtimes_ns = {entry.path: entry.mtime_ns for entry in here}
-        self.job = make_job(parquet_dir, "", settings, inputs, manifest["tokenizer"]["sha256"], mtimes_ns)
+        self.job = make_job(input_dir, "", settings, inputs, manifest["tokenizer"]["sha256"], mtimes_ns)
 
     def rows(self, unit: int, split: str, num_documents: int) -> list[Row]:
         """The row of each document of a unit that went to a split, in the order of the chunks.
@@ -106,7 +107,7 @@ class Source:
             NotTold: the unit, read again, does not give as many.
         """
         if not self.is_whole:
-            raise NotTold("the parquet files are not those that were tokenized")
+            raise NotTold("the input files are not those that were tokenized")
         rows = self._rows_of(unit)
         is_val = self._is_val(rows.hashes, split, num_documents)
         chosen = np.flatnonzero(is_val == (split == "val"))
@@ -130,7 +131,7 @@ class Source:
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a source lives as long as the command
     def _rows_of(self, unit: int) -> _Rows:
         if unit >= len(self.units):
-            raise NotTold(f"the parquet files make {len(self.units)} units, not {unit + 1}")
+            raise NotTold(f"the input files make {len(self.units)} units, not {unit + 1}")
         excluded: set[tuple[int, int | None]] = set()
         while True:
             try:

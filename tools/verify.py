@@ -1,4 +1,4 @@
-"""Prove where something came from: walk from it back to the parquet files, and compare everything on the way.
+"""Prove where something came from: walk from it back to the files of text, and compare everything on the way.
 
     python -m tools.verify EXPORT
     python -m tools.verify RUN --deep

@@ -11,7 +11,7 @@ for the next step. Its shape:
       "tokenizer": {"sha256": ..., "vocab_size": ..., "bos_id": ..., "eos_id": ...},
       "content": {...},             counts with units: documents, tokens, text_bytes and so on
       "files": [{"name": ..., "bytes": ..., "xxh3_128": ...}, ...],    of exports "sha256" too
-      "inputs": [{...}, ...]        what it was made from: files of text, or manifests of directories
+      "inputs": [{...}, ...]        what it was made from: input files, or manifests of directories
     }
 
 An input that is itself a published directory is embedded with its whole manifest except the list of files

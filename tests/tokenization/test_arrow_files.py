@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from conftest import said_by, write_parquet
+from input_kinds import FORMATS, TYPES, write_arrow
 from test_jsonl_runs import quarantined
 from test_optimize_dataset import decoded, user_error
-from test_optimize_dataset_crashes import assert_tidy, command, kill_after, merged
 from test_optimize_dataset_inputs import arguments, inputs_of, num_documents, paths_in
 
 from tokenization.arrow_files import CorruptRecordBatch, read_batches_summary, stream_batches
@@ -22,24 +19,6 @@ from tokenization.input_files import FileEntry, list_input_files
 from tokenization.job import InputStamp
 from utils.errors import UserError
 from utils.manifest import read_manifest
-
-FORMATS = {"file": pa.ipc.new_file, "stream": pa.ipc.new_stream}
-TYPES = {
-    "string": pa.string(), "large_string": pa.large_string(), "string_view": pa.string_view(),
-    "dictionary": pa.dictionary(pa.int32(), pa.string()),
-}  # fmt: skip
-
-
-def write_arrow(
-    path: Path, texts: list[str | None], form: str = "stream", kind: str = "string", rows: int = 20, codec=None
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = pa.array(texts, pa.string())
-    column = values.dictionary_encode() if kind == "dictionary" else values.cast(TYPES[kind])
-    ids = pa.array(range(len(texts)))
-    table = pa.table({"meta": pa.StructArray.from_arrays([ids, ids], ["a", "b"]), "text": column, "id": ids})
-    with FORMATS[form](path, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
-        writer.write_table(table, max_chunksize=rows)
 
 
 def entry_of(path: Path) -> FileEntry:
@@ -193,6 +172,7 @@ def test_documents_of_arrow_files_and_a_saved_dataset_are_those_of_parquet(
     """Token for token; then the tools find each document's row again."""
     from tokenizers import Tokenizer
 
+    from tools import inspect_dataset
     from tools.source_rows import Source
     from tools.verify import Settings, main
 
@@ -227,28 +207,15 @@ def test_documents_of_arrow_files_and_a_saved_dataset_are_those_of_parquet(
         named += map(str, rows)
     assert "d/a.ARROW, record batch 2, row 3" in named and "e.parquet, row group 0, row 0" in named
     said = said_by(capsys, lambda: main(Settings(str(tmp_path / "out"), deep=True, num_units=2)), 0)
-    assert "CHANGED" not in said and "183 rows: size, rows and footer" in said and "units tokenized again" in said
+    files = "1 parquet file, 20 rows, and 5 Arrow files, 163 rows"
+    assert "CHANGED" not in said and f"{files}: size, rows and fingerprint" in said and "units tokenized again" in said
+    assert f"input files  {tmp_path / 'in'}" in said and "parquet files" not in said
+    run_script("merge_files.py", f"--source_dir={tmp_path / 'out' / 'val'}", f"--target_dir={tmp_path / 'DATA'}")
+    said = said_by(capsys, lambda: inspect_dataset.main(inspect_dataset.Settings(str(tmp_path / "DATA"))))
+    assert f"made from: {files}\n" in said
 
 
 # Runs
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(documents, tokenizer_dir, tmp_path, run_script):
-    for part in range(4):
-        texts = [f"Part {part}, section {i}.\n\n{text}" for i, text in enumerate(documents)]
-        write_arrow(tmp_path / "in" / f"{part}.arrow", texts, ["file", "stream"][part % 2])
-    write_parquet(tmp_path / "in" / "4.parquet", documents[100:200])
-    whole = command(tmp_path / "in", tokenizer_dir, tmp_path / "whole", "--num_workers=1", "--address=local")
-    subprocess.run(whole, check=True, timeout=300)
-    expected = merged(run_script, tmp_path / "whole")
-
-    out = tmp_path / "OUT"
-    again = command(tmp_path / "in", tokenizer_dir, out, "--address=local")
-    kill_after(3, again, out)
-    said = subprocess.run(again, check=True, timeout=300, capture_output=True, text=True).stdout
-    assert re.search(r"resume: [1-9]\d* of \d+ units were finished", said)
-    assert merged(run_script, out) == expected
-    assert_tidy(out)
 
 
 def test_damage_stops_the_run_or_is_left_out_alone(documents, tokenizer_dir, tmp_path, run_script):

@@ -9,10 +9,10 @@ import random
 import tracemalloc
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from input_kinds import compressed
 
 from tokenization import json_text, jsonl, line_ranges
 from tokenization.input_files import FileEntry
@@ -36,10 +36,6 @@ def read(path: Path, first: int = 0, last: int | None = None, **settings) -> tup
     return [
         text for texts in stream_jsonl(job_of(path, **settings), piece, record) for text in texts.to_pylist()
     ], record
-
-
-def compressed(data: bytes, ending: str) -> bytes:
-    return gzip.compress(data) if ending == "gz" else pa.compress(data, codec="zstd", asbytes=True)
 
 
 # Ranges

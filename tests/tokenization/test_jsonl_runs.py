@@ -5,24 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import said_by, write_parquet
-from test_jsonl import compressed
+from input_kinds import write_jsonl
 from test_optimize_dataset import decoded, user_error
-from test_optimize_dataset_crashes import assert_tidy, command, finished_units, kill_after, merged
 from test_optimize_dataset_inputs import arguments, inputs_of, num_documents, paths_in
 
+from tokenization.input_names import describe_inputs
 from utils.manifest import read_manifest
-
-
-def write_jsonl(path: Path, texts: list[str | None], column: str = "text") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"id": i, column: text}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(texts))
-    content = "".join(lines).encode()
-    path.write_bytes(content if path.suffix == ".jsonl" else compressed(content, path.suffix[1:]))
 
 
 def quarantined(output_dir: Path) -> list[dict]:
@@ -65,27 +57,6 @@ def test_documents_are_those_of_parquet_token_for_token(
     assert (content["skipped_null"], content["skipped_empty"], content["quarantined"]) == (2, 1, 0)
     units = len((tmp_path / "out" / "progress.jsonl").read_text().splitlines())
     assert units > 5 if kinds == ["jsonl"] else units >= 1
-
-
-def test_a_killed_run_on_json_lines_goes_on_to_the_same_bytes(documents, tokenizer_dir, tmp_path, run_script):
-    for part in range(3):
-        texts = [f"Part {part}, section {i}.\n\n{text}" for i, text in enumerate(documents)]
-        write_jsonl(tmp_path / "in" / f"{part}.jsonl", texts)
-    write_jsonl(tmp_path / "in" / "3.jsonl.zst", documents[:100])
-    write_parquet(tmp_path / "in" / "4.parquet", documents[100:200])
-    whole = command(tmp_path / "in", tokenizer_dir, tmp_path / "whole", "--num_workers=1", "--address=local")
-    subprocess.run(whole, check=True, timeout=300)
-    expected = merged(run_script, tmp_path / "whole")
-
-    out = tmp_path / "OUT"
-    again = command(tmp_path / "in", tokenizer_dir, out, "--address=local")
-    kill_after(3, again, out)
-    finished = finished_units(out)
-    said = subprocess.run(again, check=True, timeout=300, capture_output=True, text=True).stdout
-    num_units = finished_units(tmp_path / "whole")
-    assert re.search(r"resume: [1-9]\d* of \d+ units were finished", said) and finished < num_units
-    assert merged(run_script, out) == expected
-    assert_tidy(out)
 
 
 def test_damaged_lines_and_files_stop_the_run_or_are_left_out_alone(documents, tokenizer_dir, tmp_path, run_script):
@@ -178,6 +149,21 @@ def test_files_are_found_by_their_endings(documents, tmp_path):
     assert paths_in(tmp_path) == ["a.JSONL", "c.jsonl.zst", "d.parquet", "sub/b.jsonl.GZ"]
 
 
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"a.parquet": 5, "b/c.PARQUET": 1234}, "2 parquet files, 1,239 rows"),
+        ({"a.arrow": 7}, "1 Arrow file, 7 rows"),
+        ({"a.jsonl": None, "b.jsonl.gz": None}, "2 JSON lines files"),
+        ({"a.JSONL.zst": None, "b.parquet": 5}, "1 parquet file, 5 rows, and 1 JSON lines file"),
+        ({}, "no file"),
+    ],
+)
+def test_input_files_are_called_what_they_are(named, expected):
+    inputs = [{"path": path, **({} if rows is None else {"rows": rows})} for path, rows in named.items()]
+    assert describe_inputs(inputs) == expected
+
+
 def test_remote_files_give_the_same_chunks(documents, tokenizer_dir, tmp_path, run_script):
     """`simplecache::file://` stands for what fsspec reads."""
     write_jsonl(tmp_path / "in" / "a.jsonl", documents[:60])
@@ -221,7 +207,7 @@ def test_what_reads_the_input_again_finds_each_documents_line(documents, tokeniz
         assert found == decoded(tmp_path / "out", split) and found
     said = said_by(capsys, lambda: main(Settings(str(tmp_path / "out"), deep=True, num_units=2)), 0)
     assert "CHANGED" not in said and "2 of " in said and "units tokenized again" in said
-    assert "3 files: size and fingerprint" in said
+    assert "1 parquet file, 20 rows, and 2 JSON lines files: size and fingerprint" in said
 
     content = (tmp_path / "in" / "a.jsonl").read_bytes()
     (tmp_path / "in" / "a.jsonl").write_bytes(content.replace(b"the last one", b"the next one"))

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, write_parquet
+from input_kinds import write_several
 
 from tokenization.chunk_reader import read_document_offsets
 from utils.files import held_lock
@@ -25,13 +26,17 @@ from utils.files import held_lock
 WAIT_S = 120
 
 
+# Of the files, in the order of their paths: every kind is there.
+ENDINGS = (".parquet", ".jsonl", ".arrow", ".jsonl.gz", ".file.arrow", ".jsonl.zst", ".jsonl", ".parquet")
+
+
 @pytest.fixture(scope="module")
-def many_parquet(tmp_path_factory, documents) -> Path:
+def many_inputs(tmp_path_factory, documents) -> Path:
     """Eight times the documents, each made unlike the others; some 40 units of 100 kB."""
     directory = tmp_path_factory.mktemp("many")
-    for part in range(8):
+    for part, ending in enumerate(ENDINGS):
         texts = [f"Part {part}, section {i}.\n\n{text}" for i, text in enumerate(documents)]
-        write_parquet(directory / f"{part:03}.parquet", texts, row_group_size=25)
+        write_several(directory, f"{part:03}", ending, texts)
     return directory
 
 
@@ -70,13 +75,13 @@ def assert_tidy(output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, many_parquet, tokenizer_dir, ray_address) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory, many_inputs, tokenizer_dir, ray_address) -> dict[str, bytes]:
     """The merged dataset of one worker on one node that nothing happened to."""
     from conftest import run_a_script
 
     output = tmp_path_factory.mktemp("undisturbed") / "OUT"
     subprocess.run(
-        command(many_parquet, tokenizer_dir, output, "--num_workers=1", f"--address={ray_address}"),
+        command(many_inputs, tokenizer_dir, output, "--num_workers=1", f"--address={ray_address}"),
         check=True,
         timeout=300,
     )
@@ -167,12 +172,10 @@ def kill_after(num_units: int, arguments: list[str], output: Path) -> None:
     process.wait(WAIT_S)
 
 
-def test_two_workers_and_three_nodes_give_the_same_bytes(
-    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path
-):
+def test_two_workers_and_three_nodes_give_the_same_bytes(run_script, many_inputs, tokenizer_dir, undisturbed, tmp_path):
     with ray_nodes(3) as cluster:
         subprocess.run(
-            command(many_parquet, tokenizer_dir, tmp_path / "three", f"--address={cluster.address}"),
+            command(many_inputs, tokenizer_dir, tmp_path / "three", f"--address={cluster.address}"),
             check=True,
             timeout=300,
         )
@@ -180,17 +183,17 @@ def test_two_workers_and_three_nodes_give_the_same_bytes(
     assert len(folders) >= 2  # the work was really spread
     assert merged(run_script, tmp_path / "three") == undisturbed
     subprocess.run(
-        command(many_parquet, tokenizer_dir, tmp_path / "two", "--address=local"),
+        command(many_inputs, tokenizer_dir, tmp_path / "two", "--address=local"),
         check=True,
         timeout=300,
     )
     assert merged(run_script, tmp_path / "two") == undisturbed
 
 
-def test_killed_worker_is_retried(run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path):
+def test_killed_worker_is_retried(run_script, many_inputs, tokenizer_dir, undisturbed, tmp_path):
     with ray_nodes(1) as cluster:
         process = subprocess.Popen(
-            command(many_parquet, tokenizer_dir, tmp_path / "out", f"--address={cluster.address}")
+            command(many_inputs, tokenizer_dir, tmp_path / "out", f"--address={cluster.address}")
         )
         for _ in range(2):
             victim = wait_for(busy_workers, process)[0]
@@ -201,9 +204,9 @@ def test_killed_worker_is_retried(run_script, many_parquet, tokenizer_dir, undis
     assert_tidy(tmp_path / "out")
 
 
-def test_killed_local_worker_is_retried(run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path):
+def test_killed_local_worker_is_retried(run_script, many_inputs, tokenizer_dir, undisturbed, tmp_path):
     output = tmp_path / "out"
-    process = subprocess.Popen(command(many_parquet, tokenizer_dir, output, "--address=local"))
+    process = subprocess.Popen(command(many_inputs, tokenizer_dir, output, "--address=local"))
     for units in (0, 3):  # while it loads the tokenizer, and at work
         wait_for(lambda units=units: finished_units(output) >= units, process)
         wait_for(lambda: local_workers(process), process)[0].kill()
@@ -212,8 +215,8 @@ def test_killed_local_worker_is_retried(run_script, many_parquet, tokenizer_dir,
     assert_tidy(output)
 
 
-def test_worker_that_always_dies_ends_the_run_with_a_word(many_parquet, tokenizer_dir, tmp_path):
-    arguments = command(many_parquet, tokenizer_dir, tmp_path / "out", "--address=local", "--num_workers=1")
+def test_worker_that_always_dies_ends_the_run_with_a_word(many_inputs, tokenizer_dir, tmp_path):
+    arguments = command(many_inputs, tokenizer_dir, tmp_path / "out", "--address=local", "--num_workers=1")
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     killed = set()
     while process.poll() is None:
@@ -230,10 +233,10 @@ def test_worker_that_always_dies_ends_the_run_with_a_word(many_parquet, tokenize
     "after_units", [pytest.param(0, marks=pytest.mark.slow), 5, pytest.param(20, marks=pytest.mark.slow)]
 )
 def test_killed_driver_is_resumed_by_the_same_command(
-    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, where, after_units
+    run_script, many_inputs, tokenizer_dir, undisturbed, tmp_path, where, after_units
 ):
     output = tmp_path / "out"
-    arguments = command(many_parquet, tokenizer_dir, output, where)
+    arguments = command(many_inputs, tokenizer_dir, output, where)
     process = subprocess.Popen(arguments)
     wait_for(lambda: (output / "plan.json").exists() and finished_units(output) >= after_units, process)
     orphans = local_workers(process)
@@ -254,10 +257,10 @@ def test_killed_driver_is_resumed_by_the_same_command(
 
 
 def test_lost_chunk_of_a_finished_unit_is_made_again(
-    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, ray_address
+    run_script, many_inputs, tokenizer_dir, undisturbed, tmp_path, ray_address
 ):
     output = tmp_path / "out"
-    arguments = command(many_parquet, tokenizer_dir, output, f"--address={ray_address}")
+    arguments = command(many_inputs, tokenizer_dir, output, f"--address={ray_address}")
     kill_after(5, arguments, output)
     sorted((output / "train").rglob("*.bin"))[0].unlink()
     subprocess.run(arguments, check=True, timeout=300)
@@ -265,10 +268,10 @@ def test_lost_chunk_of_a_finished_unit_is_made_again(
 
 
 @pytest.mark.slow
-def test_lost_node_is_survived(run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path):
+def test_lost_node_is_survived(run_script, many_inputs, tokenizer_dir, undisturbed, tmp_path):
     with ray_nodes(2) as cluster:
         output = tmp_path / "out"
-        process = subprocess.Popen(command(many_parquet, tokenizer_dir, output, f"--address={cluster.address}"))
+        process = subprocess.Popen(command(many_inputs, tokenizer_dir, output, f"--address={cluster.address}"))
         wait_for(lambda: finished_units(output) >= 3, process)
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
         assert process.wait(WAIT_S) == 0
@@ -277,10 +280,10 @@ def test_lost_node_is_survived(run_script, many_parquet, tokenizer_dir, undistur
 
 
 def test_ctrl_c_stops_within_seconds_and_says_how_to_go_on(
-    run_script, many_parquet, tokenizer_dir, undisturbed, tmp_path, where
+    run_script, many_inputs, tokenizer_dir, undisturbed, tmp_path, where
 ):
     output = tmp_path / "out"
-    arguments = command(many_parquet, tokenizer_dir, output, where)
+    arguments = command(many_inputs, tokenizer_dir, output, where)
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: finished_units(output) >= 2, process)
     workers = local_workers(process)
@@ -295,8 +298,8 @@ def test_ctrl_c_stops_within_seconds_and_says_how_to_go_on(
     assert merged(run_script, output) == undisturbed
 
 
-def test_ctrl_c_while_the_workers_start_is_quiet(many_parquet, tokenizer_dir, tmp_path):
-    arguments = command(many_parquet, tokenizer_dir, tmp_path / "out", "--address=local")
+def test_ctrl_c_while_the_workers_start_is_quiet(many_inputs, tokenizer_dir, tmp_path):
+    arguments = command(many_inputs, tokenizer_dir, tmp_path / "out", "--address=local")
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     workers = wait_for(lambda: local_workers(process), process)
     for _ in range(5):  # an impatient one, while the work is being put away
@@ -307,9 +310,9 @@ def test_ctrl_c_while_the_workers_start_is_quiet(many_parquet, tokenizer_dir, tm
     assert ended(workers)
 
 
-def test_two_runs_on_one_output_do_not_meet(many_parquet, tokenizer_dir, tmp_path, ray_address):
+def test_two_runs_on_one_output_do_not_meet(many_inputs, tokenizer_dir, tmp_path, ray_address):
     output = tmp_path / "out"
-    arguments = command(many_parquet, tokenizer_dir, output, f"--address={ray_address}")
+    arguments = command(many_inputs, tokenizer_dir, output, f"--address={ray_address}")
     first = subprocess.Popen(arguments)
     wait_for(lambda: finished_units(output) >= 1, first)
     second = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
@@ -317,10 +320,10 @@ def test_two_runs_on_one_output_do_not_meet(many_parquet, tokenizer_dir, tmp_pat
     assert first.wait(WAIT_S) == 0
 
 
-def test_full_disk(run_script, many_parquet, tokenizer_dir, undisturbed, small_disk, where):
+def test_full_disk(run_script, many_inputs, tokenizer_dir, undisturbed, small_disk, where):
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
     output = small_disk / "out"
-    arguments = command(many_parquet, tokenizer_dir, output, where)
+    arguments = command(many_inputs, tokenizer_dir, output, where)
     full = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
     assert "the disk is full" in full.stderr or "needs more than" in full.stderr

@@ -175,6 +175,19 @@ def test_other_data_is_refused_and_other_text_is_told(work, capsys, tmp_path):
         main(Settings(str(work / "run"), step="1", dataset_dir=str(other)))
 
 
+def test_where_the_text_is_far_away_the_rows_are_not_known(work, capsys, tmp_path):
+    places = {work / name / "parquet": tmp_path / "far" / "away" / name for name in ("large", "small")}
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    try:
+        for near, far in places.items():
+            shutil.move(near, far)
+        said = show(capsys, work, step="1")
+    finally:
+        for near, far in places.items():
+            shutil.move(far, near)
+    assert "row not known: the input files of step 1 are not near the dataset (--parquet_dir)" in said
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -53,7 +53,7 @@ def wrong_lines(said: str) -> list[str]:
     """(directory: line) for each line of the tree that says CHANGED or MISSING."""
     lines, title = [], ""
     for line in said.splitlines():
-        if named := re.match(r"[|` -]*((?:export|checkpoint|dataset|tokens|parquet files|tokenizer)  .*)", line):
+        if named := re.match(r"[|` -]*((?:export|checkpoint|dataset|tokens|input files|tokenizer)  .*)", line):
             title = named[1]
         elif found := re.match(r"[| ]*(CHANGED|MISSING) +(.*)", line):
             lines.append(f"{title}: {found[1]} {found[2]}")
@@ -63,7 +63,7 @@ def wrong_lines(said: str) -> list[str]:
 def test_everything_agrees_from_the_export_to_the_parquet_files(made, capsys):
     said = verify(capsys, made / "export", deep=True, num_units=2)
     assert "all that is here agrees" in said and "0 cannot be made" in said
-    for what in ("export", "checkpoint", "dataset", "tokens", "parquet files", "tokenizer"):
+    for what in ("export", "checkpoint", "dataset", "tokens", "input files", "tokenizer"):
         assert re.search(rf"^[|` -]*{what}  ", said, re.M), said
     assert "2 of 5 units tokenized again" in said
     assert "stored values equal the checkpoint's" in said
@@ -432,26 +432,30 @@ DAMAGES = {
         "tokens",
         "rows that became documents",
     ),
-    # parquet files and tokenizer
+    # input files and tokenizer
     "parquet: row replaced": (
         lambda w: replace_row(w / "corpus/000_00000.parquet"),
-        "parquet",
+        "input files",
         "another file than was",
     ),
     "parquet: file replaced": (
         lambda w: shutil.copy(w / "corpus/001_00000.parquet", w / "corpus/000_00000.parquet"),
-        "parquet",
+        "input files",
         "000_00000.parquet: another file than was tokenized: bytes was",
     ),
-    "parquet: file gone": (lambda w: (w / "corpus/001_00000.parquet").unlink(), "parquet", "MISSING 001_00000.parquet"),
+    "parquet: file gone": (
+        lambda w: (w / "corpus/001_00000.parquet").unlink(),
+        "input files",
+        "MISSING 001_00000.parquet",
+    ),
     "parquet: not parquet": (
         lambda w: truncate(w / "corpus/001_00000.parquet"),
-        "parquet",
+        "input files",
         "not a readable parquet file",
     ),
     "parquet: page flipped": (
         lambda w: flip(w / "corpus/001_00000.parquet", 400),
-        "parquet",
+        "input files",
         "001_00000.parquet: its content is not",
     ),
     "tokenizer: changed": (
@@ -608,8 +612,10 @@ def test_named_places_come_first(copy, capsys, tmp_path):
     elsewhere = tmp_path / "quite" / "elsewhere"
     elsewhere.parent.mkdir()
     shutil.move(copy / "corpus", elsewhere)
-    assert "not here" in verify(capsys, copy / "tokens")
-    assert "not here" not in verify(capsys, copy / "tokens", parquet_dir=str(elsewhere))
+    said = verify(capsys, copy / "tokens")
+    assert "not here" in said and "input files  (2)" in said and "with --parquet_dir" in said
+    said = verify(capsys, copy / "tokens", parquet_dir=str(elsewhere))
+    assert "not here" not in said and re.search(r"agrees +2 parquet files, \d+ rows: size, rows and footer", said)
 
 
 def test_chunks_that_were_moved_into_the_dataset_are_no_damage(copy, capsys):
@@ -640,7 +646,7 @@ def test_an_export_whose_tokenizer_json_was_rewritten_is_that_of_training(tmp_pa
 
 
 def test_only_tokens_and_parquet_files_of_the_same_inputs_are_taken_for_the_origin(tmp_path):
-    from tools.provenance_places import find_parquet, find_tokens
+    from tools.provenance_places import find_inputs, find_tokens
     from utils.manifest import write_manifest
 
     inputs = [{"path": f"{i}.parquet", "bytes": 9} for i in range(2)]
@@ -656,5 +662,5 @@ def test_only_tokens_and_parquet_files_of_the_same_inputs_are_taken_for_the_orig
         for entry in names:
             (tmp_path / name / entry["path"]).write_bytes(b"another size")
         if name == "d":
-            assert find_parquet(inputs, tmp_path / "data") == tmp_path / "d"
-    assert find_parquet(inputs, tmp_path / "data") is None  # either may be it
+            assert find_inputs(inputs, tmp_path / "data") == tmp_path / "d"
+    assert find_inputs(inputs, tmp_path / "data") is None  # either may be it
