@@ -1,4 +1,4 @@
-"""Step 1 on JSON lines, plain, compressed and beside parquet: the same documents, units, resuming, quarantine."""
+"""Step 1 on JSON lines, plain, compressed and beside parquet: the same documents, units, quarantine."""
 
 from __future__ import annotations
 
