@@ -92,7 +92,7 @@ class Counts(_InManifest):
             f"in {self.pieces - self.documents:,} places; without packing "
             f"{self.plain_documents_cut / total:.2%} ({self.plain_documents_cut:,}), "
             f"in {self.plain_pieces - self.documents:,} places\n"
-            "tokens that are padding, and those that fill no block, which training does not read: 0.00% padding, "
+            "tokens that training does not read: 0.00% padding, "
             f"{self.rest_tokens / tokens:.2%} at the dataset's end ({self.rest_tokens:,}){plain_unread}"
         )
 
