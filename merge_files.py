@@ -82,9 +82,8 @@ def plan_layout(settings: Settings) -> Plan:
             "Give the output of step 1, or copy the directory."
         )
     if settings.pack_tokens is not None:  # the layout with which its cuts are compared
-        return dataclasses.replace(
-            plan, parts=gather_small(plan.parts, plan.chunk_tokens or 0 if settings.gather else 0)
-        )
+        parts = gather_small(plan.parts, plan.chunk_tokens or 0) if settings.gather else plan.parts
+        return dataclasses.replace(plan, parts=parts)
     if plan.manifest is None or plan.chunk_tokens is None or settings.mode == "index":
         return plan
     published = read_manifest(target)

@@ -94,8 +94,8 @@ def _run_once(command: list[str], stage: Stage, kill: Kill | None, log: Path) ->
         while process.poll() is None:
             if kill is not None and kill.reached():
                 _kill_all(process)
-                ended_by_itself = process.returncode != -signal.SIGKILL
-                return process.returncode if ended_by_itself else None
+                # It may have ended by itself just before.
+                return None if process.returncode == -signal.SIGKILL else process.returncode
             time.sleep(0.002 if kill is not None else 0.05)
         return process.returncode
     except BaseException:

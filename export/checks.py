@@ -39,10 +39,6 @@ def make_plan(
     tokenizer = problems.collect(find_tokenizer, checkpoint_dir, config, checkpoint)
     pad = problems.collect(find_pad_token, checkpoint_dir, tokenizer, pad_token)
     problems.raise_if_any()
-    is_chosen = pad_token is not None
-    pad_token, pad_id = pad or (None, None)
-    is_trained = tokenizer is not None and pad_id in (tokenizer.bos_id, tokenizer.eos_id)
-    config_pad_id = None if is_trained and not is_chosen else pad_id
 
     weights = fit_weights(found, config, checkpoint_dir)
     tied = is_tied(weights)
@@ -58,19 +54,9 @@ def make_plan(
         raise UserError("--formats=gguf: needs the tokenizer, which is a part of model.gguf.")
     for_litgpt = formats in ("all", "litgpt")
     return ExportPlan(
-        checkpoint_dir,
-        checkpoint,
-        config,
-        tokenizer,
-        pad_token,
-        pad_id,
-        config_pad_id,
-        weights,
-        tied,
-        for_litgpt,
-        layout,
-        gguf,
-    )
+        checkpoint_dir, checkpoint, config, tokenizer, *(pad or (None, None)), pad_token is not None, weights, tied,
+        for_litgpt, layout, gguf,
+    )  # fmt: skip
 
 
 def read_model_config(checkpoint_dir: Path, formats: str) -> Config:
@@ -119,23 +105,20 @@ def find_pad_token(
     checkpoint_dir: Path, tokenizer: TokenizerInfo | None, pad_token: str | None
 ) -> tuple[str, int] | None:
     """Name and id of `pad_token`, the user's choice, or else of the one that the tokenizer's files name."""
-    if tokenizer is None and pad_token is not None:
-        raise UserError(f"--pad_token={pad_token}: {checkpoint_dir} has no tokenizer.json. Leave the flag out.")
     if tokenizer is None:
+        if pad_token is not None:
+            raise UserError(f"--pad_token={pad_token}: {checkpoint_dir} has no tokenizer.json. Leave the flag out.")
         return None
     if pad_token is not None:
-        chosen_by, found = (
-            f"--pad_token={pad_token}",
-            (pad_token, id_of_token(checkpoint_dir, pad_token, "--pad_token")),
-        )
-    else:
-        found = stated_pad_token(checkpoint_dir)
-        chosen_by = f"{checkpoint_dir}: the tokenizer's pad token is {found[0]}" if found else ""
+        found = pad_token, id_of_token(checkpoint_dir, pad_token, "--pad_token")
+        named_by, remedy = f"--pad_token={pad_token}", ""
+    elif found := stated_pad_token(checkpoint_dir):
+        named_by = f"{checkpoint_dir}: the tokenizer's pad token is {found[0]}"
+        remedy = ": choose one with --pad_token"
     if found and found[1] in (tokenizer.bos_id, tokenizer.eos_id):
         console.warn(
-            f"{chosen_by}: texts begin or end with it. Trainers that leave padding out of the loss leave it out there "
-            "too, so that the model forgets where a text ends. A token that no text holds is better"
-            f"{': choose one with --pad_token' if pad_token is None else ''}."
+            f"{named_by}: texts begin or end with it. Trainers that leave padding out of the loss leave it out there "
+            f"too, so that the model forgets where a text ends. A token that no text holds is better{remedy}."
         )
     return found
 

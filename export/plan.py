@@ -31,9 +31,8 @@ class ExportPlan:
     pad_token: str | None
     """The user's choice, or else the one that the tokenizer names; None: none."""
     pad_id: int | None
-    config_pad_id: int | None
-    """For config.json, by which transformers keeps the token's embedding from being trained: not BOS or EOS, unless the
-    user chose it."""
+    is_pad_chosen: bool
+    """Whether the user named it."""
     weights: dict[str, StoredTensor]
     """By litgpt name, in the model's order; their dtype is that of the export."""
     tied: bool
@@ -47,6 +46,13 @@ class ExportPlan:
     def has_hf_config(self) -> bool:
         """Whether config.json is made, which transformers loads the tokenizer by."""
         return self.layout is not None or self.gguf is not None
+
+    @property
+    def config_pad_id(self) -> int | None:
+        """The pad token for config.json, by which transformers keeps its embedding from being trained: not BOS or EOS,
+        unless the user chose it."""
+        is_trained = self.tokenizer is not None and self.pad_id in (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        return None if is_trained and not self.is_pad_chosen else self.pad_id
 
     @property
     def is_wrong_in_ctranslate2(self) -> bool:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from utils import console
 from utils.errors import UserError
 from utils.files import write_json
-from utils.tokenizer import TokenizerInfo, copy_tokenizer_files
+from utils.tokenizer import TokenizerInfo, copy_tokenizer_files, stated_in
 
 # The class that takes tokenizer.json as it is. Others build a tokenizer of their family from its vocabulary.
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
@@ -89,11 +89,7 @@ def stated_pad_token(directory: Path) -> tuple[str, int] | None:
     None where they name none; one that tokenizer.json does not have is warned of and counts as none, since clients
     would add it with an id beyond the embedding.
     """
-    stated = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second decides, as for BOS and EOS
-        if (directory / name).is_file():
-            stated |= json.loads((directory / name).read_bytes())
-    pad_token = _name(stated.get("pad_token"))
+    pad_token = _name(stated_in(directory, "special_tokens_map.json", "tokenizer_config.json").get("pad_token"))
     if pad_token is None:
         return None
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -38,14 +38,16 @@ class TokenizerInfo:
         return {key: getattr(self, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}).") from error
-    return value if isinstance(value, dict) else {}
+def stated_in(directory: Path, *names: str) -> dict[str, Any]:
+    """Entries of those of these JSON files that exist; the last file decides. Raises UserError for what is no JSON."""
+    stated: dict[str, Any] = {}
+    for path in (directory / name for name in names if (directory / name).is_file()):
+        try:
+            value = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path}: not readable as JSON ({error}).") from error
+        stated |= value if isinstance(value, dict) else {}
+    return stated
 
 
 def _template_tokens(post_processor: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -104,8 +106,8 @@ def read_tokenizer_info(directory: str | Path, flag: str = "--tokenizer_dir") ->
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tokenizer.json of Hugging Face tokenizers ({error!r}).") from error
 
-    names = {**_read_json(directory / "special_tokens_map.json"), **_read_json(directory / "tokenizer_config.json")}
-    numbers = {**_read_json(directory / "config.json"), **_read_json(directory / "generation_config.json")}
+    names = stated_in(directory, "special_tokens_map.json", "tokenizer_config.json")
+    numbers = stated_in(directory, "config.json", "generation_config.json")
     before, after = _template_tokens(tokenizer.get("post_processor") or {})
 
     def special_id(kind: str) -> int | None:
