@@ -16,7 +16,7 @@ from tokenization.encoder_choice import EncoderChoice
 from tokenization.text_arrays import arrow_text_buffers, as_mask, rows_of
 
 # About 1% of a unit's time; up to 3% for a unit of a few MB.
-CHECKED_SHARE, MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 1 / 8192, 2 << 10, 256 << 10
+CHECKED_SHARE, MIN_CHECKED_BYTES, MAX_CHECKED_BYTES = 1 / 16384, 1 << 10, 256 << 10
 FIRST_SHARE = 0.25
 """Of the unit's bytes to check, what its first batch may use however small it is."""
 LONGEST_CHECKED_BYTES = 1 << 20
@@ -97,7 +97,7 @@ class CheckSample:
         return [*candidates[found].tolist(), *candidates[~found].tolist()]
 
     def _not_by_reference(self, texts: pa.Array, rows: list[int]) -> list[int]:
-        if not rows or not self._choice.has_triggers:
+        if not rows or not self._choice.has_triggers or self._choice.line_end:
             return rows
         by_reference = self._choice.needs_reference(rows_of(texts, rows))
         return [row for row, slow in zip(rows, by_reference.tolist()) if not slow]

@@ -17,6 +17,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from tokenization.encoder_choice import EncoderChoice
+from tokenization.line_cuts import parts_by_encoder
 from tokenization.text_arrays import arrow_text_buffers, rows_of
 
 # gigatoken 0.10 remembers every pretoken that it has seen, without bound: about 30 MB per million tokens of random
@@ -155,12 +156,21 @@ class Encoder:
             DocumentTooLarge: one is too long for `tokenizers`, and gigatoken may not encode it.
         """
         if self._fast is None:
+            self.reference_documents += len(texts)
             return self._encode_by_reference(texts)
         if not self._choice.has_triggers:
             return self._encode_fast(texts)
         by_reference = self._choice.needs_reference(texts)
         if not by_reference.any():
             return self._encode_fast(texts)
+        self.reference_documents += int(by_reference.sum())
+        if not self._choice.line_end:
+            return self._encode_by_both(texts, by_reference)
+        parts, by_reference, first_part = parts_by_encoder(self._choice, texts, by_reference)
+        ids, ends = self._encode_by_both(parts, by_reference)
+        return ids, ends[first_part]
+
+    def _encode_by_both(self, texts: pa.Array, by_reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         slow_ids, slow_ends = self._encode_by_reference(rows_of(texts, by_reference))
         if by_reference.all():
             return slow_ids, slow_ends
@@ -183,7 +193,6 @@ class Encoder:
                 f"about {46 * size / 1e9:,.0f} GB of memory; at most {MAX_REFERENCE_BYTES / 1e6:,.0f} MB are allowed. "
                 f"It begins with {texts[row].as_py()[:80]!r}"
             )
-        self.reference_documents += len(texts)
         return self.encode_reference(texts.to_pylist())
 
     def _encode_fast(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:

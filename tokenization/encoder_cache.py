@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenization.encoder_choice import EncoderChoice
+from tokenization.line_cuts import LINE_ENDS
 from utils.files import atomic_write
 
 # The comparison's own code: what another version of it found is not this one's.
 SOURCES = (
     *("encoder.py", "encoder_battery.py", "encoder_cache.py", "encoder_check.py", "encoder_choice.py"),
-    "prepared_tokenizer.py",
+    *("line_cuts.py", "prepared_tokenizer.py"),
 )
 
 
@@ -99,6 +100,7 @@ def _parsed(value: dict[str, Any]) -> Findings:
         choice.backend in ("gigatoken", "tokenizers")
         and isinstance(choice.reason, str)
         and isinstance(choice.num_compared, int)
+        and choice.line_end in ("", *(line_end for line_end, _ in LINE_ENDS))
         and all(isinstance(literal, str) and literal for literal in choice.literals)
         and points == sorted(points)
         and (not points or 0x80 <= points[0] <= points[-1] < 0x110000)

@@ -8,6 +8,7 @@ tokenization/encoder_battery.py for the texts.
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pydoc_data.topics import topics
@@ -19,6 +20,7 @@ import pyarrow as pa
 from tokenization import encoder_battery as battery
 from tokenization.encoder import Encoder
 from tokenization.encoder_choice import EncoderChoice, as_ranges
+from tokenization.line_cuts import LINE_ENDS, cut_at
 
 # The reference takes some hundred bytes for each token.
 CHARACTERS_AT_A_TIME = 100_000
@@ -26,6 +28,7 @@ CHARACTERS_AT_A_TIME = 100_000
 MAX_CODE_POINTS = 5000
 MAX_LITERALS = 64
 CANONICAL_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
+PARAGRAPHS_TO_CUT = 200
 SAMPLE_BYTES, REFERENCE_SAMPLE_BYTES = 1 << 20, 100 << 10
 
 
@@ -51,7 +54,8 @@ def decide(encoder: Encoder, tokenizer: dict[str, Any]) -> EncoderChoice:
     except _NotAttributable as error:
         reason = f"the two differ on ordinary text, such as {error}"
         return EncoderChoice("tokenizers", reason, num_compared=comparison.num_texts)
-    return EncoderChoice("gigatoken", "", code_points, literals, comparison.num_texts)
+    line_end = "" if literals else _safe_line_end(comparison, tokenizer)
+    return EncoderChoice("gigatoken", "", code_points, literals, line_end, comparison.num_texts)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -83,6 +87,17 @@ class _Comparison:
                 got = ids[ends[i] : ends[i + 1]]
                 if not np.array_equal(got, expected[expected_ends[i] : expected_ends[i + 1]]):
                     yield text
+
+    def can_cut_at(self, line_end: str, texts: list[str]) -> bool:
+        """Whether the ids of the parts are those of the whole texts, for each of the two encoders."""
+        self.num_texts += len(texts)
+        whole = pa.array(texts)
+        parts, first_part = cut_at(line_end, whole, np.ones(len(texts), bool))
+        for encode in (self.encoder.encode, lambda some: self.encoder.encode_reference(some.to_pylist())):
+            (ids, ends), (expected, expected_ends) = encode(parts), encode(whole)
+            if not (np.array_equal(ends[first_part], expected_ends) and np.array_equal(ids, expected)):
+                return False
+        return True
 
 
 def _has_canonical_form(normalizer: dict[str, Any] | None) -> bool:
@@ -161,6 +176,17 @@ def _expect_equal_but_for(choice: EncoderChoice, comparison: _Comparison, tokeni
     )
     for text in comparison.differing(_untouched(choice, texts)):
         raise _NotAttributable(repr(_shortest_differing(comparison, choice, text)[:60]))
+
+
+def _safe_line_end(comparison: _Comparison, tokenizer: dict[str, Any]) -> str:
+    """At which a text can be cut without changing an id of either encoder; empty: at none."""
+    reference, added = comparison.encoder.reference, tokenizer.get("added_tokens") or []
+    vocabulary = "\0".join(reference.get_vocab()).translate(battery.SPELLINGS_OF_BLANKS)
+    texts = [*battery.texts_of_lines([token["content"] for token in added]), *_paragraphs()[:PARAGRAPHS_TO_CUT]]
+    for line_end, across in LINE_ENDS:
+        if not re.search(across, vocabulary) and all(comparison.can_cut_at(line_end, some) for some in _batches(texts)):
+            return line_end
+    return ""
 
 
 def _shortest_differing(comparison: _Comparison, choice: EncoderChoice, text: str) -> str:

@@ -38,6 +38,9 @@ class EncoderChoice:
     """Ranges, first and last, all beyond ASCII: a document with one of them is encoded by `tokenizers`."""
     literals: tuple[str, ...] = ()
     """A document with one of these texts is encoded by `tokenizers`."""
+    line_end: str = ""
+    """Pattern of bytes at whose ends a document may be cut, so that `tokenizers` gets the lines with a trigger only;
+    one of `line_cuts.LINE_ENDS`. Empty: it gets whole documents."""
     num_compared: int = 0
     """Texts that both encoders were given before the decision."""
     warnings: tuple[str, ...] = ()
@@ -103,11 +106,12 @@ class EncoderChoice:
                 f"encoder: Hugging Face tokenizers for every document, because {self.reason}; about {reference} of "
                 "English text per core, tens of times slower than gigatoken with a tokenizer that it supports"
             )
-        slow = f"; a document with {self.triggers()} is encoded by tokenizers itself" if self.has_triggers else ""
+        what = "line" if self.line_end else "document"
+        slow = f"; a {what} with {self.triggers()} is encoded by tokenizers itself" if self.has_triggers else ""
         return (
             f"encoder: gigatoken, equal to Hugging Face tokenizers on {compared}{slow}; about "
             f"{_megabytes(fast_bytes_per_s)} MB/s of English text per core"
-            + (f", {reference} for such documents" if slow else "")
+            + (f", {reference} for such {what}s" if slow else "")
         )
 
 

@@ -161,6 +161,7 @@ def _tokenize_once(
             record.checked_documents += encoder.check(texts, ids, ends, sample.rows(texts))
             watch.lap("check")
         tokens, lengths = assemble(ids, ends, job.bos_id, job.eos_id, job.dtype)
+        del ids  # before the next batch, which gets its memory while the processor's caches still have it
         stops = np.concatenate(([0], np.cumsum(lengths)))
         text_offsets = arrow_text_buffers(texts)[0]
         watch.lap("assemble")
