@@ -6,7 +6,6 @@ import functools
 import random
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import tokenizer_kinds as kinds
@@ -43,7 +42,7 @@ def prepared_of(packages, tmp_path_factory):
 def documents() -> tuple[list[str], list[str]]:
     """Real, odd and made-up documents, and of some real ones a copy with a new character in one or two lines."""
     rng = random.Random(13)
-    special = ["<|begin_of_text|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<｜begin▁of▁sentence｜>", "<think>"]
+    special = ["<|begin_of_text|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>", "<think>", "</think>"]
     mixed = ["".join(rng.choices([*special, " ", "\n", "x", "the ", "  "], k=12)) for _ in range(300)]
     real = kinds.real_documents()
     return [*trying_documents(), *mixed], [document.replace("e", NEW, 2) for document in real[:200]]
