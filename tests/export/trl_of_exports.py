@@ -1,6 +1,6 @@
 """What trl makes of exports, as JSON on stdout; run by test_clients.py in trl's own environment.
 
-python trl_of_an_export.py SCRATCH TEXTS EXPORT [EXPORT ..]
+python trl_of_exports.py SCRATCH TEXTS EXPORT [EXPORT ..]
 
 TEXTS is a JSON list of two texts, which make one batch.
 """
@@ -65,7 +65,8 @@ def main(scratch: Path, texts: list[str], directories: list[str]) -> None:
     answers = []
     for number, directory in enumerate(directories):
         answer = fine_tune(directory, scratch / str(number), texts)
-        answer["labels_by_transformers"] = labels_by_transformers(directory, answer["input_ids"][0])
+        longest = next(row for row in answer["labels"] if -100 not in row)
+        answer["labels_by_transformers"] = labels_by_transformers(directory, longest)
         answers.append(answer)
     version = f"trl {trl.__version__} with transformers {transformers.__version__}"
     print(json.dumps({"version": version, "answers": answers}))
