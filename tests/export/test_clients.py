@@ -309,7 +309,8 @@ def by_trl(exports, tmp_path_factory) -> list[dict]:
 
     python = environment_with(TRL, tmp_path_factory.mktemp("environment"))
     plain, padded = exports["Llama 3"], tmp_path_factory.mktemp("padded") / "model"
-    settings = convert_pretrained_checkpoint.Settings(str(plain), str(padded), "hf", pad_token="!", verify="off")
+    checkpoint = str(plain.parent / "checkpoint")
+    settings = convert_pretrained_checkpoint.Settings(checkpoint, str(padded), "hf", pad_token="!", verify="off")
     convert_pretrained_checkpoint.main(settings)
     scratch = tmp_path_factory.mktemp("scratch")
     command = [python, SCRIPTS / "trl_of_exports.py", scratch, json.dumps(TO_FINE_TUNE_ON), plain, padded]

@@ -36,8 +36,9 @@ def fine_tune(directory: str, scratch: Path, texts: list[str]) -> dict:
     before = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
     tuned = trainer.model.state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(scratch / "tuned", dtype=torch.float32)
-    prompt = batch["input_ids"][:1]
-    loaded(prompt, labels=prompt).loss.backward()
+    # Twice one after the other, as in packing: nothing is predicted from a last token, so its embedding gets no gradient.
+    packed = torch.tensor([2 * next(row for row in batch["input_ids"].tolist() if row[-2:] != 2 * row[-1:])])
+    loaded(packed, labels=packed).loss.backward()
     rows_with_gradient = loaded.get_input_embeddings().weight.grad.abs().sum(dim=1).nonzero().flatten()
     return {
         "loss": loss,
