@@ -301,6 +301,8 @@ def test_transformers_js_splits_text_as_the_tokenizers_of_known_models_do(node_p
 
 # trl ------------------------------------------------------------------------------------------------------------------
 
+TO_FINE_TUNE_ON = ["Return a new list, and then the value of each.", "and the"]
+
 
 @pytest.fixture(scope="module")
 def by_trl(exports, tmp_path_factory) -> list[dict]:
@@ -319,9 +321,6 @@ def by_trl(exports, tmp_path_factory) -> list[dict]:
     return answer["answers"]
 
 
-TO_FINE_TUNE_ON = ["Return a new list, and then the value of each.", "and the"]
-
-
 @pytest.mark.parametrize("pad_token", [None, "!"])
 def test_trl_fine_tunes_an_export(by_trl, tokenizer_dir, pad_token):
     found, pad_id = by_trl[pad_token is not None], 1 if pad_token is None else 2
@@ -335,7 +334,7 @@ def test_trl_fine_tunes_an_export(by_trl, tokenizer_dir, pad_token):
     assert sorted(found["labels"]) == sorted([rows[0], rows[1] + [-100] * num_missing])
 
 
-def test_without_a_pad_token_the_end_of_a_text_is_not_learnt_by_all_and_its_embedding_later_by_none(by_trl):
+def test_without_a_pad_token_some_trainers_do_not_teach_the_model_to_stop(by_trl):
     """What docs/export.md says of padding with EOS. Where this fails, correct the page."""
     without, padded = by_trl
     # trl leaves out what it put, transformers' collator every token that is the pad token.

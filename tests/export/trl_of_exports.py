@@ -36,8 +36,10 @@ def fine_tune(directory: str, scratch: Path, texts: list[str]) -> dict:
     before = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
     tuned = trainer.model.state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(scratch / "tuned", dtype=torch.float32)
-    # Twice one after the other, as in packing: nothing is predicted from a last token, so its embedding gets no gradient.
-    packed = torch.tensor([2 * next(row for row in batch["input_ids"].tolist() if row[-2:] != 2 * row[-1:])])
+    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+    longest = next(ids for ids, labels in rows if -100 not in labels)
+    # Twice, as in packing: nothing is predicted from a last token, so that its embedding gets no gradient anyway.
+    packed = torch.tensor([2 * longest])
     loaded(packed, labels=packed).loss.backward()
     rows_with_gradient = loaded.get_input_embeddings().weight.grad.abs().sum(dim=1).nonzero().flatten()
     return {
@@ -49,6 +51,7 @@ def fine_tune(directory: str, scratch: Path, texts: list[str]) -> dict:
         "ids_loaded_again": AutoTokenizer.from_pretrained(scratch / "tuned")(texts)["input_ids"],
         "pad_id_in_config": loaded.config.pad_token_id,
         "ids_whose_embedding_is_trained_next": rows_with_gradient.tolist(),
+        "labels_by_transformers": labels_by_transformers(directory, longest),
     }
 
 
@@ -63,12 +66,7 @@ def labels_by_transformers(directory: str, ids: list[int]) -> list[int]:
 
 def main(scratch: Path, texts: list[str], directories: list[str]) -> None:
     torch.set_num_threads(1)
-    answers = []
-    for number, directory in enumerate(directories):
-        answer = fine_tune(directory, scratch / str(number), texts)
-        longest = next(row for row in answer["labels"] if -100 not in row)
-        answer["labels_by_transformers"] = labels_by_transformers(directory, longest)
-        answers.append(answer)
+    answers = [fine_tune(directory, scratch / str(n), texts) for n, directory in enumerate(directories)]
     version = f"trl {trl.__version__} with transformers {transformers.__version__}"
     print(json.dumps({"version": version, "answers": answers}))
 
