@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from client_environments import environment_with
 from conftest import ROOT
 from export_checkpoints import write_random_weights
-from test_clients import environment_with
 
 from export.gguf_tokenizer import pre_tokenizer_name
 from utils.errors import UserError
