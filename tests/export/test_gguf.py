@@ -12,10 +12,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from client_environments import environment_with
 from conftest import ROOT
 from export_checkpoints import write_random_weights
 from published_tokenizers import install_packages, write_tokenizer
-from test_clients import environment_with
 from tokenizers import Tokenizer
 
 from export.gguf_tokenizer import pre_tokenizer_name
