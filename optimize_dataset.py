@@ -332,7 +332,7 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     )
     console.say(
         f"encoder: {', '.join(backends)}"
-        + (f", but tokenizers for {console.counted(by_reference, 'document')}" if by_reference else "")
+        + (f", but tokenizers for {console.counted(by_reference, 'document')} or lines of them" if by_reference else "")
         + (f"; {console.counted(checked, 'document')} encoded by tokenizers too, all equal" if checked else "")
     )
     shares = ", ".join(

@@ -31,7 +31,7 @@ class CheckSample:
 
     Args:
         unit_bytes: bytes of text in the whole unit.
-        choice: documents that go to the reference whole need no check.
+        choice: documents that go to the reference as a whole need no check.
         added_tokens: texts of the tokenizer's added tokens.
     """
 

@@ -1,8 +1,8 @@
 """Which encoder takes which document: a small value, decided once before the work and carried to every worker.
 
 gigatoken is some 50 times faster than Hugging Face `tokenizers`, whose ids are promised. Where the two were seen to
-differ (tokenization/encoder_check.py looks), the documents that could be touched go to `tokenizers`, and the rest stay
-fast.
+differ (tokenization/encoder_check.py looks), the documents that could be touched, or those of their lines, go to
+`tokenizers`, and the rest stay fast.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class EncoderChoice:
     reason: str = ""
     """Why `tokenizers` takes all of them; empty with gigatoken."""
     code_points: tuple[tuple[int, int], ...] = ()
-    """Ranges, first and last, all beyond ASCII: a document with one of them is encoded by `tokenizers`."""
+    """Ranges, first and last, all beyond ASCII: a text with one of them is encoded by `tokenizers`."""
     literals: tuple[str, ...] = ()
-    """A document with one of these texts is encoded by `tokenizers`."""
+    """A text with one of these is encoded by `tokenizers`."""
     line_end: str = ""
     """Pattern of bytes at whose ends a document may be cut, so that `tokenizers` gets the lines with a trigger only;
     one of `line_cuts.LINE_ENDS`. Empty: it gets whole documents."""

@@ -167,7 +167,7 @@ class UnitRecord:
     encoder: str = ""
     """Library that encoded: gigatoken or tokenizers."""
     reference_documents: int = 0
-    """Documents that tokenizers encoded: all of them, or those that gigatoken may not take."""
+    """Documents that tokenizers encoded, or lines of them: all, or those that gigatoken may not take."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Spent in read, hash, encode, check, assemble, write."""
     cpu_seconds: float = 0.0

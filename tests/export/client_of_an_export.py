@@ -6,6 +6,8 @@ python client_of_an_export.py CLIENT EXPORT SCRATCH TEXT NUM_NEW_TOKENS
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,6 +102,27 @@ def of_onnxruntime(directory: str, scratch: Path, ids: list[int], num_new: int):
     for _ in range(num_new):
         tokens.append(int(run(tokens)[-1].argmax()))
     return f"onnxruntime {onnxruntime.__version__}", run(ids), tokens[len(ids) :]
+
+
+def of_transformers_js(directory: str, scratch: Path, ids: list[int], num_new: int):
+    """Through Optimum's ONNX file; ids and text are transformers.js' own and must be transformers'."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    command = [sys.executable, "-m", "optimum.exporters.onnx", "--task", "text-generation-with-past"]
+    subprocess.run([*command, "--model", directory, scratch / "model"], check=True)
+    (scratch / "model" / "onnx").mkdir()
+    (scratch / "model" / "model.onnx").rename(scratch / "model" / "onnx" / "model.onnx")
+    request = {"texts": [text], "model": str(scratch / "model"), "num_new_tokens": num_new}
+    (scratch / "request.json").write_text(json.dumps(request))
+    script = Path(__file__).parent / "transformers_js_of_exports.mjs"
+    files = (scratch / "request.json", scratch / "answer.json")
+    subprocess.run(["node", script, os.environ["NODE_PROJECT"], *files], check=True)
+    answer = json.loads((scratch / "answer.json").read_bytes())
+    (found,) = answer["answers"]
+    assert found["ids"][: len(ids)] == ids
+    assert found["decoded"] == tokenizer.decode(found["ids"])
+    assert found["generated_text"] == tokenizer.decode(found["ids"], skip_special_tokens=True)
+    return answer["version"], np.array(found["logits"], dtype=np.float32), found["ids"][len(ids) :]
 
 
 def main(client: str, scratch: Path, text: str, num_new: int, directories: list[str]) -> None:

@@ -33,7 +33,10 @@ def main(text: str, directories: list[str]) -> None:
         collected.messages.clear()
         ids = transformers.AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
         advises = any("fix_mistral_regex" in message for message in collected.messages)
-        fixed = transformers.AutoTokenizer.from_pretrained(directory, fix_mistral_regex=True)(text)["input_ids"]
+        try:
+            fixed = transformers.AutoTokenizer.from_pretrained(directory, fix_mistral_regex=True)(text)["input_ids"]
+        except TypeError as error:  # a defect of some versions
+            fixed = f"TypeError: {error}"
         answers.append({"advises": advises, "ids": ids, "fixed": fixed})
     print(json.dumps({"version": transformers.__version__, "answers": answers}))
 

@@ -1,6 +1,8 @@
 """What llama.cpp makes of a model.gguf, as JSON; run by test_gguf.py in an environment that has it.
 
-python llama_cpp_of_an_export.py MODEL NUM_NEW_TOKENS TEXT [TEXT ..]
+python llama_cpp_of_an_export.py MODEL NUM_NEW_TOKENS <QUESTIONS
+
+QUESTIONS: {"continue": texts to tokenize and to continue, "tokenize": texts of which only the ids are wanted}
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import urllib.request
 import xllamacpp
 
 
-def main(path: str, num_new: int, texts: list[str]) -> None:
+def main(path: str, num_new: int, questions: dict[str, list[str]]) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
@@ -27,21 +29,24 @@ def main(path: str, num_new: int, texts: list[str]) -> None:
         request = urllib.request.Request(f"{server.listening_address}/{what}", json.dumps(question).encode(), headers)
         return json.load(urllib.request.urlopen(request))
 
+    def ids_of(text: str) -> list[int]:
+        return ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+
     answers = []
-    for text in texts:
-        ids = ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
-        greedy = {"temperature": 0, "n_predict": num_new, "ignore_eos": True, "cache_prompt": False}
-        answer = ask("completion", {"prompt": text, "n_probs": 100_000, "return_tokens": True, **greedy})
-        first = {each["id"]: each["logprob"] for each in answer["completion_probabilities"][0]["top_logprobs"]}
+    for text in questions["continue"]:
+        greedy = {"prompt": text, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        # Only of one token: with 128,256 of them, the probabilities of each of many would be hundreds of MB.
+        probabilities = ask("completion", {**greedy, "n_predict": 1, "n_probs": 200_000})["completion_probabilities"]
+        first = {each["id"]: each["logprob"] for each in probabilities[0]["top_logprobs"]}
         answers.append(
             {
-                "ids": ids,
-                "continuation": answer["tokens"],
+                "ids": ids_of(text),
+                "continuation": ask("completion", {**greedy, "n_predict": num_new, "return_tokens": True})["tokens"],
                 "log_probabilities": [first[number] for number in range(len(first))],
             }
         )
-    print(json.dumps(answers))
+    print(json.dumps({"continue": answers, "tokenize": [ids_of(text) for text in questions["tokenize"]]}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), json.load(sys.stdin))

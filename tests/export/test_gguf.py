@@ -12,9 +12,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from client_environments import environment_with
 from conftest import ROOT
 from export_checkpoints import write_random_weights
-from test_clients import environment_with
+from published_tokenizers import install_packages, write_tokenizer
+from tokenizers import Tokenizer
 
 from export.gguf_tokenizer import pre_tokenizer_name
 from utils.errors import UserError
@@ -179,31 +181,75 @@ def llama_cpp(tmp_path_factory) -> Path:
 def test_llama_cpp_gives_ids_probabilities_and_text_of_transformers(
     tmp_path, tokenizer_dir, llama_cpp, model, pre_tokenizer, adds_bos
 ):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     changes = PRE_TOKENIZERS[pre_tokenizer]
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer_dir, *MODELS[model], changes, adds_bos)
+    compare_with_transformers(llama_cpp, checkpoint, tmp_path, TEXTS, f"{model}, {pre_tokenizer}", adds_bos)
+
+
+def compare_with_transformers(
+    llama_cpp: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    texts: tuple[str, ...],
+    name: str,
+    adds_bos: bool = True,
+    texts_to_tokenize: tuple[str, ...] = (),
+) -> None:
+    """Export a checkpoint for both, and hold against each other what they make of the texts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     expected_by, tested = export(checkpoint, tmp_path / "hf"), export(checkpoint, tmp_path / "gguf", formats="gguf")
     tokenizer = AutoTokenizer.from_pretrained(expected_by)
     reference = AutoModelForCausalLM.from_pretrained(expected_by, dtype=torch.float32).eval()
 
     script = ROOT / "tests" / "export" / "llama_cpp_of_an_export.py"
-    command = [llama_cpp, script, tested / "model.gguf", "24", *TEXTS]
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    questions = json.dumps({"continue": texts, "tokenize": texts_to_tokenize})
+    process = subprocess.run(
+        [llama_cpp, script, tested / "model.gguf", "24"], input=questions, capture_output=True, text=True, timeout=300
+    )
     assert process.returncode == 0, process.stderr
-    for text, found in zip(TEXTS, json.loads(process.stdout.splitlines()[-1]), strict=True):
+    answers = json.loads(process.stdout.splitlines()[-1])
+    for text, found in zip(texts, answers["continue"], strict=True):
         ids = tokenizer(text)["input_ids"]
-        assert found["ids"] == ids and (ids[0] == 0) == adds_bos
+        assert found["ids"] == ids and (ids[0] == tokenizer.bos_token_id) == adds_bos
         prompt = torch.tensor([ids])
         with torch.no_grad():
             expected = reference(prompt, use_cache=False).logits[0, -1].log_softmax(-1)
         difference = float((torch.tensor(found["log_probabilities"]) - expected).abs().max())
-        print(f"\n{LLAMA_CPP}, {model}, {pre_tokenizer}: log-probabilities differ by at most {difference:.2g}")
+        print(f"\n{LLAMA_CPP}, {name}: log-probabilities differ by at most {difference:.2g}")
         assert difference <= 1e-4
         mask = torch.ones_like(prompt)
         length = {"max_new_tokens": 24, "min_new_tokens": 24}
         generated = reference.generate(prompt, attention_mask=mask, do_sample=False, **length)
         assert found["continuation"] == generated[0, len(ids) :].tolist()
+    assert answers["tokenize"] == [tokenizer(text)["input_ids"] for text in texts_to_tokenize]
+
+
+@pytest.fixture(scope="module")
+def llama_3_tokenizer(tmp_path_factory) -> Path:
+    packages = install_packages(tmp_path_factory.mktemp("packages"))
+    return write_tokenizer(packages, "Llama 3", tmp_path_factory.mktemp("tokenizer") / "published")
+
+
+@pytest.mark.slow
+def test_llama_cpp_agrees_on_the_tokenizer_that_meta_published(tmp_path, llama_3_tokenizer, llama_cpp, documents):
+    """The ids are of real documents, and of the texts of all tokens, next to each other in random order."""
+    checkpoint = shutil.copytree(llama_3_tokenizer, tmp_path / "checkpoint")
+    sizes = {"n_query_groups": 2, "vocab_size": 128_000, "padded_vocab_size": 128_256}
+    write_random_weights(checkpoint, "Llama-3-8B", sizes)
+    vocabulary = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    order = np.random.default_rng(0).permutation(128_256)
+    of_tokens = [vocabulary.decode(some.tolist(), skip_special_tokens=False) for some in np.array_split(order, 1000)]
+    chat = (
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|> <|reserved_special_token_250|>\n  <|end_of_text|>",
+    )
+    compare_with_transformers(
+        llama_cpp, checkpoint, tmp_path, TEXTS + chat, "Llama 3 as published", True, (*of_tokens, *documents)
+    )
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    found = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("pre", "bos_token_id", "eos_token_id")}
+    assert found == {"pre": "llama-bpe", "bos_token_id": 128_000, "eos_token_id": 128_001}
+    assert len(fields["tokenizer.ggml.tokens"].data) == 128_256
 
 
 def test_without_the_package_the_message_says_what_to_install(tmp_path, tokenizer_dir, monkeypatch):

@@ -97,6 +97,24 @@ def export_tokenizer(
     return target
 
 
+def contradicting_export(directory: Path, tokenizer_dir: Path, post_processor: str, trained: str) -> Path:
+    """An exported tokenizer in `directory`/model whose source says other things than training did."""
+    bos_id, eos_id = TRAINED_WITH[trained]
+    # What tokenizer_config.json says is not what training did, either.
+    source = tokenizer_with(
+        directory / "source", tokenizer_dir, POST_PROCESSORS[post_processor], add_bos_token=bos_id is None,
+        add_eos_token=eos_id is None,
+    )  # fmt: skip
+    return export_tokenizer(source, directory / "model", trained_with((bos_id, eos_id)))
+
+
+def ids_of_training(tokenizer_dir: Path, trained: str, text: str) -> list[int]:
+    """The ids that a prompt has: those of the text, after the BOS that training put before it, if any."""
+    bos_id, _ = TRAINED_WITH[trained]
+    plain = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    return plain if bos_id is None else [bos_id, *plain]
+
+
 def ids_by_client(directory: Path, text: str) -> dict[str, list[int]]:
     from litgpt.tokenizer import Tokenizer as LitgptTokenizer
 
@@ -110,15 +128,9 @@ def ids_by_client(directory: Path, text: str) -> dict[str, list[int]]:
 @pytest.mark.parametrize("trained", TRAINED_WITH)
 @pytest.mark.parametrize("post_processor", POST_PROCESSORS)
 def test_every_client_puts_the_bos_of_training_and_no_eos(tmp_path, tokenizer_dir, documents, post_processor, trained):
-    bos_id, eos_id = TRAINED_WITH[trained]
-    # What tokenizer_config.json says is not what training did, either.
-    source = tokenizer_with(
-        tmp_path / "source", tokenizer_dir, POST_PROCESSORS[post_processor], add_bos_token=bos_id is None,
-        add_eos_token=eos_id is None,
-    )  # fmt: skip
-    directory = export_tokenizer(source, tmp_path / "model", trained_with((bos_id, eos_id)))
-    plain = Tokenizer.from_file(str(source / "tokenizer.json")).encode(documents[0], add_special_tokens=False).ids
-    expected = plain if bos_id is None else [bos_id, *plain]
+    bos_id, _ = TRAINED_WITH[trained]
+    directory = contradicting_export(tmp_path, tokenizer_dir, post_processor, trained)
+    expected = ids_of_training(tokenizer_dir, trained, documents[0])
     assert ids_by_client(directory, documents[0]) == dict.fromkeys(("tokenizers", "transformers", "litgpt"), expected)
     # The ByteLevel post-processor leaves the space before a word out of the word's place.
     places = AutoTokenizer.from_pretrained(directory)(" and the", return_offsets_mapping=True)["offset_mapping"]
