@@ -114,7 +114,7 @@ class Encoder:
         self._reference.no_truncation()
         self._choice = choice or EncoderChoice("gigatoken")
         self.reference_documents = 0
-        """How many `encode` has given to `tokenizers` so far."""
+        """How many `encode` has given to `tokenizers` so far, whole or in part."""
         self.load_error = ""
         """Why gigatoken cannot load this tokenizer, where it cannot."""
         self._fast = self._load_fast() if self._choice.backend == "gigatoken" else None

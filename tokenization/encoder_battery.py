@@ -82,8 +82,6 @@ ALPHABET = (
     *("the", "The", "HTTP", "camelCase", "http://", "1.5e-3", "<0x0A>", "<s>", "</s>", "[UNK]"),
 )
 NUM_SOUPS = 4000
-# Byte-level vocabularies write "Ċ" for a line end, those of SentencePiece "▁" for a space.
-SPELLINGS_OF_BLANKS = str.maketrans({"Ċ": "\n", "č": "\r", "ĉ": "\t", "Ġ": " ", "▁": " "})
 BLANKS_AT_LINE_ENDS = ("\n", "\n\n", "\n ", "\n    ", "\n\t", " \n", "\r\n", "  \n\n  ", "\n \n")
 
 
@@ -218,9 +216,9 @@ def plain_texts() -> Iterator[str]:
 
 
 def texts_of_lines(added_tokens: list[str]) -> Iterator[str]:
-    """Every two entries of `ALPHABET` on either side of a line end, and of some of the added tokens, with blanks of
-    all kinds around it now and then."""
-    entries = (*ALPHABET, *added_tokens[:16])
+    """Every two entries of `ALPHABET`, and some of the added tokens, on either side of a line end, once without and
+    once with one of `BLANKS_AT_LINE_ENDS`."""
+    entries = (*ALPHABET, "=\u0338", *added_tokens[:16])  # the former is one character in NFC
     for i, one in enumerate(entries):
         for blanks in ("\n", BLANKS_AT_LINE_ENDS[i % len(BLANKS_AT_LINE_ENDS)]):
             yield "".join(f"{one}{blanks}{other} x" for other in entries)

@@ -1,8 +1,8 @@
 """Before the work: gigatoken and Hugging Face `tokenizers` meet on texts made from the tokenizer itself.
 
 What differs decides what gigatoken may do. Nothing: it takes all. Certain code points or added tokens: documents
-with these go to `tokenizers`. Anything else: all of them do. See tokenization/encoder_choice.py for the decision, and
-tokenization/encoder_battery.py for the texts.
+with these, or no more than their lines, go to `tokenizers`. Anything else: all of them do. See
+tokenization/encoder_choice.py for the decision, and tokenization/encoder_battery.py for the texts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ CHARACTERS_AT_A_TIME = 100_000
 MAX_CODE_POINTS = 5000
 MAX_LITERALS = 64
 CANONICAL_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
-PARAGRAPHS_TO_CUT = 200
+PARAGRAPHS_TO_CUT, WORDS_STEP = 200, 5
+BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
+BLANKS_REPLACED = ({"String": " "}, {"Regex": " {2,}"})
 SAMPLE_BYTES, REFERENCE_SAMPLE_BYTES = 1 << 20, 100 << 10
 
 
@@ -88,8 +90,13 @@ class _Comparison:
                 if not np.array_equal(got, expected[expected_ends[i] : expected_ends[i + 1]]):
                     yield text
 
-    def can_cut_at(self, line_end: str, texts: list[str]) -> bool:
-        """Whether the ids of the parts are those of the whole texts, for each of the two encoders."""
+    def can_cut_at(self, line_end: str, texts: list[str], between_words: bool) -> bool:
+        """Whether the ids of the parts are those of the whole texts, for each of the two encoders.
+
+        Args:
+            between_words: whether the pre-tokenizer's words must be those of the whole texts, too: some of the texts
+                are asked for theirs, which takes longer than their ids.
+        """
         self.num_texts += len(texts)
         whole = pa.array(texts)
         parts, first_part = cut_at(line_end, whole, np.ones(len(texts), bool))
@@ -97,7 +104,16 @@ class _Comparison:
             (ids, ends), (expected, expected_ends) = encode(parts), encode(whole)
             if not (np.array_equal(ends[first_part], expected_ends) and np.array_equal(ids, expected)):
                 return False
-        return True
+        return not between_words or all(
+            self._words([texts[i]]) == self._words(parts[first_part[i] : first_part[i + 1]].to_pylist())
+            for i in range(0, len(texts), WORDS_STEP)
+        )
+
+    def _words(self, texts: list[str]) -> list[str]:
+        normalizer, pre_tokenizer = self.encoder.reference.normalizer, self.encoder.reference.pre_tokenizer
+        if normalizer:
+            texts = [*map(normalizer.normalize_str, texts)]
+        return [word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text)] if pre_tokenizer else texts
 
 
 def _has_canonical_form(normalizer: dict[str, Any] | None) -> bool:
@@ -179,14 +195,42 @@ def _expect_equal_but_for(choice: EncoderChoice, comparison: _Comparison, tokeni
 
 
 def _safe_line_end(comparison: _Comparison, tokenizer: dict[str, Any]) -> str:
-    """At which a text can be cut without changing an id of either encoder; empty: at none."""
-    reference, added = comparison.encoder.reference, tokenizer.get("added_tokens") or []
-    vocabulary = "\0".join(reference.get_vocab()).translate(battery.SPELLINGS_OF_BLANKS)
+    """At which a text can be cut without changing an id of either encoder; empty: at none.
+
+    Merges stay on their side of a line end if no entry of the vocabulary reaches across it. What the comparison might
+    not meet is refused: normalizers and added tokens that reach across, and unknown characters, which become one token
+    together.
+    """
+    reference, model = comparison.encoder.reference, comparison.encoder.reference.model
+    added, normalizer = tokenizer.get("added_tokens") or [], tokenizer.get("normalizer")
+    vocabulary = reference.get_vocab()
+    if (
+        any(token.get(flag) for token in added for flag in ("lstrip", "rstrip", "single_word"))
+        or not _keeps_lines_apart(normalizer)
+        or (model.byte_fallback and not vocabulary.keys() >= BYTE_TOKENS)
+    ):
+        return ""
+    # A word that is in the vocabulary is then one token, even if no merge makes it; and "\ne\u0301" in normal form may
+    # be an entry that the pattern does not find.
+    between_words = model.ignore_merges or _has_canonical_form(normalizer)
+    entries = "\0".join([*vocabulary, ""])
     texts = [*battery.texts_of_lines([token["content"] for token in added]), *_paragraphs()[:PARAGRAPHS_TO_CUT]]
     for line_end, across in LINE_ENDS:
-        if not re.search(across, vocabulary) and all(comparison.can_cut_at(line_end, some) for some in _batches(texts)):
+        if re.search(across, entries):
+            continue
+        if all(comparison.can_cut_at(line_end, some, between_words) for some in _batches(texts)):
             return line_end
     return ""
+
+
+def _keeps_lines_apart(normalizer: dict[str, Any] | None) -> bool:
+    """Whether it is known to normalize each line by itself, and to leave a line end, and ASCII other than blanks,
+    as it is where no mark follows."""
+    if not normalizer or normalizer.get("type") in CANONICAL_FORMS:
+        return True
+    if normalizer.get("type") == "Replace":
+        return normalizer["pattern"] in BLANKS_REPLACED and normalizer["content"] in (" ", "▁")
+    return normalizer.get("type") == "Sequence" and all(map(_keeps_lines_apart, normalizer["normalizers"]))
 
 
 def _shortest_differing(comparison: _Comparison, choice: EncoderChoice, text: str) -> str:

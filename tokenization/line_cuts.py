@@ -14,14 +14,18 @@ import pyarrow as pa
 from tokenization.encoder_choice import EncoderChoice
 from tokenization.text_arrays import arrow_text_buffers
 
-# Patterns of bytes, each with what a token across it would have in it. Both leave lines that are empty, or that begin
-# with something beyond ASCII, with the line before.
+# Byte-level vocabularies write "Ċ", "Ġ" and "ĉ" for a line end, a space and a tab; those of SentencePiece "▁" for a
+# space, and some "<0x0A>" for a line end.
+_LINE_END, _BLANK = "(?:[\nĊ]|<0x0A>)", "[ \tĠĉ▁]"
+
+# Patterns of bytes, each with what a vocabulary's entry across it, and "\0" after that, would have in it. Both leave
+# lines that are empty, or that begin with something beyond ASCII, with the line before.
 LINE_ENDS = (
     # Before any line with text. Llama 3 and its like take all line ends together, and blanks with the word after; a
     # "/" after a line end belongs to the punctuation before it in o200k.
-    (r"\n(?=[ \t]*[!-.0-~])", r"\n[ \t!-.0-~]"),
+    (r"\n(?=[ \t]*[!-.0-~])", rf"{_LINE_END}{_BLANK}*(?:{_BLANK}\0|[!-.0-~])"),
     # Between lines without a blank at either end: GPT-2 takes white space together, but for the last of it.
-    (r"(?<=[!-~])\n(?=[0-9A-Za-z])", r"\n[0-9A-Za-z]"),
+    (r"(?<=[!-~])\n(?=[0-9A-Za-z])", rf"{_LINE_END}[0-9A-Za-z]"),
 )
 
 
@@ -41,9 +45,9 @@ def cut_at(line_end: str, texts: pa.Array, rows: np.ndarray) -> tuple[pa.Array, 
     num_parts, cuts = np.ones(len(texts), np.int64), [offsets]
     for row in np.flatnonzero(rows).tolist():
         first, last = offsets[row : row + 2].tolist()
-        places = [first + found.end() for found in pattern.finditer(memoryview(data)[first:last])]
-        cuts.append(np.array(places, offsets.dtype))
-        num_parts[row] += len(places)
+        places = (first + found.end() for found in pattern.finditer(memoryview(data)[first:last]))
+        cuts.append(np.fromiter(places, offsets.dtype))
+        num_parts[row] += len(cuts[-1])
     return _with_offsets(texts, np.sort(np.concatenate(cuts))), np.append(0, np.cumsum(num_parts))
 
 

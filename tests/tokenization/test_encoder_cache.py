@@ -14,7 +14,7 @@ from tokenization.encoder_choice import EncoderChoice
 from tokenization.prepared_tokenizer import prepare_tokenizer
 
 FINDINGS = Findings(
-    EncoderChoice("gigatoken", "", ((0x301, 0x301), (0x1FAE8, 0x10FFFF)), ("<x>", "\ud7ff é"), 31196),
+    EncoderChoice("gigatoken", "", ((0x301, 0x301), (0x1FAE8, 0x10FFFF)), ("<x>", "\ud7ff é"), num_compared=31196),
     (90e6, 1.25e6),
     ((1570, 1500),),
 )
@@ -68,7 +68,8 @@ def test_all_that_the_result_depends_on_has_its_own_entry(monkeypatch):
 def test_every_source_of_the_comparison_counts():
     """What decide() and what it calls are made of; a module that is split off must be added."""
     folder = encoder_cache.Path(encoder_cache.__file__).parent
-    assert {path.name for path in folder.glob("encoder*.py")} | {"prepared_tokenizer.py"} == set(encoder_cache.SOURCES)
+    names = {path.name for path in folder.glob("encoder*.py")} | {"line_cuts.py", "prepared_tokenizer.py"}
+    assert names == set(encoder_cache.SOURCES)
 
 
 def damaged(content: bytes, how: str) -> bytes:
@@ -97,6 +98,8 @@ def damaged(content: bytes, how: str) -> bytes:
         entry["findings"]["choice"]["literals"] = [""]
     elif how == "an id that is none":
         entry["findings"]["renumbered"] = [["1", 2]]
+    if how == "a line end that is none":
+        entry["findings"]["choice"]["line_end"] = "\n"
     entry["checksum"] = encoder_cache._checksum("0" * 64, entry["findings"])
     return json.dumps(entry).encode()
 
@@ -106,7 +109,7 @@ def damaged(content: bytes, how: str) -> bytes:
     [
         *("cut", "a bit", "empty", "another kind of file", "not text", "a backend of somebody else"),
         *("a range that ends before it begins", "ASCII", "a field too many", "a field too few"),
-        *("a literal that is none", "an id that is none"),
+        *("a literal that is none", "an id that is none", "a line end that is none"),
     ],
 )
 def test_a_damaged_entry_is_not_trusted(how):
@@ -144,8 +147,8 @@ def test_a_relative_place_does_not_count(tmp_path, monkeypatch):
 def test_the_run_says_that_it_remembers(parquet_dir, tokenizer_dir, tmp_path, run_script):
     arguments = [f"--input_dir={parquet_dir}", f"--tokenizer_dir={tokenizer_dir}", f"--output_dir={tmp_path / 'out'}"]
     said = [run_script("optimize_dataset.py", *arguments, "--dry_run").stdout for _ in range(2)]
-    assert " test texts; a document" in said[0]
-    assert " test texts, remembered; a document" in said[1]
+    assert " test texts; a line" in said[0]
+    assert " test texts, remembered; a line" in said[1]
 
 
 def test_why_gigatoken_could_not_load_is_asked_again_each_time(cache):

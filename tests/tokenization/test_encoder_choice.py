@@ -73,7 +73,8 @@ def test_the_decision_is_a_small_frozen_value():
 def test_what_is_said_names_encoder_reason_triggers_and_rate():
     alone = EncoderChoice("tokenizers", "gigatoken cannot load this one").describe(0.0, 2.4e6)
     assert "tokenizers for every document, because gigatoken cannot load this one; about 2.4 MB/s" in alone
-    mixed = EncoderChoice("gigatoken", "", ((0xEBA, 0xEBA), (0x1FAE8, 0x1FAE8)), ("<x>",), 12345).describe(90e6, 2e6)
+    points = ((0xEBA, 0xEBA), (0x1FAE8, 0x1FAE8))
+    mixed = EncoderChoice("gigatoken", "", points, ("<x>",), num_compared=12345).describe(90e6, 2e6)
     for part in ("on 12,345 test texts", "U+0EBA", "too new to be", "'<x>'", "about 90 MB/s", "2.0 MB/s for such"):
         assert part in mixed
     assert "such documents" not in EncoderChoice("gigatoken").describe(90e6, 2e6)
@@ -86,12 +87,12 @@ def checked(batches: list[list[str]], choice: EncoderChoice | None = None) -> li
 
 
 def test_documents_of_the_whole_unit_are_checked_within_the_budget():
-    batches = [[f"{i} {j} " + "some words " * 40 for j in range(500)] for i in range(200)]
+    batches = [[f"{i} {j} " + "some words " * 40 for j in range(500)] for i in range(400)]
     rows = checked(batches)
     num_bytes = sum(len(batches[i][row]) for i, chosen in enumerate(rows) for row in chosen)
     text_bytes = sum(len(text) for texts in batches for text in texts)
     assert num_bytes <= min(MAX_CHECKED_BYTES, text_bytes / 1000)
-    first, second = (sum(map(len, half)) for half in (rows[:100], rows[100:]))
+    first, second = (sum(map(len, half)) for half in (rows[:200], rows[200:]))
     assert first + second > 10 and second / 2 <= first <= 2 * second
     assert rows == checked(batches)
 
@@ -112,7 +113,7 @@ def test_documents_at_risk_come_first(row, text):
 
 def test_a_long_document_is_checked():
     texts = ["some ordinary words " * 10 for _ in range(3000)]
-    texts[2500] = "a long story " * 60
+    texts[2500] = "a long story " * 36
     assert checked([texts[:1000], texts[1000:]])[1][0] == 1500
 
 

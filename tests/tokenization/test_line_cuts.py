@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tokenizer_kinds as kinds
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tokenization.check_sample import CheckSample
 from tokenization.encoder import MAX_REFERENCE_BYTES, DocumentTooLarge, Encoder
@@ -83,10 +83,21 @@ def with_own_vocabulary(pattern: str | None, pre_tokenizer=None) -> dict:
     return json.loads(tokenizer.to_str())
 
 
+def with_merges(made: dict, *pairs: tuple[str, str]) -> dict:
+    """With more merges, and the entries of the vocabulary that they make."""
+    for pair in pairs:
+        made["model"]["vocab"].setdefault("".join(pair), max(made["model"]["vocab"].values()) + 1)
+        made["model"]["merges"].append([*pair])
+    return made
+
+
 OWN = {
     "Llama 3": lambda: with_own_vocabulary(kinds.LLAMA3),
     "o200k": lambda: with_own_vocabulary(kinds.O200K),
     "GPT-2": lambda: with_own_vocabulary(GPT2, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "Llama 3, lines of blanks": lambda: with_merges(
+        with_own_vocabulary(kinds.LLAMA3), ("ĠĠ", "Ċ"), ("Ċ", "ĠĠĊ"), ("ĉ", "Ċ"), ("ĊĊ", "ĉĊ")
+    ),
     # Its vocabulary has "\nthe" and the like: made for another pre-tokenizer.
     "merges across lines": lambda: with_own_vocabulary(None, kinds.split(kinds.LLAMA3)),
     "a space before every text": lambda: with_own_vocabulary(GPT2, pre_tokenizers.ByteLevel(add_prefix_space=True)),
@@ -94,6 +105,7 @@ OWN = {
 FOUND = {
     "Llama 3": BEFORE_TEXT,
     "o200k": BEFORE_TEXT,
+    "Llama 3, lines of blanks": BEFORE_TEXT,  # "\n  \n" has a line end inside, but nobody cuts there
     "GPT-2": BETWEEN_WORDS,  # "\n\n    " may be one token there
     "merges across lines": "",
     "a space before every text": "",
@@ -166,6 +178,76 @@ def test_ids_are_those_of_tokenizers_wherever_the_character_stands(kind):
     expected, expected_ends = encoder.encode_reference(documents)
     assert np.array_equal(ends, expected_ends) and np.array_equal(ids, expected)
     assert encoder.reference_documents == by_reference.sum()
+
+
+def many_tokens_and_one(**flags: bool) -> dict:
+    """The last of them as "<mask>" of RoBERTa or ModernBERT, which takes the white space before it, line ends too."""
+    made = kinds.KINDS["Llama 3"]()
+    return kinds.with_tokens(kinds.with_tokens(made, *(f"<|unused_{i}|>" for i in range(40))), "<mask>", **flags)
+
+
+def gemma(*replaced: tuple[str, str], without: str = "", byte_fallback_without: str = "") -> dict:
+    """Without entries that contain some characters, and without one token for a byte."""
+    normalizer = normalizers.Sequence([normalizers.Replace(*pair) for pair in (*replaced, (" ", "▁"))])
+    made = kinds.sentencepiece(normalizer, pre_tokenizers.Split(" ", "merged_with_previous"))
+    vocabulary = {
+        entry: token_id
+        for entry, token_id in made["model"]["vocab"].items()
+        if entry != byte_fallback_without and not set(entry) & set(without)
+    }
+    made["model"]["merges"] = [pair for pair in made["model"]["merges"] if not set("".join(pair)) & set(without)]
+    return made | {"model": made["model"] | {"vocab": vocabulary}}
+
+
+def with_word(made: dict, word: str) -> dict:
+    """With an entry that no merge makes: one token where the word stands alone, if merges are ignored."""
+    made["model"]["vocab"][word] = max(made["model"]["vocab"].values()) + 1
+    return made
+
+
+ACROSS_LINES = {
+    "a token takes what is before it": (lambda: many_tokens_and_one(lstrip=True), ""),
+    "a token takes what is after it": (lambda: many_tokens_and_one(rstrip=True), ""),
+    "a special token takes what is before it": (lambda: many_tokens_and_one(lstrip=True, special=True), ""),
+    "a special token takes what is after it": (lambda: many_tokens_and_one(rstrip=True, special=True), ""),
+    # "\n" and "~" are bytes there, and the character before them has no token: it comes after them, with the next one.
+    "unknown characters together": (lambda: gemma(without="\n~", byte_fallback_without="<0xEA>"), ""),
+    "ASCII becomes a letter": (lambda: with_merges(with_word(gemma(("~", "é")), "é"), ("\n", "é")), ""),
+    "three tabs alone are a token": (
+        lambda: with_word(kinds.byte_level(ignore_merges=True), "ĉĉĉ"),
+        BETWEEN_WORDS,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ACROSS_LINES)
+def test_what_reaches_across_a_line_end_is_found_without_meeting_it(kind):
+    """Each with a document that the texts of the comparison have nothing of."""
+    make, line_end = ACROSS_LINES[kind]
+    parse = kind.startswith("a special token")
+    ready = prepare_tokenizer(json.dumps(make()).encode(), parse, "--tokenizer_dir=TOK")
+    assert ready.choice.backend == "gigatoken" and ready.choice.line_end == line_end
+    documents = [f"{NEW}\n~b", f"a\n~ {NEW}", f"{NEW} a\n  <mask>\n  b\n", f"{NEW}<mask>\n  b", f"{NEW}\n\t\t\t b\n"]
+    encoder = Encoder(ready.tokenizer_json, parse, ready.fast_json, ready.choice)
+    ids, ends = encoder.encode(pa.array(documents))
+    expected, expected_ends = encoder.encode_reference(documents)
+    assert np.array_equal(ends, expected_ends) and np.array_equal(ids, expected)
+    # A cut would change one of them.
+    parts, _ = cut_at(BEFORE_TEXT, pa.array(documents), np.ones(len(documents), bool))
+    assert not np.array_equal(encoder.encode_reference(parts.to_pylist())[0], expected)
+
+
+@pytest.mark.parametrize("arrow_type", [pa.string(), pa.large_string()])
+def test_a_slice_of_documents_is_encoded_in_parts(arrow_type):
+    documents = ["", f"é\n{NEW}\nb\n", "", "", f"c\nd {NEW}\ne", "f\n", ""]
+    encoder = encoder_of("Llama 3")
+    texts = pa.array([f"{NEW}\nx", *documents, f"\ny{NEW}"], arrow_type)[1:-1]
+    ids, ends = encoder.encode(texts)
+    expected, expected_ends = encoder.encode_reference(documents)
+    assert np.array_equal(ends, expected_ends) and np.array_equal(ids, expected)
+    assert encoder.reference_documents == 2
+    no_ids, no_ends = encoder.encode(texts[:0])
+    assert len(no_ids) == 0 and no_ends.tolist() == [0]
 
 
 def test_a_document_too_large_for_the_reference_goes_through_line_by_line():
