@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tokenizers.models import BPE
 
 from tokenization import encoder_battery as battery
 from tokenization.encoder import Encoder
@@ -205,7 +206,8 @@ def _safe_line_end(comparison: _Comparison, tokenizer: dict[str, Any]) -> str:
     added, normalizer = tokenizer.get("added_tokens") or [], tokenizer.get("normalizer")
     vocabulary = reference.get_vocab()
     if (
-        any(token.get(flag) for token in added for flag in ("lstrip", "rstrip", "single_word"))
+        not isinstance(model, BPE)
+        or any(token.get(flag) for token in added for flag in ("lstrip", "rstrip", "single_word"))
         or not _keeps_lines_apart(normalizer)
         or (model.byte_fallback and not vocabulary.keys() >= BYTE_TOKENS)
     ):
