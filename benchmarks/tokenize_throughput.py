@@ -296,7 +296,9 @@ def measure_all(settings: Settings, work: Path) -> str:
         if not words.exists():
             write_random_words(words, parse_bytes(settings.random_words_size, "--random_words_size"))
         random_peak = measure_ours(words, tokenizer, n, work).worker_peak_bytes
-    return table(settings, result, same_files, text_bytes, random_peak) + start_up_note(tokenizer, work)
+    shares = [a.cpu_sustained / b.cpu_sustained for a, b in zip(sides["ours"], sides["gigatoken"])]
+    by_round = f"\n- Of the limit by processor time, round by round: {', '.join(f'{share:.0%}' for share in shares)}."
+    return table(settings, result, same_files, text_bytes, random_peak) + by_round + start_up_note(tokenizer, work)
 
 
 def start_up_note(tokenizer: Path, work: Path) -> str:
