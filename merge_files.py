@@ -235,9 +235,12 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
             "next, with this or a config of your own, and the tokenizer of step 1 as CKPT",
         )
     elif manifest["split"] == "train" and settings.mode != "index":
+        packing = ""
+        if settings.pack_tokens is not None:
+            packing = f" --pack_tokens={settings.pack_tokens} --pack_window_tokens={settings.pack_window_tokens}"
         console.next_command(
             f"python merge_files.py --source_dir={quote(str(source.parent / 'val'))} "
-            f"--target_dir={quote(str(target.parent / 'val'))}"
+            f"--target_dir={quote(str(target.parent / 'val'))}{packing}"
         )
 
 

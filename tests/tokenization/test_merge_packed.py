@@ -129,8 +129,9 @@ def test_killed_at_any_file_then_finished(source, dataset, run_script, tmp_path)
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-        merge(run_script, source, target, *PACKED)
+        said = merge(run_script, source, target, *PACKED).stdout
         assert contents(target) == expected
+        assert f"--target_dir={tmp_path / 'val'} {' '.join(PACKED)}\n" in said  # what to do next
     assert kills
     assert "nothing to do" in merge(run_script, source, target, *PACKED).stdout
 
