@@ -36,6 +36,7 @@ def test_tokenization_is_measured_beside_what_people_use_now(tmp_path, run_scrip
     assert [name.split(",")[0].split(" ")[0] for name in sides] == [
         "litdata.optimize",
         "tokenizers.encode_batch_fast",
+        "gigatoken",  # 256 documents at a time
         "gigatoken",
         "optimize_dataset.py",
     ]
