@@ -235,12 +235,12 @@ def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
             "next, with this or a config of your own, and the tokenizer of step 1 as CKPT",
         )
     elif manifest["split"] == "train" and settings.mode != "index":
-        packing = ""
-        if settings.pack_tokens is not None:
-            packing = f" --pack_tokens={settings.pack_tokens} --pack_window_tokens={settings.pack_window_tokens}"
+        others = dataclasses.fields(Settings)[2:]  # all but the directories
+        changed = {f.name: getattr(settings, f.name) for f in others if getattr(settings, f.name) != f.default}
+        flags = "".join(f" --{name}={str(value).lower()}" for name, value in changed.items())
         console.next_command(
             f"python merge_files.py --source_dir={quote(str(source.parent / 'val'))} "
-            f"--target_dir={quote(str(target.parent / 'val'))}{packing}"
+            f"--target_dir={quote(str(target.parent / 'val'))}{flags}"
         )
 
 

@@ -22,7 +22,7 @@ def environment_with(packages: list[str], directory: Path) -> Path:
     """
     subprocess.run([sys.executable, "-m", "venv", directory], check=True)
     python = directory / "bin" / "python"
-    _install([python, "-m", "pip", "install", "--quiet", *packages], directory, "package index")
+    install([python, "-m", "pip", "install", "--quiet", *packages], directory, "package index")
     own = next((directory / "lib").glob("python*/site-packages"))
     # At the end of the path: its own packages are found first.
     (own / "torch_of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -35,21 +35,22 @@ def node_project_with(packages: list[str], directory: Path) -> Path:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     (directory / "package.json").write_text(json.dumps({"private": True}))
-    _install(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages], directory, "npm registry")
+    install(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages], directory, "npm registry")
     return directory
 
 
-def _install(command: list[Any], directory: Path, source: str) -> None:
+def install(command: list[Any], directory: Path, source: str) -> None:
+    """Run the command in the directory; the test is skipped where it cannot get what it asks the `source` for."""
     installed = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=600)
     if installed.returncode:
         reason = (installed.stderr.strip().splitlines() or ["no message"])[-1]
         pytest.skip(f"{' '.join(map(str, command))} failed; is there a {source}? {reason}")
 
 
-def answer_of(command: list[Any], timeout_s: float, **environment: str) -> str:
-    """What a client's script prints last, once it has left with 0."""
+def answer_of(command: list[Any], timeout_s: float, question: str = "", **environment: str) -> str:
+    """What a client's script, asked on stdin, prints last, once it has left with 0."""
     process = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=timeout_s,
+        list(map(str, command)), input=question, capture_output=True, text=True, timeout=timeout_s,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

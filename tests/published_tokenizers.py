@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from client_environments import answer_of, install
 from conftest import ROOT
 
 # tiktoken is what Meta tokenizes with. Without the packages' dependencies, of which only regex is needed here.
@@ -19,10 +17,7 @@ META = {"Llama 3": "llama3", "Llama 4": "llama4"}
 def install_packages(directory: Path) -> Path:
     """Unpack `PACKAGES` into a directory; the test is skipped where pip cannot get them."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory, *PACKAGES]
-    installed = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    if installed.returncode:
-        reason = (installed.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        pytest.skip(f"pip cannot install {' '.join(PACKAGES)}; is there a package index? {reason}")
+    install(command, directory, "package index")
     return directory
 
 
@@ -44,10 +39,6 @@ def ids_by_meta(packages: Path, name: str, texts: list[str]) -> list[list[int]]:
 
 def _ask_meta(packages: Path, *arguments: str | Path, text: str = "") -> str:
     # tiktoken would keep a copy of the ranks in /tmp.
-    environment = {**os.environ, "PYTHONPATH": str(packages), "TIKTOKEN_CACHE_DIR": ""}
+    environment = {"PYTHONPATH": str(packages), "TIKTOKEN_CACHE_DIR": ""}
     command = [sys.executable, ROOT / "tests" / "tokenizer_of_meta.py", *arguments]
-    process = subprocess.run(
-        list(map(str, command)), input=text, capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    return answer_of(command, timeout_s=300, question=text, **environment)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from client_environments import environment_with
+from client_environments import answer_of, environment_with
 from conftest import ROOT
 from export_checkpoints import write_random_weights
 from published_tokenizers import install_packages, write_tokenizer
@@ -204,11 +203,7 @@ def compare_with_transformers(
 
     script = ROOT / "tests" / "export" / "llama_cpp_of_an_export.py"
     questions = json.dumps({"continue": texts, "tokenize": texts_to_tokenize})
-    process = subprocess.run(
-        [llama_cpp, script, tested / "model.gguf", "24"], input=questions, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stderr
-    answers = json.loads(process.stdout.splitlines()[-1])
+    answers = json.loads(answer_of([llama_cpp, script, tested / "model.gguf", 24], 300, questions))
     for text, found in zip(texts, answers["continue"], strict=True):
         ids = tokenizer(text)["input_ids"]
         assert found["ids"] == ids and (ids[0] == tokenizer.bos_token_id) == adds_bos

@@ -98,7 +98,7 @@ def damaged(content: bytes, how: str) -> bytes:
         entry["findings"]["choice"]["literals"] = [""]
     elif how == "an id that is none":
         entry["findings"]["renumbered"] = [["1", 2]]
-    if how == "a line end that is none":
+    elif how == "a line end that is none":
         entry["findings"]["choice"]["line_end"] = "\n"
     entry["checksum"] = encoder_cache._checksum("0" * 64, entry["findings"])
     return json.dumps(entry).encode()
