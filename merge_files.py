@@ -228,9 +228,14 @@ def say_result(manifest: dict[str, Any], target: Path) -> None:
 def say_next(settings: Settings, manifest: dict[str, Any]) -> None:
     source, target = Path(settings.source_dir), Path(settings.target_dir)
     if manifest["split"] == "val":
-        config = "llama3-8b" if glob.glob("/dev/nvidia[0-9]*") else "demo-cpu"
+        if glob.glob("/dev/nvidia[0-9]*"):
+            model = "config_hub/llama3-8b.yaml"
+        else:
+            model, vocab_size = "config_hub/demo-cpu.yaml", (manifest["tokenizer"] or {}).get("vocab_size")
+            if vocab_size:  # the demo's model is only as large as the demo's own tokenizer
+                model += "".join(f" --model_config.{key}={vocab_size}" for key in ("vocab_size", "padded_vocab_size"))
         console.next_command(
-            f"python distributed_pretrain.py --config config_hub/{config}.yaml "
+            f"python distributed_pretrain.py --config {model} "
             f"--dataset_path={quote(str(target.parent))} --tokenizer_dir=CKPT --out_dir=OUT_DIR",
             "next, with this or a config of your own, and the tokenizer of step 1 as CKPT",
         )

@@ -326,13 +326,14 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     slowest = max(records.values(), key=lambda record: sum(record.seconds.values()))
     backends, checked = sorted({record.encoder for record in records.values()}), content["checked_documents"]
     by_reference = sum(record.reference_documents for record in records.values() if record.encoder == "gigatoken")
+    documents = console.counted(by_reference, "document")
     console.say(
         f"speed: {console.human_count(tokens / busy_s)} tokens/s per core, {console.human_seconds(elapsed_s)} in all; "
         + ", ".join(f"{phase} {100 * seconds / busy_s:.0f}%" for phase, seconds in phases.most_common())
     )
     console.say(
         f"encoder: {', '.join(backends)}"
-        + (f", but tokenizers for {console.counted(by_reference, 'document')} or lines of them" if by_reference else "")
+        + (f", but tokenizers for what it would encode otherwise in {documents}" if by_reference else "")
         + (f"; {console.counted(checked, 'document')} encoded by tokenizers too, all equal" if checked else "")
     )
     shares = ", ".join(

@@ -390,7 +390,7 @@ def main(settings: Settings) -> None:
         report_tokenizer(tokenizer, None if tokenizer_is_made else time.monotonic() - start)
         console.next_command(
             f"python optimize_dataset.py --input_dir={corpus} --tokenizer_dir={tokenizer} "
-            f"--output_dir={corpus.parent / 'tokens'} --val_fraction=0.02"
+            f"--output_dir={corpus.parent / 'tokens'} --val_fraction=0.02 --add_eos=true"
         )
 
 

@@ -224,10 +224,10 @@ def _check_vocabulary(settings: Settings, config: Any, manifests: list, problems
             f"--model_config.padded_vocab_size={max(sizes)} saves {console.human_count(spare)} parameters"
         )
     if config is not None and sizes and max(sizes) > config.padded_vocab_size:
+        model = f"--model_name={settings.model_name}" if settings.model_name else "model_config"
         problems.add(
-            f"--model_name={settings.model_name}: has {config.padded_vocab_size} embeddings, the tokenizer "
-            f"{max(sizes)} tokens. Set model_config.padded_vocab_size to at least {max(sizes)}, or use the model's own "
-            "tokenizer."
+            f"{model}: has {config.padded_vocab_size} embeddings, the tokenizer {max(sizes)} tokens. Set "
+            f"model_config.padded_vocab_size to at least {max(sizes)}, or use the model's own tokenizer."
         )
 
 

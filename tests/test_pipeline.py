@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -132,6 +134,19 @@ def test_tokens_are_counted_alike_by_every_step(work):
     assert read_manifest(work / "dataset" / "train")["content"]["tokens"] == tokens
 
 
+def test_the_docs_show_how_to_read_one_document(work, tokenizer_dir, documents):
+    from tokenizers import Tokenizer
+
+    page = (ROOT / "docs" / "optimize_dataset.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code = code.replace('"OUT/train/0"', repr(str(work / "dataset" / "train")))
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    count, _, ids = said.partition(" ")
+    assert int(count) > 1
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    assert tokenizer.decode(json.loads(ids)) in documents
+
+
 def test_again_has_nothing_to_do(work, settings):
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     said = run_pipeline(work, **settings).stdout
@@ -147,17 +162,33 @@ def test_flags_for_the_merge_reach_both_splits(work, settings, tmp_path):
         assert read_manifest(tmp_path / "dataset" / split)["pack_tokens"] == 33
 
 
-def test_consolidation_with_its_renames_then_conversion_gives_the_same_model(work, tmp_path, run_script):
-    """Steps 4 and 5 as they stand in the README."""
-    final = tmp_path / "final"
+def test_the_merge_suggests_a_training_that_fits_the_tokenizer(work, tokenizer_dir, tmp_path, run_script):
+    target = work / "dataset" / "val"
+    said = run_script("merge_files.py", f"--source_dir={work / 'tokens' / 'val'}", f"--target_dir={target}").stdout
+    script, *flags = shlex.split(next(line for line in said.splitlines() if "distributed_pretrain.py" in line))[1:]
+    # 1,024 tokens: the config's own 2,048 embeddings would do, but with a warning
+    assert "--model_config.padded_vocab_size=1024" in flags
+    places = {"CKPT": tokenizer_dir, "OUT_DIR": tmp_path / "run"}
+    filled = [
+        f"{name}{equals}{places.get(value, value)}" for name, equals, value in (flag.partition("=") for flag in flags)
+    ]
+    planned = run_script(script, *filled, "--dry_run")
+    assert "embeddings" not in planned.stderr and not (tmp_path / "run").exists()
+
+
+def test_consolidation_with_its_renames_then_conversion_gives_the_same_model(work, tmp_path, run_script, capsys):
+    """Steps 4 and 5, the former as the end of training prints it."""
+    import distributed_pretrain
+
+    final = tmp_path / "my run" / "final"
     shutil.copytree(work / "run" / "final", final)
-    subprocess.run(
-        [sys.executable, "-m", "lightning.pytorch.utilities.consolidate_checkpoint", f"{final}/lit_model.pth/"],
-        check=True,
-        timeout=120,
-    )
-    (final / "lit_model.pth").rename(final / "lit_model.pth.sharded")
-    (final / "lit_model.pth.consolidated").rename(final / "lit_model.pth")
+    distributed_pretrain.print_next_commands(distributed_pretrain.Settings(out_dir=str(final.parent)))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    at = next(i for i, line in enumerate(lines) if "consolidate_checkpoint" in line)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    commands = ["set -e", *lines[at : at + 3]]
+    subprocess.run(["bash", "-c", "\n".join(commands)], check=True, timeout=120, env={**os.environ, "PATH": path})
+    assert (final / "lit_model.pth").is_file() and (final / "lit_model.pth.sharded").is_dir()
     run_script("convert_pretrained_checkpoint.py", final, tmp_path / "export")
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "export" / name).read_bytes() == (work / "export" / name).read_bytes(), name

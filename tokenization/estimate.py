@@ -55,10 +55,11 @@ def print_estimates(plan: Plan, output_dir: str, num_workers: int | None) -> Non
     cores = num_workers or available_cpus()
     # The sample is encoded with a cold cache, and encoding is about half of the work: the two about cancel.
     estimated_s = scale * unit_seconds / cores
+    took = "less than a second" if estimated_s < 1 else f"about {console.human_seconds(estimated_s)}"
     console.result(
         f"estimate from {console.counted(sampled_documents, 'document')}: {console.human_count(tokens)} tokens, "
         f"{console.human_bytes(disk_bytes)} on disk ({console.human_bytes(free_bytes(output_dir))} free), "
-        f"about {console.human_seconds(estimated_s)} on {cores} cores of this kind"
+        f"{took} on {cores} cores of this kind, without the start"
     )
 
 

@@ -323,7 +323,7 @@ def test_wrong_settings_are_all_named_at_once(tmp_path, run_script, config, data
     [
         (["--model_name=Lama-3-8B"], "Near: Llama"),
         (["--model_config.n_heads=3"], "did you mean n_head"),
-        (["--model_config.padded_vocab_size=512"], "has 512 embeddings, the tokenizer 1024 tokens"),
+        (["--model_config.padded_vocab_size=512"], "model_config: has 512 embeddings, the tokenizer 1024 tokens"),
         (["--train.max_seq_length=64"], "block_size is 32"),
         (["--train.max_seq_lenght=16"], "max_seq_lenght"),
         (["--train.max_steps=0"], "must be above 0"),

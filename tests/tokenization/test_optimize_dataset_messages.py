@@ -190,7 +190,10 @@ def test_how_many_documents_went_to_the_reference_is_recorded(tmp_path, document
     by_reference = sum("the" in text or "is" in text for text in texts)
     assert 0 < by_reference < 30 or by_reference == 30
     assert sum(record["reference_documents"] for record in records) == by_reference
-    assert f"encoder: gigatoken, but tokenizers for {by_reference} document" in process.stdout
+    assert (
+        f"encoder: gigatoken, but tokenizers for what it would encode otherwise in {by_reference} document"
+        in process.stdout
+    )
 
 
 def test_sigterm_says_what_is_kept_and_how_to_go_on(tokenizer_dir, tmp_path, some_parquet):
