@@ -17,6 +17,7 @@ from test_optimize_dataset_inputs import arguments, inputs_of, num_documents, pa
 from tokenization.arrow_files import CorruptRecordBatch, read_batches_summary, stream_batches
 from tokenization.input_files import FileEntry, list_input_files
 from tokenization.job import InputStamp
+from tokenization.text_arrays import MAX_BATCH_BYTES
 from utils.errors import UserError
 from utils.manifest import read_manifest
 
@@ -49,10 +50,10 @@ def test_every_type_of_text_and_every_record_batch(tmp_path, form, kind, codec):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_record_batch_of_any_size_is_read_in_bounded_pieces(tmp_path, form):
-    texts = ["x" * 100_000] * 400 + ["y" * (9 << 20)]
+    texts = ["x" * 100_000] * 400 + ["y" * (MAX_BATCH_BYTES + 1)]
     write_arrow(tmp_path / "a.arrow", texts, form, rows=10**6)
     sizes = [array.nbytes for array in stream_batches(str(tmp_path), "a.arrow", 0, [0], "text")]
-    assert len(sizes) > 4 and max(sizes[:-1]) < 9 << 20
+    assert len(sizes) > 3 and max(sizes[:-1]) < 1.01 * MAX_BATCH_BYTES
     write_arrow(tmp_path / "b.arrow", texts[:400], form, rows=1)
     assert len(list(stream_batches(str(tmp_path), "b.arrow", 0, range(400), "text"))) < 15
 
