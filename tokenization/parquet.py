@@ -31,9 +31,6 @@ BATCH_GROWTH = 8
 # What one read may decode if each of its rows were as long as the whole dictionary page.
 MAX_DECODED_BYTES = 512 << 20
 
-_decoded_row_bytes: dict[str, int] = {}
-"""Of the row group that this process has read last, by the input's directory: its text per row, decoded."""
-
 
 class CorruptRowGroup(DamagedInput):
     """A row group whose pages cannot be read, though the file's footer could."""
@@ -157,7 +154,7 @@ def _stream_texts(
     url: str, path: str, file_index: int, row_groups: Sequence[int], text_column: str, stamp: InputStamp | None
 ) -> Iterator[pa.Array]:
     filesystem, full_path = open_member(url, path)
-    group, rows, decoded = row_groups[0], 0, _decoded_row_bytes.get(url, 0)
+    group, rows, decoded = row_groups[0], 0, 0
     try:
         with (
             filesystem.open_input_file(full_path) as source,
@@ -170,7 +167,6 @@ def _stream_texts(
                 rows = parquet.metadata.row_group(group).num_rows
                 if rows:
                     decoded = yield from _stream_row_group(reader, group, column, text_column, decoded)
-                    _decoded_row_bytes[url] = decoded
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         check_stamp(url, path, stamp)
         if is_input_failure(error):

@@ -111,9 +111,6 @@ def _deaf() -> Iterator[None]:
 def serve(pipe: Connection, tokenizer_json: Path | None) -> None:
     """The process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    # Before Arrow is loaded: its allocator gives back what a batch has taken once 10 ms have passed, the encoder takes
-    # longer than that, and the next batch would pay for the same pages again.
-    os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
     # At the top of the file the parent would import it too, for 0.2 s, before it starts the process.
     from tokenization.unit_server import serve_units
 

@@ -217,8 +217,6 @@ def test_memory_is_bounded_where_a_dictionary_inflates(
 
 def test_text_that_grows_late_in_a_row_group_is_cut_into_batches_too(tmp_path):
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000 + [1] * 3_000), pa.array(["short", "x" * 100_000]))
-    write_parquet(tmp_path / "before.parquet", ["an ordinary text " * 20] * 100)
-    assert len(list(stream_texts(str(tmp_path), "before.parquet", 0, [0], "text"))) == 1  # its size is remembered
     for store_schema in (False, True):
         pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", store_schema=store_schema)
         sizes = []
@@ -229,7 +227,7 @@ def test_text_that_grows_late_in_a_row_group_is_cut_into_batches_too(tmp_path):
         assert num_texts == 23_000 and max(sizes) < 32 << 20
 
 
-@pytest.mark.parametrize(("num_rows", "row_bytes"), [(2000, 10_000), (70_000, 3)])
+@pytest.mark.parametrize(("num_rows", "row_bytes"), [(1000, 10_000), (70_000, 3)])
 def test_row_groups_are_cut_into_even_batches(tmp_path, num_rows, row_bytes):
     """By their bytes, and by their rows where these are short."""
     rows = [f"{i:05d}"[:row_bytes] * (row_bytes // 5) for i in range(num_rows)]
