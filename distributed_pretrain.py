@@ -214,11 +214,9 @@ def print_next_commands(as_given: Settings) -> None:
     console.next_command(
         f"python convert_pretrained_checkpoint.py {quote(final)} {quote(f'{run}-export')}", "to export it"
     )
-    weights, whole = (quote(f"{final}/{WEIGHTS_NAME}{ending}") for ending in ("", ".consolidated"))
     console.next_command(
-        f"python -m lightning.pytorch.utilities.consolidate_checkpoint {weights}\n"
-        f"  mv {weights} {weights}.sharded\n  mv {whole} {weights}",
-        "or, to merge it into one file first",
+        f"python -m lightning.pytorch.utilities.consolidate_checkpoint {quote(f'{final}/{WEIGHTS_NAME}')}",
+        "only where another tool needs one file (docs/export.md says what to do with it)",
     )
 
 

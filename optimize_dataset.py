@@ -333,7 +333,7 @@ def report(records: dict[int, UnitRecord], manifest: dict[str, Any], elapsed_s: 
     )
     console.say(
         f"encoder: {', '.join(backends)}"
-        + (f", but tokenizers for what it would encode otherwise in {documents}" if by_reference else "")
+        + (f", but tokenizers for what it may encode differently in {documents}" if by_reference else "")
         + (f"; {console.counted(checked, 'document')} encoded by tokenizers too, all equal" if checked else "")
     )
     shares = ", ".join(

@@ -11,8 +11,8 @@ d) python optimize_dataset.py
 e) what no such step is without: pyarrow decodes the text and sees that it is UTF-8; as many bytes as d's are written
 
 Prints a table in Markdown. Sustained rates are tokens per second and core, without start-up: by the clock, and by
-processor time, which other programs on the machine disturb less. Each figure is the best of the repeats, for all sides
-alike.
+processor time, which other programs on the machine disturb less. Each figure of the table is the best of the repeats,
+for all sides alike; what e leaves of the limit, and what d reaches, is said round by round.
 """
 
 from __future__ import annotations
@@ -338,8 +338,8 @@ def measure_all(settings: Settings, work: Path) -> str:
             for whole in (ours_s, [sum(both) for both in zip(encoding_s, moving_s)])
         )
         by_round += (
-            f"\n- Of {what} by processor time, round by round: {reached}. Encoding, decoding and writing with nothing "
-            f"between them would reach {at_most}."
+            f"\n- Of {what} by processor time the step reaches, round by round: {reached}. Encoding, decoding and "
+            f"writing with nothing between them would reach {at_most}."
         )
     return table(settings, result, same_files, text_bytes, random_peak) + by_round + start_up_note(tokenizer, work)
 

@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -389,8 +390,8 @@ def main(settings: Settings) -> None:
             make_tokenizer(settings)
         report_tokenizer(tokenizer, None if tokenizer_is_made else time.monotonic() - start)
         console.next_command(
-            f"python optimize_dataset.py --input_dir={corpus} --tokenizer_dir={tokenizer} "
-            f"--output_dir={corpus.parent / 'tokens'} --val_fraction=0.02 --add_eos=true"
+            f"python optimize_dataset.py --input_dir={quote(str(corpus))} --tokenizer_dir={quote(str(tokenizer))} "
+            f"--output_dir={quote(str(corpus.parent / 'tokens'))} --val_fraction=0.02 --add_eos=true"
         )
 
 

@@ -44,7 +44,7 @@ def test_tokenization_is_measured_beside_what_people_use_now(tmp_path, run_scrip
         assert all(re.fullmatch(r"\d+\.\d\d M|\d+\.\d x", cell.strip()) for cell in rows[name][2:6]), rows[name]
     assert re.search(r"On the baseline's files alone \([\d,]+ tokens\), both measured: [\d.]+ s against [\d.]+ s", text)
     assert re.search(r"Largest worker: [\d.]+ MB; on 4MB of random words [\d.]+ MB\.", text)
-    shares = re.findall(r"Of .* by processor time, round by round: (\d+)%\. .* would reach (\d+)%\.", text)
+    shares = re.findall(r"Of .* by processor time the step reaches, .*: (\d+)%\. .* would reach (\d+)%\.", text)
     assert len(shares) == 2 and all(0 < int(reached) < int(at_most) < 100 for reached, at_most in shares)
     again_s, first_s = map(float, re.search(r"Start-up.*: ([\d.]+) s \(.*; ([\d.]+) s in the first run", text).groups())
     assert 0 < again_s < first_s

@@ -191,7 +191,7 @@ def test_how_many_documents_went_to_the_reference_is_recorded(tmp_path, document
     assert 0 < by_reference < 30 or by_reference == 30
     assert sum(record["reference_documents"] for record in records) == by_reference
     assert (
-        f"encoder: gigatoken, but tokenizers for what it would encode otherwise in {by_reference} document"
+        f"encoder: gigatoken, but tokenizers for what it may encode differently in {by_reference} document"
         in process.stdout
     )
 
